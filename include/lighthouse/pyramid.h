@@ -1,0 +1,39 @@
+// The two settings of the method: the pyramid's windows and the number of parents per level (METHOD 1 and 3).
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <span>
+#include <string>
+
+namespace lighthouse {
+
+// A level is one bit of a token's mask byte.
+inline constexpr int kMaxLevels = 8;
+
+// Window lengths in tokens, finest first: windows[0] == 1, each a larger multiple of the one before.
+struct Pyramid {
+  std::array<int64_t, kMaxLevels> windows{1};
+  int levels = 1;
+
+  // Throws std::invalid_argument naming the rule that `windows` breaks.
+  static Pyramid from_windows(std::span<const int64_t> windows);
+
+  int64_t coarsest() const { return windows[static_cast<size_t>(levels - 1)]; }
+  std::string str() const;  // "1, 4, 16"
+};
+
+// Parents chosen per level: a number, or a share of the tokens as an exact fraction.
+struct TopK {
+  int64_t numerator = 1;
+  int64_t denominator = 64;  // 0: `numerator` is the number itself
+
+  static TopK count(int64_t parents);                             // parents >= 1
+  static TopK share(int64_t numerator, int64_t denominator);      // 0 < numerator <= denominator <= 65,536
+
+  // k of a sequence of `tokens`: the number, or max(1, floor(tokens * share)).
+  int64_t parents(int64_t tokens) const;
+  std::string str() const;
+};
+
+}  // namespace lighthouse

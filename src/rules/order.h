@@ -1,0 +1,32 @@
+// Where a chosen entry stands and which tokens it reaches (METHOD 1, 4 and 6). Tokens count from the sequence's start.
+#pragma once
+
+#include <cstdint>
+
+#include "rules/platform.h"
+
+namespace lighthouse::rules {
+
+LIGHTHOUSE_HOST_DEVICE inline int bits_set(uint32_t byte) { return __builtin_popcount(byte); }
+
+LIGHTHOUSE_HOST_DEVICE inline int64_t last_token(int64_t window, int64_t index) { return (index + 1) * window - 1; }
+
+LIGHTHOUSE_HOST_DEVICE inline bool is_chosen(uint8_t mask, int level) { return (mask >> level) & 1; }
+
+// The place of the entry of `level` whose window ends at the token that has this mask and prefix.
+LIGHTHOUSE_HOST_DEVICE inline int64_t place(uint8_t mask, int32_t prefix, int level) {
+  return int64_t{prefix} + bits_set(mask & ((1u << level) - 1u));
+}
+
+// The two ways between tokens and entries differ by one token: a window of w tokens is pooled into the entry that ends
+// with it, and the entry's output goes to the w tokens from its last one on. Counted as u = token + kReach, both
+// cut the tokens at multiples of w.
+enum class Reach : int { pooled = 0, written = 1 };
+
+// The only entry of a level that token t is pooled into, or that writes to it; negative where there is none.
+LIGHTHOUSE_HOST_DEVICE inline int64_t entry_reaching(Reach reach, int64_t window, int64_t token) {
+  const int64_t shift = static_cast<int64_t>(reach);
+  return (token + shift) / window - shift;
+}
+
+}  // namespace lighthouse::rules
