@@ -1,0 +1,42 @@
+"""Finds and loads the native library, which registers the operators torch.ops.lighthouse.*."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+LIBRARY = "liblighthouse.so"
+OLDEST_TORCH = (2, 10)
+
+
+class NativeLibraryError(ImportError):
+    """The native library is missing or does not load; the message says what was looked for, where, and what to do."""
+
+
+def load(folders: Iterable[str]) -> Path:
+    """Loads the library from the first of the package's folders that has it (an editable install has two)."""
+    version = tuple(int("".join(filter(str.isdigit, part)) or 0) for part in torch.__version__.split(".")[:2])
+    if version < OLDEST_TORCH:
+        raise NativeLibraryError(
+            f"lighthouse needs torch {OLDEST_TORCH[0]}.{OLDEST_TORCH[1]} or later and found {torch.__version__}: "
+            'pip install --upgrade "torch>=2.10"'
+        )
+    paths = [Path(folder) / LIBRARY for folder in folders]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        looked = "\n  ".join(map(str, paths))
+        raise NativeLibraryError(
+            f"the native library {LIBRARY} is not there; looked for\n  {looked}\n"
+            "It is built on installing: run `pip install .` in a checkout (`make test` in a development checkout)."
+        )
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        raise NativeLibraryError(
+            f"the native library {path} does not load: {error}\n"
+            f"It may be built for another machine or damaged (torch here is {torch.__version__}): reinstall with "
+            "`pip install --force-reinstall --no-deps lighthouse-attn`."
+        ) from error
+    return path

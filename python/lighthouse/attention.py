@@ -1,0 +1,134 @@
+"""The functional call: Lighthouse attention on tensors (METHOD 1 to 7)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lighthouse.inputs import check_qkv, check_scores
+from lighthouse.plan import sub_length
+from lighthouse.selection import choose
+from lighthouse.settings import POOL_RATIOS, SELECT_TOPK, check_pool_ratios, check_select_topk
+
+
+class SubSequences(NamedTuple):
+    """How the short sequences lie in an inner attention's tensors: `count` rows of `length` entries, each causal."""
+
+    count: int
+    length: int
+
+
+InnerAttention = Callable[..., Tensor]
+"""`inner(query, key, value, *, scale, dropout_p, layout) -> output`: plain causal attention on query `[B, Hq, S, D]`,
+key and value `[B, Hkv, S, D]`; output like query; `layout` is a `SubSequences`."""
+
+
+def causal_sdpa(
+    query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, dropout_p: float, layout: SubSequences
+) -> Tensor:
+    """The default inner attention: PyTorch's own, causal, with grouped heads."""
+    grouped = query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(
+        query, key, value, dropout_p=dropout_p, is_causal=True, scale=scale, enable_gqa=grouped
+    )
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Casts as PyTorch's own attention does under autocast."""
+    device = tensors[0].device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+
+
+def sub_sequence_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    windows: tuple[int, ...],
+    topk: tuple[int, int],
+    *,
+    scale: float | None = None,
+    scores: tuple[Tensor, Tensor] | None = None,
+    dropout_p: float = 0.0,
+    inner: InnerAttention | None = None,
+    cover_start: bool = True,
+) -> Tensor:
+    """`attention` for settings that `check_pool_ratios` and `check_select_topk` have turned into windows and topk."""
+    if all(isinstance(tensor, Tensor) for tensor in (query, key, value)):
+        query, key, value = _autocast(query, key, value)
+    query, key, value = check_qkv(query, key, value)
+    scores = check_scores(scores, key)
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p={dropout_p}: a share from 0 to below 1 is needed")
+
+    length = sub_length(query.shape[2], windows, topk)
+    mask, prefix = choose(query, key, windows, topk, scores, bool(cover_start))
+    query_sub, key_sub, value_sub = torch.ops.lighthouse.gather(query, key, value, mask, prefix, windows, length)
+    output_sub = (inner or causal_sdpa)(
+        query_sub, key_sub, value_sub, scale=scale, dropout_p=dropout_p, layout=SubSequences(query.shape[0], length)
+    )
+    if output_sub.shape != query_sub.shape or output_sub.dtype != query_sub.dtype:
+        raise ValueError(
+            f"inner returned {list(output_sub.shape)} {output_sub.dtype} for a query of {list(query_sub.shape)} "
+            f"{query_sub.dtype}: an output like the query is needed"
+        )
+    if output_sub.stride(-1) != 1:
+        output_sub = output_sub.contiguous()
+    return torch.ops.lighthouse.scatter(output_sub, mask, prefix, windows)
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    pool_ratios: Sequence[float] = POOL_RATIOS,
+    select_topk: int | float = SELECT_TOPK,
+    scale: float | None = None,
+    scores: tuple[Tensor, Tensor] | None = None,
+    dropout_p: float = 0.0,
+    inner: InnerAttention | None = None,
+    cover_start: bool = True,
+) -> Tensor:
+    """Lighthouse attention: causal attention of a chosen sub-sequence, written back to all tokens (METHOD).
+
+    For training on whole sequences; it does what is asked and never runs dense by itself. Differentiable to query, key
+    and value; which entries are chosen has no gradient. Between forward and backward only tensors of the
+    sub-sequence's length and five bytes per token and key-value head are kept.
+
+    Args:
+        query: `[B, Hq, N, D]`, any N, any strides with a unit last one; rotated already.
+        key, value: `[B, Hkv, N, D]`, Hkv dividing Hq. One choice is made per key-value head.
+        pool_ratios: entries per token of the levels above the tokens; windows are 1 over these. `()` is dense.
+        select_topk: parents per level; an int is a number, a float a share of the tokens.
+        scale: of the logits; None is 1/sqrt(D).
+        scores: of the caller's own in place of the norms: for queries and for keys, each `[B, Hkv, N]` float32.
+        dropout_p: passed on to the inner attention.
+        inner: the attention of the sub-sequence, `inner(query, key, value, *, scale, dropout_p, layout)`; PyTorch's
+            `scaled_dot_product_attention` by default.
+        cover_start: have an output for the first tokens whatever their scores.
+
+    Returns:
+        `[B, Hq, N, D]`; its `.transpose(1, 2)` is contiguous.
+
+    Raises:
+        ValueError, TypeError: before any work, naming the argument, the rule and the value.
+    """
+    return sub_sequence_attention(
+        query,
+        key,
+        value,
+        check_pool_ratios(pool_ratios),
+        check_select_topk(select_topk),
+        scale=scale,
+        scores=scores,
+        dropout_p=dropout_p,
+        inner=inner,
+        cover_start=cover_start,
+    )

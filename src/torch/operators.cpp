@@ -1,0 +1,143 @@
+// The operators torch.ops.lighthouse.*: thin calls into the core. Fake versions and autograd are joined in Python.
+
+#include <tuple>
+
+#include "lighthouse/cpu.h"
+#include "torch/tensors.h"
+
+namespace lighthouse::bindings {
+namespace {
+
+const TorchExecutor kExecutor;
+
+TopK topk_of(int64_t numerator, int64_t denominator) {
+  return denominator == 0 ? TopK::count(numerator) : TopK::share(numerator, denominator);
+}
+
+Layout layout_of(const Tensor& mask, const std::vector<int64_t>& windows, int64_t length) {
+  return {Pyramid::from_windows(windows), mask.size(0), mask.size(2), length};
+}
+
+// Mask and prefix come from outside and are addresses in effect: looked at before they are followed.
+ConstSelection checked_selection(const Layout& layout, const Tensor& mask, const Tensor& prefix) {
+  const ConstSelection selection = selection_of(mask, prefix);
+  require(layout.rows >= 1 && layout.tokens >= 1, "mask is empty: every size must be at least 1");
+  cpu::check_selection(layout, selection, kExecutor);
+  return selection;
+}
+
+std::array<int64_t, 4> resized(const Tensor& tensor, int64_t length) {
+  return {tensor.size(0), tensor.size(1), length, tensor.size(3)};
+}
+
+Tensor empty_scores(const Tensor& key) {
+  const std::array<int64_t, 3> sizes{key.size(0), key.size(1), key.size(2)};
+  return torch::stable::new_empty(key, sizes, ScalarType::Float);
+}
+
+std::tuple<Tensor, Tensor> score(Tensor query, Tensor key) {
+  const View query_view = view_of("query", query), key_view = view_of("key", key);
+  Tensor query_score = empty_scores(key), key_score = empty_scores(key);
+  cpu::score(query_view, key_view, static_cast<float*>(query_score.data_ptr()),
+             static_cast<float*>(key_score.data_ptr()), kExecutor);
+  return {query_score, key_score};
+}
+
+std::tuple<Tensor, Tensor> select(Tensor query_score, Tensor key_score, std::vector<int64_t> windows,
+                                  int64_t topk_numerator, int64_t topk_denominator, bool cover_start) {
+  require_same_sizes("query_score", query_score, "key_score", key_score);
+  const auto* query_data = data_of<float>("query_score", query_score, ScalarType::Float, "float32");
+  const auto* key_data = data_of<float>("key_score", key_score, ScalarType::Float, "float32");
+  const Plan plan = make_plan(query_score.size(0), query_score.size(2), Pyramid::from_windows(windows),
+                              topk_of(topk_numerator, topk_denominator), cover_start);
+  Tensor mask = torch::stable::new_empty(query_score, query_score.sizes(), ScalarType::Byte);
+  Tensor prefix = torch::stable::new_empty(query_score, query_score.sizes(), ScalarType::Int);
+  cpu::select(plan, query_data, key_data,
+              {static_cast<uint8_t*>(mask.data_ptr()), static_cast<int32_t*>(prefix.data_ptr()), query_score.size(1)},
+              kExecutor);
+  return {mask, prefix};
+}
+
+std::tuple<Tensor, Tensor, Tensor> gather(Tensor query, Tensor key, Tensor value, Tensor mask, Tensor prefix,
+                                          std::vector<int64_t> windows, int64_t length) {
+  const View query_view = view_of("query", query), key_view = view_of("key", key), value_view = view_of("value", value);
+  const Layout layout = layout_of(mask, windows, length);
+  const ConstSelection selection = checked_selection(layout, mask, prefix);
+  Tensor query_sub = empty_in_order(resized(query, length), kHeadsFirst, query);
+  Tensor key_sub = empty_in_order(resized(key, length), kHeadsFirst, key);
+  Tensor value_sub = empty_in_order(resized(value, length), kHeadsFirst, value);
+  cpu::gather(layout, query_view, key_view, value_view, selection, view_of("query_sub", query_sub),
+              view_of("key_sub", key_sub), view_of("value_sub", value_sub), kExecutor);
+  return {query_sub, key_sub, value_sub};
+}
+
+std::tuple<Tensor, Tensor, Tensor> gather_backward(Tensor grad_query_sub, Tensor grad_key_sub, Tensor grad_value_sub,
+                                                   Tensor mask, Tensor prefix, std::vector<int64_t> windows,
+                                                   std::vector<int64_t> query_order, std::vector<int64_t> key_order,
+                                                   std::vector<int64_t> value_order) {
+  const View query_view = view_of("grad_query_sub", grad_query_sub), key_view = view_of("grad_key_sub", grad_key_sub),
+             value_view = view_of("grad_value_sub", grad_value_sub);
+  const Layout layout = layout_of(mask, windows, query_view.tokens());
+  const ConstSelection selection = checked_selection(layout, mask, prefix);
+  const auto empty = [&](const Tensor& sub, const char* argument, const std::vector<int64_t>& order) {
+    return empty_in_order(resized(sub, layout.tokens), order_of(argument, order), sub);
+  };
+  Tensor grad_query = empty(grad_query_sub, "query_order", query_order);
+  Tensor grad_key = empty(grad_key_sub, "key_order", key_order);
+  Tensor grad_value = empty(grad_value_sub, "value_order", value_order);
+  cpu::gather_backward(layout, query_view, key_view, value_view, selection, view_of("grad_query", grad_query),
+                       view_of("grad_key", grad_key), view_of("grad_value", grad_value), kExecutor);
+  return {grad_query, grad_key, grad_value};
+}
+
+Tensor scatter(Tensor output_sub, Tensor mask, Tensor prefix, std::vector<int64_t> windows) {
+  const View sub_view = view_of("output_sub", output_sub);
+  const Layout layout = layout_of(mask, windows, sub_view.tokens());
+  const ConstSelection selection = checked_selection(layout, mask, prefix);
+  Tensor output = empty_in_order(resized(output_sub, layout.tokens), kTokensFirst, output_sub);
+  cpu::scatter(layout, sub_view, selection, view_of("output", output), kExecutor);
+  return output;
+}
+
+Tensor scatter_backward(Tensor grad_output, Tensor mask, Tensor prefix, std::vector<int64_t> windows, int64_t length,
+                        std::vector<int64_t> order) {
+  const View grad_view = view_of("grad_output", grad_output);
+  const Layout layout = layout_of(mask, windows, length);
+  const ConstSelection selection = checked_selection(layout, mask, prefix);
+  Tensor grad_output_sub = empty_in_order(resized(grad_output, length), order_of("order", order), grad_output);
+  cpu::scatter_backward(layout, grad_view, selection, view_of("grad_output_sub", grad_output_sub), kExecutor);
+  return grad_output_sub;
+}
+
+}  // namespace
+}  // namespace lighthouse::bindings
+
+// topk: the number of parents per level where topk_denominator is 0, else that share of the tokens. `length` is S.
+// `*_order`: a gradient's dimensions from the slowest in memory to the fastest.
+STABLE_TORCH_LIBRARY(lighthouse, library) {
+  library.def("score(Tensor query, Tensor key) -> (Tensor query_score, Tensor key_score)");
+  library.def(
+      "select(Tensor query_score, Tensor key_score, int[] windows, int topk_numerator, int topk_denominator, "
+      "bool cover_start) -> (Tensor mask, Tensor prefix)");
+  library.def(
+      "gather(Tensor query, Tensor key, Tensor value, Tensor mask, Tensor prefix, int[] windows, SymInt length)"
+      " -> (Tensor query_sub, Tensor key_sub, Tensor value_sub)");
+  library.def(
+      "gather_backward(Tensor grad_query_sub, Tensor grad_key_sub, Tensor grad_value_sub, Tensor mask, Tensor prefix, "
+      "int[] windows, int[] query_order, int[] key_order, int[] value_order)"
+      " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
+  library.def("scatter(Tensor output_sub, Tensor mask, Tensor prefix, int[] windows) -> Tensor");
+  library.def(
+      "scatter_backward(Tensor grad_output, Tensor mask, Tensor prefix, int[] windows, SymInt length, int[] order)"
+      " -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(lighthouse, CPU, library) {
+  using namespace lighthouse::bindings;
+  library.impl("score", TORCH_BOX(&score));
+  library.impl("select", TORCH_BOX(&lighthouse::bindings::select));
+  library.impl("gather", TORCH_BOX(&gather));
+  library.impl("gather_backward", TORCH_BOX(&gather_backward));
+  library.impl("scatter", TORCH_BOX(&scatter));
+  library.impl("scatter_backward", TORCH_BOX(&scatter_backward));
+}

@@ -1,0 +1,104 @@
+// The oracle for Python: operators on contiguous float64 tensors, for comparing, not for use.
+
+#include "lighthouse/reference.h"
+
+#include <tuple>
+
+#include "torch/tensors.h"
+
+namespace lighthouse::bindings {
+namespace {
+
+const double* numbers(const char* argument, const Tensor& tensor) {
+  require(tensor.scalar_type() == ScalarType::Double && tensor.dim() == 4 && tensor.is_contiguous(), argument,
+          " must be a contiguous float64 tensor [batch, heads, tokens, head_dim]");
+  return static_cast<const double*>(tensor.data_ptr());
+}
+
+double* new_numbers(Tensor& tensor) { return static_cast<double*>(tensor.data_ptr()); }
+
+Plan plan_of(const Tensor& scores, const std::vector<int64_t>& windows, int64_t numerator, int64_t denominator,
+             bool cover_start) {
+  return make_plan(scores.size(0), scores.size(2), Pyramid::from_windows(windows),
+                   denominator == 0 ? TopK::count(numerator) : TopK::share(numerator, denominator), cover_start);
+}
+
+const float* scores_of(const char* argument, const Tensor& scores) {
+  return data_of<float>(argument, scores, ScalarType::Float, "float32");
+}
+
+reference::Shape shape_of(const Tensor& query, const Tensor& key) { return {query.size(1), key.size(1), query.size(3)}; }
+
+// [entries, 2]: level and index in causal order, of one sequence and key-value head.
+Tensor reference_select(Tensor query_score, Tensor key_score, std::vector<int64_t> windows, int64_t numerator,
+                        int64_t denominator, bool cover_start, int64_t batch, int64_t head) {
+  const Plan plan = plan_of(query_score, windows, numerator, denominator, cover_start);
+  require_same_sizes("query_score", query_score, "key_score", key_score);
+  require(0 <= batch && batch < query_score.size(0) && 0 <= head && head < query_score.size(1), "batch=", batch,
+          ", head=", head, ": outside of the scores");
+  const int64_t start = (batch * query_score.size(1) + head) * query_score.size(2);
+  const auto entries = reference::select(plan, scores_of("query_score", query_score) + start,
+                                         scores_of("key_score", key_score) + start);
+  const std::array<int64_t, 2> sizes{static_cast<int64_t>(entries.size()), 2};
+  Tensor result = torch::stable::new_empty(query_score, sizes, ScalarType::Long);
+  auto* out = static_cast<int64_t*>(result.data_ptr());
+  for (const auto& entry : entries) {
+    *out++ = entry.level;
+    *out++ = entry.index;
+  }
+  return result;
+}
+
+Tensor reference_attention(Tensor query, Tensor key, Tensor value, Tensor query_score, Tensor key_score,
+                           std::vector<int64_t> windows, int64_t numerator, int64_t denominator, bool cover_start,
+                           double scale) {
+  const Plan plan = plan_of(query_score, windows, numerator, denominator, cover_start);
+  require_same_sizes("key", key, "value", value);
+  require_same_sizes("query_score", query_score, "key_score", key_score);
+  Tensor output = torch::stable::empty_like(query);
+  reference::attention(plan, shape_of(query, key), numbers("query", query), numbers("key", key),
+                       numbers("value", value), scores_of("query_score", query_score),
+                       scores_of("key_score", key_score), scale, new_numbers(output));
+  return output;
+}
+
+std::tuple<Tensor, Tensor, Tensor> reference_attention_backward(Tensor query, Tensor key, Tensor value,
+                                                                Tensor query_score, Tensor key_score,
+                                                                std::vector<int64_t> windows, int64_t numerator,
+                                                                int64_t denominator, bool cover_start, double scale,
+                                                                Tensor grad_output) {
+  const Plan plan = plan_of(query_score, windows, numerator, denominator, cover_start);
+  require_same_sizes("key", key, "value", value);
+  require_same_sizes("query_score", query_score, "key_score", key_score);
+  require_same_sizes("query", query, "grad_output", grad_output);
+  Tensor grad_query = torch::stable::empty_like(query), grad_key = torch::stable::empty_like(key),
+         grad_value = torch::stable::empty_like(value);
+  reference::attention_backward(plan, shape_of(query, key), numbers("query", query), numbers("key", key),
+                                numbers("value", value), scores_of("query_score", query_score),
+                                scores_of("key_score", key_score), scale, numbers("grad_output", grad_output),
+                                new_numbers(grad_query), new_numbers(grad_key), new_numbers(grad_value));
+  return {grad_query, grad_key, grad_value};
+}
+
+}  // namespace
+}  // namespace lighthouse::bindings
+
+STABLE_TORCH_LIBRARY_FRAGMENT(lighthouse, library) {
+  library.def(
+      "reference_select(Tensor query_score, Tensor key_score, int[] windows, int topk_numerator, int topk_denominator, "
+      "bool cover_start, int batch, int head) -> Tensor");
+  library.def(
+      "reference_attention(Tensor query, Tensor key, Tensor value, Tensor query_score, Tensor key_score, "
+      "int[] windows, int topk_numerator, int topk_denominator, bool cover_start, float scale) -> Tensor");
+  library.def(
+      "reference_attention_backward(Tensor query, Tensor key, Tensor value, Tensor query_score, Tensor key_score, "
+      "int[] windows, int topk_numerator, int topk_denominator, bool cover_start, float scale, Tensor grad_output)"
+      " -> (Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(lighthouse, CPU, library) {
+  using namespace lighthouse::bindings;
+  library.impl("reference_select", TORCH_BOX(&reference_select));
+  library.impl("reference_attention", TORCH_BOX(&reference_attention));
+  library.impl("reference_attention_backward", TORCH_BOX(&reference_attention_backward));
+}

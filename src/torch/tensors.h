@@ -1,0 +1,129 @@
+// Torch's tensors as the core's views, through the stable ABI alone.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <array>
+#include <cstdint>
+#include <exception>
+#include <mutex>
+#include <vector>
+
+#include "core/require.h"
+#include "lighthouse/executor.h"
+#include "lighthouse/plan.h"
+#include "lighthouse/selection.h"
+#include "lighthouse/view.h"
+
+namespace lighthouse::bindings {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline DType dtype_of(const char* argument, const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return DType::float32;
+    case ScalarType::Double:
+      return DType::float64;
+    case ScalarType::BFloat16:
+      return DType::bfloat16;
+    case ScalarType::Half:
+      return DType::float16;
+    default:
+      require(false, argument, " must be float32, float64, bfloat16 or float16");
+      return DType::float32;
+  }
+}
+
+inline View view_of(const char* argument, const Tensor& tensor) {
+  require(tensor.dim() == 4, argument, " has ", tensor.dim(), " dimensions: [batch, heads, tokens, head_dim] is needed");
+  View view{tensor.data_ptr(), dtype_of(argument, tensor), {}, {}};
+  for (int64_t i = 0; i < 4; ++i) {
+    view.sizes[static_cast<size_t>(i)] = tensor.size(i);
+    view.strides[static_cast<size_t>(i)] = tensor.stride(i);
+  }
+  return view;
+}
+
+// The numbers of a [rows, kv_heads, tokens] tensor without gaps.
+template <class T>
+T* data_of(const char* argument, const Tensor& tensor, ScalarType type, const char* type_name) {
+  require(tensor.scalar_type() == type && tensor.dim() == 3 && tensor.is_contiguous(), argument,
+          " must be a contiguous ", type_name, " tensor [batch, kv_heads, tokens]");
+  return static_cast<T*>(tensor.data_ptr());
+}
+
+inline void require_same_sizes(const char* argument, const Tensor& tensor, const char* other_argument,
+                               const Tensor& other) {
+  bool same = tensor.dim() == other.dim();
+  for (int64_t i = 0; same && i < tensor.dim(); ++i) same = tensor.size(i) == other.size(i);
+  require(same, argument, " and ", other_argument, " differ in size");
+}
+
+inline ConstSelection selection_of(const Tensor& mask, const Tensor& prefix) {
+  require_same_sizes("mask", mask, "prefix", prefix);
+  return {data_of<uint8_t>("mask", mask, ScalarType::Byte, "uint8"),
+          data_of<int32_t>("prefix", prefix, ScalarType::Int, "int32"), mask.size(1)};
+}
+
+// A new tensor like `like` in dtype and device, without gaps when its dimensions are taken in this order, the
+// slowest first.
+inline Tensor empty_in_order(const std::array<int64_t, 4>& sizes, const std::array<int64_t, 4>& order,
+                             const Tensor& like) {
+  std::array<int64_t, 4> strides{};
+  int64_t stride = 1;
+  for (size_t i = 4; i-- > 0;) {
+    const auto dimension = static_cast<size_t>(order[i]);
+    strides[dimension] = stride;
+    stride *= sizes[dimension];
+  }
+  int32_t dtype = 0, device_type = 0, device_index = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(4, sizes.data(), strides.data(), dtype, device_type, device_index, &handle));
+  return Tensor(handle);
+}
+
+inline constexpr std::array<int64_t, 4> kHeadsFirst{0, 1, 2, 3};   // [batch, heads, tokens, head_dim]
+inline constexpr std::array<int64_t, 4> kTokensFirst{0, 2, 1, 3};  // [batch, tokens, heads, head_dim] in memory
+
+inline std::array<int64_t, 4> order_of(const char* argument, const std::vector<int64_t>& order) {
+  require(order.size() == 4 && order[3] == 3, argument, " must name four dimensions, the head dimension last");
+  std::array<int64_t, 4> result{};
+  unsigned seen = 0;
+  for (size_t i = 0; i < 4; ++i) {
+    require(0 <= order[i] && order[i] < 4, argument, " must be a permutation of 0, 1, 2, 3");
+    seen |= 1u << order[i];
+    result[i] = order[i];
+  }
+  require(seen == 0b1111u, argument, " must be a permutation of 0, 1, 2, 3");
+  return result;
+}
+
+// Torch's own threads. What a piece throws is kept: it must not cross torch's C interface.
+class TorchExecutor final : public Executor {
+ public:
+  void parallel_for(int64_t begin, int64_t end, int64_t grain,
+                    const std::function<void(int64_t, int64_t)>& body) const override {
+    std::exception_ptr failure;
+    std::mutex mutex;
+    torch::stable::parallel_for(begin, end, grain, [&](int64_t first, int64_t last) {
+      try {
+        body(first, last);
+      } catch (...) {
+        const std::lock_guard lock(mutex);
+        if (!failure) failure = std::current_exception();
+      }
+    });
+    if (failure) std::rethrow_exception(failure);
+  }
+};
+
+}  // namespace lighthouse::bindings
