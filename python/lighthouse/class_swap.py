@@ -1,0 +1,88 @@
+"""An object gets new behaviour by a new class: the same object, the same attributes, and a way back.
+
+A swapped class is made once per pair of (behaviour, plain class), keeps the plain class's name, and pickles through
+the plain class, since pickle cannot find it by that name. The trap: others swap classes too. `fully_shard` puts
+`FSDP<Class>` on top of whatever class it finds, so the way back has to rebuild what stands on top.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+
+
+class Swapped:
+    """Base of every behaviour that is laid over a plain class."""
+
+    plain_class: type  # set in each class that `swapped_class` makes
+
+    @classmethod
+    def namespace(cls, plain: type) -> dict:
+        """What the class over `plain` gets beside this behaviour's methods."""
+        return {}
+
+    def __init__(self, *args, **kwargs):
+        # `type(model)(config)` is asked for a model, not for a wrapped one.
+        self.__class__ = unswapped_class(type(self))
+        self.__init__(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol):
+        reduced = super().__reduce_ex__(protocol)
+        made = vars(type(self)).get("plain_class")
+        if made is None:  # another class on top: its own affair
+            return reduced
+        behaviour = type(self).__mro__[1]
+        return (_new, (behaviour, made), *reduced[2:])
+
+
+def _new(behaviour: type[Swapped], plain: type):
+    cls = swapped_class(behaviour, plain)
+    return cls.__new__(cls)
+
+
+@functools.cache
+def swapped_class(behaviour: type[Swapped], plain: type) -> type:
+    """The subclass of `behaviour` and `plain` that goes by the name of `plain`."""
+    names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
+    return type(plain.__name__, (behaviour, plain), {**names, **behaviour.namespace(plain), "plain_class": plain})
+
+
+def swap(instance, behaviour: type[Swapped]) -> None:
+    """Lays `behaviour` over the class of `instance`, in place; nothing happens where it lies there already."""
+    if not isinstance(instance, behaviour):
+        instance.__class__ = swapped_class(behaviour, type(instance))
+
+
+def unswap(instance) -> None:
+    """Takes the behaviour off again; classes that others have put on top stay."""
+    instance.__class__ = unswapped_class(type(instance))
+
+
+def unswapped_class(cls: type) -> type:
+    """`cls` without any `Swapped` in it."""
+    if "plain_class" in vars(cls):
+        return unswapped_class(cls.plain_class)
+    if not issubclass(cls, Swapped):
+        return cls
+    bases = tuple(unswapped_class(base) for base in cls.__bases__)
+    plain = bases[-1]
+    rebuilt = _classes_on_top(cls)
+    if plain not in rebuilt:
+        own = {key: value for key, value in vars(cls).items() if key not in ("__dict__", "__weakref__")}
+        rebuilt[plain] = type(cls.__name__, bases, own)
+    return rebuilt[plain]
+
+
+_rebuilt: dict[type, dict[type, type]] = {}
+
+
+def _classes_on_top(cls: type) -> dict[type, type]:
+    """Plain class -> that class with the first base of `cls` on top: for FSDP, torch's own table.
+
+    The compiler looks FSDP classes up in that table, and a model that is sharded later shares the class then.
+    """
+    module = sys.modules.get("torch.distributed.fsdp._fully_shard._fully_shard")
+    table = getattr(module, "cls_to_fsdp_cls", None)
+    if table is not None and table.get(cls.__bases__[-1]) is cls:
+        return table
+    return _rebuilt.setdefault(cls.__bases__[0], {})

@@ -1,0 +1,67 @@
+"""The models that can be wrapped, and where in them things are.
+
+One entry per architecture. A model belongs here if its attention is causal self-attention over the whole sequence and
+goes through Transformers' `AttentionInterface`. One whose attention normalises queries and keys per head (QK-norm)
+needs scores from before that normalisation, and does not belong here yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import LlamaForCausalLM, LlamaModel, PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Where a wrapped model's parts are.
+
+    `bare` is the class without an output layer, `causal` the one with it; `body(model)` is what gives hidden states,
+    `attention(body)` its self-attention modules, first layer first.
+    """
+
+    name: str
+    bare: type[PreTrainedModel]
+    causal: type[PreTrainedModel]
+    body: Callable[[PreTrainedModel], PreTrainedModel]
+    attention: Callable[[PreTrainedModel], list[nn.Module]]
+
+    def has_head(self, model: PreTrainedModel) -> bool:
+        """Whether the model has an output layer of its own."""
+        return isinstance(model, self.causal)
+
+    def output_layer(self, model: PreTrainedModel) -> nn.Module:
+        """The module whose weight makes logits: of a bare model, the input embedding."""
+        return model.get_output_embeddings() if self.has_head(model) else model.get_input_embeddings()
+
+
+ARCHITECTURES = (
+    Architecture(
+        name="Llama",
+        bare=LlamaModel,
+        causal=LlamaForCausalLM,
+        body=lambda model: model if isinstance(model, LlamaModel) else model.model,
+        attention=lambda body: [layer.self_attn for layer in body.layers[: body.config.num_hidden_layers]],
+    ),
+)
+
+
+def architecture_of(model: nn.Module) -> Architecture:
+    """The entry for `model`. Raises `TypeError` if it is no model of Transformers, `ValueError` if it is another one."""
+    for architecture in ARCHITECTURES:
+        if isinstance(model, (architecture.bare, architecture.causal)):
+            return architecture
+    known = " and ".join(f"{entry.bare.__name__}, {entry.causal.__name__}" for entry in ARCHITECTURES)
+    name = type(model).__name__
+    inside = getattr(model, "module", getattr(model, "_orig_mod", None))
+    if isinstance(inside, PreTrainedModel):
+        raise TypeError(
+            f"model is a {name} around a {type(inside).__name__}: wrap the model first, then make the {name}"
+        )
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model is a {name}: a model of Transformers with causal self-attention is needed: {known}")
+    raise ValueError(
+        f"model is a {name}: Lighthouse knows {known}, models with causal self-attention, and no others yet"
+    )

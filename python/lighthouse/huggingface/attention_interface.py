@@ -1,0 +1,86 @@
+"""The attention under its name in Transformers: "lighthouse".
+
+A wrapped model's configuration names it while Lighthouse acts. What it does in a layer is that layer's own
+`lighthouse_settings`; a dense layer has a configuration of its own that names a dense attention, and never gets here.
+The wrapped model has refused beforehand what cannot be honoured; who calls a part of it directly passes that check by,
+so both functions here check again what they can see.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import causal_mask_function
+
+from lighthouse.attention import sub_sequence_attention
+from lighthouse.huggingface.checks import check_keywords, check_mask
+
+NAME = "lighthouse"
+
+# Attentions of Transformers that are causal without a mask; dense layers of a wrapped model get none.
+CAUSAL_WITHOUT_MASK = ("sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4")
+
+
+def lighthouse_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """Lighthouse attention as Transformers calls it.
+
+    query `[B, Hq, N, D]`, key and value `[B, Hkv, N, D]`; the result is `[B, N, Hq, D]`, contiguous, and no weights.
+    Raises `ValueError` for a mask, a key-value cache, or a module of a model that is not wrapped.
+    """
+    settings = getattr(module, "lighthouse_settings", None)
+    if settings is None:
+        raise ValueError(
+            f'attention "{NAME}" in a {type(module).__name__} without settings: it is not chosen by name but by '
+            "LighthouseWrapper(model, ...)"
+        )
+    if attention_mask is not None:
+        raise ValueError("attention_mask reached a Lighthouse layer: masks are not supported")
+    if key.shape[2] != query.shape[2]:
+        raise ValueError(
+            f"{query.shape[2]} queries and {key.shape[2]} keys: Lighthouse trains on whole sequences, without a "
+            "key-value cache"
+        )
+    check_keywords(kwargs)
+    out = sub_sequence_attention(
+        query,
+        key,
+        value,
+        settings.windows,
+        settings.topk,
+        scale=scaling,
+        dropout_p=dropout,
+        inner=settings.inner,
+        cover_start=settings.cover_start,
+    )
+    return out.transpose(1, 2), None
+
+
+def lighthouse_mask(
+    *, attention_mask: torch.Tensor | None = None, mask_function=causal_mask_function, **kwargs
+) -> None:
+    """No mask, and an error where one would be needed. Called once per forward, before the layers."""
+    check_mask(attention_mask)
+    # Under compile Transformers composes this function for packed documents whether or not there are any.
+    if mask_function is not causal_mask_function and not torch.compiler.is_compiling():
+        raise ValueError(
+            "position_ids restart, or the attention is not plainly causal: Lighthouse supports neither yet"
+        )
+
+
+def dense_name(former: str) -> str:
+    """The attention of dense layers while Lighthouse acts: the model's former one where that needs no mask."""
+    return former if former in CAUSAL_WITHOUT_MASK else "sdpa"
+
+
+AttentionInterface.register(NAME, lighthouse_attention)
+AttentionMaskInterface.register(NAME, lighthouse_mask)

@@ -1,0 +1,123 @@
+"""What Lighthouse cannot honour, refused before the first layer runs.
+
+Transformers hands a custom attention no mask unless it asks, and no document boundaries at all: without these checks
+padding and packed documents would be ignored in silence. The trap is `torch.compile`: the values of a tensor cannot
+be looked at there, so the check becomes part of the graph and fails when it runs, as a RuntimeError on a CPU and as a
+device-side assertion on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+# Keyword -> why a value in it is refused. They travel from the model's call through every layer to the attention.
+REFUSED_KEYWORDS = {
+    "cu_seq_lens_q": "packed documents are not supported yet",
+    "cu_seq_lens_k": "packed documents are not supported yet",
+    "max_length_q": "packed documents are not supported yet",
+    "max_length_k": "packed documents are not supported yet",
+    "sliding_window": "sliding windows are not supported",
+    "softcap": "soft-capping of attention scores is not supported",
+    "s_aux": "attention sinks are not supported",
+    "position_bias": "a bias on attention scores is not supported",
+    "block_sequence_ids": "attention in blocks is not supported",
+}
+
+# The same, as a model's configuration spells it.
+REFUSED_IN_CONFIG = {
+    "sliding_window": "sliding windows are not supported",
+    "attn_logit_softcapping": "soft-capping of attention scores is not supported",
+    "attention_chunk_size": "attention in chunks is not supported",
+    "attention_sinks": "attention sinks are not supported",
+    "num_attention_sinks": "attention sinks are not supported",
+}
+
+WAY_OUT = "; for such batches switch it off: model.lighthouse(False)"
+
+
+def check_config(config) -> None:
+    """Refuses a model whose attention is not plain and causal. Raises `ValueError`."""
+    for name, reason in REFUSED_IN_CONFIG.items():
+        value = getattr(config, name, None)
+        if value:
+            raise ValueError(f"config.{name}={value!r}: {reason} by Lighthouse")
+    others = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    if others:
+        raise ValueError(f"config.layer_types has {', '.join(sorted(others))}: full attention in every layer is needed")
+    if not getattr(config, "is_causal", True):
+        raise ValueError("config.is_causal=False: Lighthouse is causal self-attention only")
+
+
+def check_call(call: Mapping, tokens: int, config) -> None:
+    """Refuses a forward that Lighthouse cannot honour. `call` holds the arguments of the model by name.
+
+    Raises `ValueError`; under `torch.compile` what depends on a tensor's values fails when the graph runs.
+    """
+    check_keywords(call)
+    if call.get("is_causal") is False:
+        raise ValueError("is_causal=False: Lighthouse is causal self-attention only")
+    if call.get("output_attentions"):
+        raise ValueError("output_attentions=True: Lighthouse has no attention weights to give" + WAY_OUT)
+    check_length(tokens, config)
+    check_mask(call.get("attention_mask"))
+    check_positions(call.get("position_ids"))
+
+
+def check_keywords(keywords: Mapping) -> None:
+    """Refuses what reaches an attention function as a keyword and changes what it would have to compute."""
+    for name, reason in REFUSED_KEYWORDS.items():
+        if keywords.get(name) is not None:
+            raise ValueError(f"{name} is given: {reason} by Lighthouse" + WAY_OUT)
+
+
+def check_length(tokens: int, config) -> None:
+    """A sequence fits the model; with dynamic RoPE there is no limit."""
+    limit = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if limit is None or rope.get("rope_type") == "dynamic":
+        return
+    if tokens > limit:
+        raise ValueError(
+            f"the sequence has {tokens} tokens, the model allows {limit}: "
+            "cut it, or make the model with a larger config.max_position_embeddings"
+        )
+
+
+def check_mask(mask) -> None:
+    """Only a mask `[B, N]` that hides nothing."""
+    if mask is None:
+        return
+    if not isinstance(mask, torch.Tensor):
+        raise ValueError(
+            f"attention_mask is a {type(mask).__name__}: only a mask [B, N] of ones is supported" + WAY_OUT
+        )
+    if mask.dim() != 2:
+        raise ValueError(
+            f"attention_mask has {mask.dim()} dimensions: only a mask [B, N] of ones is supported by Lighthouse"
+            + WAY_OUT
+        )
+    _require(
+        (mask != 0).all(),
+        "attention_mask hides tokens: padding is not supported yet by Lighthouse; cut the batch to full sequences, or"
+        " switch it off for such batches: model.lighthouse(False)",
+    )
+
+
+def check_positions(positions) -> None:
+    """Positions `[.., N]` that count up by one: a restart is the start of another document."""
+    if positions is None or positions.shape[-1] < 2:
+        return
+    _require(
+        (positions[..., 1:] - positions[..., :-1] == 1).all(),
+        "position_ids restart or jump: packed documents are not supported yet by Lighthouse; give one document per"
+        " sequence, or switch it off for such batches: model.lighthouse(False)",
+    )
+
+
+def _require(condition: torch.Tensor, message: str) -> None:
+    if torch.compiler.is_compiling():
+        torch._assert_async(condition, message)
+    elif not bool(condition):
+        raise ValueError(message)
