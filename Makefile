@@ -1,0 +1,76 @@
+# Each target sets up what it needs, once: .venv with the requirements, the package in it (editable), build/dev.
+# PYTHON=... and CXX=... choose other ones than the first that fit; TORCH="torch==2.10.*" another torch.
+
+VENV := .venv
+BIN := $(VENV)/bin
+DEV := build/dev
+CMAKE := $(BIN)/cmake
+TORCH ?= torch>=2.10
+export PYTHON TORCH
+export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell getconf _NPROCESSORS_ONLN)
+export CTEST_PARALLEL_LEVEL ?= $(CMAKE_BUILD_PARALLEL_LEVEL)
+
+CTEST = $(BIN)/ctest --progress --output-on-failure --no-tests=error --test-dir
+# Two makes at once take turns at the build folder.
+LOCK := $(shell command -v flock >/dev/null && echo flock $(DEV)/.lock)
+# ThreadSanitizer needs addresses that are not spread too widely.
+FIXED := $(shell setarch -R true 2>/dev/null && echo setarch -R)
+
+.PHONY: help test demo bench lint sanitize asan tsan native clean
+
+help:
+	@echo 'make test      build everything, run the C++ and the Python tests'
+	@echo 'make demo      pre-train a small model twice, dense and with Lighthouse, and compare (about 6 minutes)'
+	@echo 'make bench     time the C++ functions and one attention layer against dense attention'
+	@echo 'make lint      clang-format, clang-tidy, ruff'
+	@echo 'make sanitize  C++ tests under Address-, UndefinedBehavior- and ThreadSanitizer'
+	@echo 'make native    build the native library and put it where the installed package looks for it'
+	@echo 'make clean     remove what was built; .venv stays'
+
+$(VENV)/.ready: pyproject.toml scripts/setup.sh
+	@scripts/setup.sh environment
+	@touch $@
+
+$(DEV)/.installed: $(VENV)/.ready
+	@scripts/setup.sh package $(DEV)
+	@touch $@
+
+$(DEV)/.tests: $(DEV)/.installed
+	@$(LOCK) $(CMAKE) -DLIGHTHOUSE_TESTS=ON $(DEV) >$(DEV)/configure.log || (cat $(DEV)/configure.log; false)
+	@touch $@
+
+native: $(DEV)/.installed
+	@$(LOCK) $(CMAKE) --build $(DEV) --target lighthouse_torch
+	@$(LOCK) scripts/setup.sh library $(DEV)
+
+test: $(DEV)/.tests
+	@$(LOCK) $(CMAKE) --build $(DEV)
+	@$(LOCK) scripts/setup.sh library $(DEV)
+	$(CTEST) $(DEV)
+	$(BIN)/python -m pytest
+
+demo: native
+	$(BIN)/lighthouse pretrain --demo
+
+bench: native
+	@$(LOCK) $(CMAKE) -DLIGHTHOUSE_BENCH=ON $(DEV) >$(DEV)/configure.log || (cat $(DEV)/configure.log; false)
+	@$(LOCK) $(CMAKE) --build $(DEV) --target lighthouse_bench
+	$(DEV)/lighthouse_bench
+	$(BIN)/python bench/layer.py
+
+lint: $(DEV)/.tests
+	@scripts/lint.sh $(DEV)
+
+sanitize: asan tsan
+
+asan: SANITIZERS := address,undefined
+tsan: SANITIZERS := thread
+tsan: CTEST := $(FIXED) $(CTEST)
+asan tsan: $(VENV)/.ready
+	@$(CMAKE) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+	  -DLIGHTHOUSE_TESTS=ON -DLIGHTHOUSE_SANITIZE=$(SANITIZERS) -B build/$@ >build/$@.log || (cat build/$@.log; false)
+	@$(CMAKE) --build build/$@
+	$(CTEST) build/$@
+
+clean:
+	rm -rf build dist .pytest_cache .ruff_cache .hypothesis
