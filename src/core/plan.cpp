@@ -12,6 +12,7 @@ namespace lighthouse {
 Plan make_plan(int64_t rows, int64_t tokens, const Pyramid& pyramid, const TopK& topk, bool cover_start) {
   require(rows >= 1, "rows=", rows, ": at least one sequence is needed");
   require(tokens >= 1, "tokens=", tokens, ": at least one token is needed");
+  require(tokens <= int64_t{1} << 40, "tokens=", tokens, ": at most 2^40");  // keeps every product in 64 bits
   // Both structs are plain data: check again what was not made by their own functions.
   const Pyramid checked =
       Pyramid::from_windows({pyramid.windows.data(), static_cast<size_t>(std::max(0, pyramid.levels))});

@@ -96,6 +96,15 @@ std::shared_ptr<const AttentionState> attention_forward(const Plan& plan, const 
 void attention_backward(const AttentionState& state, const ConstView& grad_output, const View& grad_query,
                         const View& grad_key, const View& grad_value) {
   require(state.inner.backward != nullptr, "inner.backward is empty: the gradient of the inner attention is needed");
+  const ConstView like = state.query.view();
+  const auto check = [&](const char* argument, const ConstView& view, int64_t heads) {
+    check_view(argument, view, like);
+    check_sizes(argument, view, state.layout.rows, heads, state.layout.tokens);
+  };
+  check("grad_output", grad_output, like.heads());
+  check("grad_query", grad_query, like.heads());
+  check("grad_key", grad_key, state.kv_heads);
+  check("grad_value", grad_value, state.kv_heads);
   const Tensor grad_output_sub = sub_tensor(state.layout, state.output.view());
   cpu::scatter_backward(state.layout, grad_output, state.selection(), grad_output_sub.view(), *state.executor);
   const Tensor grad_query_sub = sub_tensor(state.layout, state.query.view());
