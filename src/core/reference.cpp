@@ -156,8 +156,8 @@ void score(const Plan& plan, const Shape& shape, const double* query, const doub
 std::vector<Entry> select(const Plan& plan, const float* query_score, const float* key_score) {
   const int64_t tokens = plan.layout.tokens;
   const int coarsest = plan.layout.pyramid.levels - 1;
-  const int64_t coarse_entries = tokens / window(plan, coarsest);  // M
-  const int64_t parents = plan.topk.parents(tokens);               // k
+  const int64_t coarse_entries = tokens / window(plan, coarsest);                             // M
+  const int64_t parents = plan.topk.parents(tokens);                                          // k
   const int64_t strata = std::max<int64_t>(1, parents / 128 + (parents % 128 != 0 ? 1 : 0));  // T
 
   std::vector<Entry> chosen;

@@ -1,0 +1,338 @@
+// The whole method, forward and backward, around the plain inner attention: against the oracle, for every dtype.
+#include "support.h"
+
+#include "lighthouse/attention.h"
+
+namespace lighthouse::test {
+namespace {
+
+struct Inputs {
+  Tensor query, key, value, grad_output;
+};
+
+Inputs random_inputs(const Problem& problem, DType dtype, Memory memory, Random& random) {
+  const Sizes q = problem.query_sizes(), kv = problem.kv_sizes();
+  const auto make = [&](const Sizes& sizes) { return Tensor(dtype, sizes, memory, random_values(random, sizes)); };
+  return {make(q), make(kv), make(kv), make(q)};
+}
+
+struct Scored {
+  std::vector<float> query, key;
+  operator Scores() const { return {query.data(), key.data()}; }
+};
+
+Scored scores_of(const Problem& problem, const Inputs& in) {
+  const auto count = static_cast<size_t>(problem.rows * problem.kv_heads * problem.tokens);
+  Scored scored{std::vector<float>(count), std::vector<float>(count)};
+  cpu::score(in.query, in.key, scored.query.data(), scored.key.data(), ThreadExecutor(1));
+  return scored;
+}
+
+struct Outputs {
+  Tensor output, grad_query, grad_key, grad_value;
+};
+
+Outputs run(const Problem& problem, const Inputs& in, Memory memory, const Executor& executor,
+            std::optional<Scores> scores = std::nullopt, double scale = 0.0) {
+  const DType dtype = in.query.view().dtype;
+  Outputs out{{dtype, problem.query_sizes(), memory},
+              {dtype, problem.query_sizes(), memory},
+              {dtype, problem.kv_sizes(), memory},
+              {dtype, problem.kv_sizes(), memory}};
+  const InnerAttention inner = causal_attention(executor, scale);
+  const auto state = attention_forward(problem.plan(), in.query, in.key, in.value, out.output, inner, executor, scores);
+  attention_backward(*state, in.grad_output, out.grad_query, out.grad_key, out.grad_value);
+  return out;
+}
+
+struct Result {
+  Values output, grad_query, grad_key, grad_value;
+};
+
+Result empty_result(const Shape& shape, const Plan& plan) {
+  const int64_t size = plan.layout.rows * plan.layout.tokens * shape.head_dim;
+  const auto q = static_cast<size_t>(size * shape.query_heads), kv = static_cast<size_t>(size * shape.kv_heads);
+  return {Values(q), Values(q), Values(kv), Values(kv)};
+}
+
+Result oracle(const Plan& plan, const Shape& shape, const Values& query, const Values& key, const Values& value,
+              const Values& grad_output, const Scores& scores, double scale) {
+  Result result = empty_result(shape, plan);
+  reference::attention(plan, shape, query.data(), key.data(), value.data(), scores.query, scores.key, scale,
+                       result.output.data());
+  reference::attention_backward(plan, shape, query.data(), key.data(), value.data(), scores.query, scores.key, scale,
+                                grad_output.data(), result.grad_query.data(), result.grad_key.data(),
+                                result.grad_value.data());
+  return result;
+}
+
+// The same in plain loops whose every tensor is rounded to the dtype: what the dtype costs.
+Result plain(const Problem& problem, DType dtype, const Values& query, const Values& key, const Values& value,
+             const Values& grad_output, const Choice& choice) {
+  const Plan plan = problem.plan();
+  const Layout& layout = plan.layout;
+  const int64_t dim = problem.head_dim;
+  const auto pooled = [&](const Values& x, int64_t heads) {
+    return rounded(dtype, plain_gather(layout, choice, heads, dim, x));
+  };
+  const auto unpooled = [&](const Values& x, int64_t heads) {
+    return rounded(dtype, plain_gather_backward(layout, choice, heads, dim, rounded(dtype, x)));
+  };
+  const Values grad_sub = rounded(dtype, plain_scatter_backward(layout, choice, problem.query_heads, dim, grad_output));
+  const Plan dense = make_plan(problem.rows, plan.length(), pyramid({1}), TopK::count(1));
+  const std::vector<float> zeros(static_cast<size_t>(problem.rows * problem.kv_heads * plan.length()));
+  const Result sub = oracle(dense, problem.shape(), pooled(query, problem.query_heads), pooled(key, problem.kv_heads),
+                            pooled(value, problem.kv_heads), grad_sub, {zeros.data(), zeros.data()}, 0.0);
+  return {rounded(dtype, plain_scatter(layout, choice, problem.query_heads, dim, rounded(dtype, sub.output))),
+          unpooled(sub.grad_query, problem.query_heads), unpooled(sub.grad_key, problem.kv_heads),
+          unpooled(sub.grad_value, problem.kv_heads)};
+}
+
+class Attention : public testing::TestWithParam<Problem> {};
+
+TEST_P(Attention, EqualsTheOracle) {
+  const Problem& problem = GetParam();
+  const ThreadExecutor executor(2);
+  Random random(21);
+  const std::pair<DType, std::pair<Memory, Memory>> arguments[] = {
+      {DType::float32, {Memory::transposed, Memory::transposed}},
+      {DType::float64, {Memory::sliced, Memory::gaps}},
+      {DType::bfloat16, {Memory::gaps, Memory::transposed}},
+      {DType::float16, {Memory::packed, Memory::sliced}}};
+  for (const auto& [dtype, memory] : arguments) {
+    SCOPED_TRACE(lighthouse::name(dtype));
+    const Inputs in = random_inputs(problem, dtype, memory.first, random);
+    const Scored scores = scores_of(problem, in);
+    const Outputs ours = run(problem, in, memory.second, executor);
+    const Values query = in.query.values(), key = in.key.values(), value = in.value.values();
+    const Values grad_output = in.grad_output.values();
+    const Result exact = oracle(problem.plan(), problem.shape(), query, key, value, grad_output, scores, 0.0);
+    const Result cost = plain(problem, dtype, query, key, value, grad_output,
+                              oracle_choice(problem.plan(), problem.kv_heads, scores.query, scores.key));
+    expect_close(ours.output.values(), exact.output, cost.output, dtype);
+    expect_close(ours.grad_query.values(), exact.grad_query, cost.grad_query, dtype);
+    expect_close(ours.grad_key.values(), exact.grad_key, cost.grad_key, dtype);
+    expect_close(ours.grad_value.values(), exact.grad_value, cost.grad_value, dtype);
+    for (const Tensor* tensor : {&ours.output, &ours.grad_query, &ours.grad_key, &ours.grad_value}) {
+      EXPECT_TRUE(tensor->gaps_untouched());
+    }
+  }
+}
+
+const Problem kAttentionCases[] = {
+    {"defaults", 1, 2, 2, 1024, 32, {1, 4, 16}, TopK::share(1, 64)},
+    {"grouped_heads_and_rows", 2, 6, 2, 203, 8, {1, 4, 16}, TopK::count(4)},
+    {"one_kv_head", 1, 4, 1, 190, 16, {1, 2, 4, 8}, TopK::count(8)},
+    {"without_cover_start", 1, 2, 1, 300, 8, {1, 4, 16}, TopK::count(2), false},
+    {"one_token", 1, 2, 1, 1, 8, {1, 4, 16}, TopK::count(1)},
+    {"dense_by_one_level", 1, 4, 2, 150, 8, {1}, TopK::count(1)},
+    {"dense_by_length", 1, 4, 2, 15, 8, {1, 4, 16}, TopK::count(1)},
+    {"everything_chosen", 1, 2, 2, 130, 8, {1, 4, 16}, TopK::share(1, 1)},
+    {"windows_of_sixty", 1, 2, 1, 500, 8, {1, 5, 15, 60}, TopK::count(4)},
+    {"eight_levels", 1, 2, 1, 700, 8, {1, 2, 4, 8, 16, 32, 64, 128}, TopK::count(2)},
+    {"several_strata", 1, 1, 1, 4 * 150, 4, {1, 4}, TopK::count(131)},
+};
+
+INSTANTIATE_TEST_SUITE_P(Cases, Attention, testing::ValuesIn(kAttentionCases), case_name);
+
+const Problem kSome{{"some"}, 2, 4, 2, 203, 8, {1, 4, 16}, TopK::count(4)};
+
+TEST(AttentionScores, AreTheCallers) {
+  Random random(22);
+  const ThreadExecutor executor(2);
+  const Inputs in = random_inputs(kSome, DType::float64, Memory::packed, random);
+  for (const ScoreKind kind : kScoreKinds) {
+    SCOPED_TRACE(name(kind));
+    const Scored scores{make_scores(kind, 2 * 2 * 203, random), make_scores(kind, 2 * 2 * 203, random)};
+    const Outputs ours = run(kSome, in, Memory::packed, executor, scores);
+    const Result exact = oracle(kSome.plan(), kSome.shape(), in.query.values(), in.key.values(), in.value.values(),
+                                in.grad_output.values(), scores, 0.0);
+    expect_close(ours.output.values(), exact.output, DType::float64);
+    expect_close(ours.grad_key.values(), exact.grad_key, DType::float64);
+  }
+}
+
+TEST(AttentionScale, IsTheCallers) {
+  Random random(23);
+  const ThreadExecutor executor(2);
+  const Inputs in = random_inputs(kSome, DType::float64, Memory::packed, random);
+  const Scored scores = scores_of(kSome, in);
+  const Outputs ours = run(kSome, in, Memory::packed, executor, std::nullopt, 0.7);
+  const Result exact = oracle(kSome.plan(), kSome.shape(), in.query.values(), in.key.values(), in.value.values(),
+                              in.grad_output.values(), scores, 0.7);
+  expect_close(ours.output.values(), exact.output, DType::float64);
+  expect_close(ours.grad_query.values(), exact.grad_query, DType::float64);
+  expect_close(ours.grad_key.values(), exact.grad_key, DType::float64);
+}
+
+TEST(AttentionThreads, HaveTheSameBits) {
+  for (const DType dtype : kDTypes) {
+    Random random(24);
+    const Inputs in = random_inputs(kSome, dtype, Memory::transposed, random);
+    const Outputs one = run(kSome, in, Memory::packed, ThreadExecutor(1));
+    for (const auto& [name, executor] : executors()) {
+      const Outputs other = run(kSome, in, Memory::packed, *executor);
+      EXPECT_EQ(one.output.bits(), other.output.bits()) << name;
+      EXPECT_EQ(one.grad_query.bits(), other.grad_query.bits()) << name;
+      EXPECT_EQ(one.grad_key.bits(), other.grad_key.bits()) << name;
+      EXPECT_EQ(one.grad_value.bits(), other.grad_value.bits()) << name;
+    }
+  }
+}
+
+// The state holds copies of the chosen entries alone: the inputs may go between forward and backward.
+TEST(AttentionState, NeedsNoInputs) {
+  Random random(25);
+  const ThreadExecutor executor(2);
+  const Inputs in = random_inputs(kSome, DType::float32, Memory::packed, random);
+  const Outputs expected = run(kSome, in, Memory::packed, executor);
+  const Tensor output(DType::float32, kSome.query_sizes());
+  std::shared_ptr<const AttentionState> state;
+  {
+    std::optional<Inputs> copies;
+    copies.emplace(Inputs{{DType::float32, kSome.query_sizes(), Memory::packed, in.query.values()},
+                          {DType::float32, kSome.kv_sizes(), Memory::packed, in.key.values()},
+                          {DType::float32, kSome.kv_sizes(), Memory::packed, in.value.values()},
+                          in.grad_output});
+    state = attention_forward(kSome.plan(), copies->query, copies->key, copies->value, output,
+                              causal_attention(executor), executor);
+  }
+  const Tensor grad_query(DType::float32, kSome.query_sizes()), grad_key(DType::float32, kSome.kv_sizes()),
+      grad_value(DType::float32, kSome.kv_sizes());
+  for (int times = 0; times < 2; ++times) {
+    attention_backward(*state, in.grad_output, grad_query, grad_key, grad_value);
+    EXPECT_EQ(grad_query.bits(), expected.grad_query.bits());
+    EXPECT_EQ(grad_key.bits(), expected.grad_key.bits());
+    EXPECT_EQ(grad_value.bits(), expected.grad_value.bits());
+  }
+}
+
+TEST(InnerAttention, GetsTheSubSequence) {
+  Random random(26);
+  const ThreadExecutor executor(2);
+  const Inputs in = random_inputs(kSome, DType::bfloat16, Memory::transposed, random);
+  const Tensor output(DType::bfloat16, kSome.query_sizes());
+  int calls = 0;
+  InnerAttention inner;
+  inner.forward = [&](const ConstView& query, const ConstView& key, const ConstView& value, const View& out) {
+    ++calls;
+    EXPECT_EQ(query.sizes, kSome.query_sub_sizes());
+    EXPECT_EQ(key.sizes, kSome.kv_sub_sizes());
+    EXPECT_EQ(value.sizes, kSome.kv_sub_sizes());
+    EXPECT_EQ(out.sizes, kSome.query_sub_sizes());
+    EXPECT_EQ(query.dtype, DType::bfloat16);
+    EXPECT_EQ(out.dtype, DType::bfloat16);
+    causal_attention(executor).forward(query, key, value, out);
+  };
+  const auto state = attention_forward(kSome.plan(), in.query, in.key, in.value, output, inner, executor);
+  EXPECT_EQ(calls, 1);
+  EXPECT_EQ(output.bits(), run(kSome, in, Memory::packed, executor).output.bits());
+  expect_refused(
+      [&] {
+        attention_backward(*state, in.grad_output, Tensor(DType::bfloat16, kSome.query_sizes()),
+                           Tensor(DType::bfloat16, kSome.kv_sizes()), Tensor(DType::bfloat16, kSome.kv_sizes()));
+      },
+      {"inner.backward"});
+}
+
+TEST(InnerAttention, MayThrow) {
+  Random random(27);
+  const ThreadExecutor executor(2);
+  const Inputs in = random_inputs(kSome, DType::float32, Memory::packed, random);
+  const Tensor output(DType::float32, kSome.query_sizes());
+  InnerAttention inner;
+  inner.forward = [](const ConstView&, const ConstView&, const ConstView&, const View&) {
+    throw std::runtime_error("not today");
+  };
+  EXPECT_THROW(attention_forward(kSome.plan(), in.query, in.key, in.value, output, inner, executor),
+               std::runtime_error);
+}
+
+// --- what is refused ------------------------------------------------------------------------------------------------
+
+struct Call {
+  Plan plan = kSome.plan();
+  Tensor q{DType::float32, kSome.query_sizes(), Memory::packed, Values(2 * 4 * 203 * 8, 1.0)};
+  Tensor kv{DType::float32, kSome.kv_sizes(), Memory::packed, Values(2 * 2 * 203 * 8, 1.0)};
+  Tensor out{DType::float32, kSome.query_sizes()}, grad_q{DType::float32, kSome.query_sizes()};
+  Tensor grad_k{DType::float32, kSome.kv_sizes()}, grad_v{DType::float32, kSome.kv_sizes()};
+  ThreadExecutor executor{1};
+  int inner_calls = 0;
+  InnerAttention inner = causal_attention(executor);
+  std::optional<Scores> scores;
+  View query = q, key = kv, value = kv, output = out;
+  View grad_output = q, grad_query = grad_q, grad_key = grad_k, grad_value = grad_v;
+};
+
+struct RefusedCall : Named {
+  std::function<void(Call&)> spoil;
+  std::vector<std::string_view> words;
+};
+
+class ForwardRefuses : public testing::TestWithParam<RefusedCall> {};
+
+TEST_P(ForwardRefuses, BadInput) {
+  Call c;
+  const auto forward = c.inner.forward;
+  c.inner.forward = [&](const ConstView& query, const ConstView& key, const ConstView& value, const View& output) {
+    ++c.inner_calls;
+    forward(query, key, value, output);
+  };
+  GetParam().spoil(c);
+  expect_refused([&] { attention_forward(c.plan, c.query, c.key, c.value, c.output, c.inner, c.executor, c.scores); },
+                 GetParam().words);
+  EXPECT_EQ(c.inner_calls, 0);
+}
+
+const RefusedCall kForwardRefusesCases[] = {
+    {"key_of_another_dtype", [](Call& c) { c.key.dtype = DType::float64; }, {"key", "float64", "float32"}},
+    {"output_of_another_dtype", [](Call& c) { c.output.dtype = DType::bfloat16; }, {"output", "bfloat16"}},
+    {"heads_that_do_not_divide",
+     [](Call& c) { c.key.sizes[1] = c.value.sizes[1] = 3; },
+     {"key has 3 heads, query 4: the query heads must be a multiple of the key heads"}},
+    {"value_of_other_heads", [](Call& c) { c.value.sizes[1] = 1; }, {"value", "1", "2"}},
+    {"value_of_another_head_dim", [](Call& c) { c.value.sizes[3] = 4; }, {"value", "head_dim 4"}},
+    {"tokens_that_are_not_the_plans", [](Call& c) { c.query.sizes[2] = 202; }, {"query", "202", "203"}},
+    {"rows_that_are_not_the_plans",
+     [](Call& c) { c.plan = make_plan(3, 203, pyramid({1, 4}), {}); },
+     {"query", "2", "3"}},
+    {"output_of_another_shape", [](Call& c) { c.output.sizes[1] = 2; }, {"output"}},
+    {"last_stride_of_two", [](Call& c) { c.value.strides[3] = 2; }, {"value", "stride 2"}},
+    {"no_tokens", [](Call& c) { c.query.sizes[2] = 0; }, {"query", "empty"}},
+    {"no_inner_attention", [](Call& c) { c.inner.forward = nullptr; }, {"inner.forward"}},
+    {"scores_without_data", [](Call& c) { c.scores.emplace(); }, {"scores", "no data"}},
+};
+
+INSTANTIATE_TEST_SUITE_P(Cases, ForwardRefuses, testing::ValuesIn(kForwardRefusesCases), case_name);
+
+class BackwardRefuses : public testing::TestWithParam<RefusedCall> {};
+
+TEST_P(BackwardRefuses, BadInput) {
+  Call c;
+  const auto backward = c.inner.backward;
+  c.inner.backward = [&](const ConstView& query, const ConstView& key, const ConstView& value, const ConstView& output,
+                         const ConstView& grad_output, const View& dq, const View& dk, const View& dv) {
+    ++c.inner_calls;
+    backward(query, key, value, output, grad_output, dq, dk, dv);
+  };
+  const auto state = attention_forward(c.plan, c.query, c.key, c.value, c.output, c.inner, c.executor);
+  GetParam().spoil(c);
+  expect_refused([&] { attention_backward(*state, c.grad_output, c.grad_query, c.grad_key, c.grad_value); },
+                 GetParam().words);
+  EXPECT_EQ(c.inner_calls, 0);
+}
+
+const RefusedCall kBackwardRefusesCases[] = {
+    {"grad_output_of_another_dtype", [](Call& c) { c.grad_output.dtype = DType::float64; }, {"grad_output", "float64"}},
+    {"grad_output_of_another_length", [](Call& c) { c.grad_output.sizes[2] = 200; }, {"grad_output", "200"}},
+    {"grad_query_of_another_length", [](Call& c) { c.grad_query.sizes[2] = 200; }, {"grad_query", "200"}},
+    {"grad_key_of_other_heads", [](Call& c) { c.grad_key.sizes[1] = 1; }, {"grad_key"}},
+    {"grad_value_of_another_head_dim", [](Call& c) { c.grad_value.sizes[3] = 4; }, {"grad_value", "head_dim"}},
+    {"grad_value_of_another_dtype", [](Call& c) { c.grad_value.dtype = DType::float16; }, {"grad_value", "float16"}},
+    {"grad_key_without_data", [](Call& c) { c.grad_key.data = nullptr; }, {"grad_key", "no data"}},
+};
+
+INSTANTIATE_TEST_SUITE_P(Cases, BackwardRefuses, testing::ValuesIn(kBackwardRefusesCases), case_name);
+
+}  // namespace
+}  // namespace lighthouse::test

@@ -1,0 +1,267 @@
+// The choice (METHOD 3 and 4): equal to the oracle's, entry by entry, on odd lengths, odd settings and odd scores, and
+// keeping what METHOD promises.
+#include "support.h"
+
+namespace lighthouse::test {
+namespace {
+
+struct Selected {
+  std::vector<uint8_t> mask;
+  std::vector<int32_t> prefix;
+};
+
+Selected run_select(const Plan& plan, int64_t kv_heads, const std::vector<float>& query_score,
+                    const std::vector<float>& key_score, const Executor& executor) {
+  const size_t size = query_score.size();
+  Selected result{std::vector<uint8_t>(size, 0xff), std::vector<int32_t>(size, -1)};  // poison
+  cpu::select(plan, query_score.data(), key_score.data(), {result.mask.data(), result.prefix.data(), kv_heads},
+              executor);
+  return result;
+}
+
+// Puts each entry that the mask has where mask and prefix say; every place must be taken once.
+std::vector<Entry> entries_by_place(const Layout& layout, const uint8_t* mask, const int32_t* prefix) {
+  std::vector<Entry> entries(static_cast<size_t>(layout.entries), Entry{-1, -1});
+  for (int64_t t = 0; t < layout.tokens; ++t) {
+    for (int level = 0; level < 8; ++level) {
+      if ((mask[t] >> level & 1) == 0) {
+        continue;
+      }
+      const int64_t place = prefix[t] + std::popcount(static_cast<unsigned>(mask[t]) & ((1U << level) - 1U));
+      if (level >= layout.pyramid.levels || place < 0 || place >= layout.entries ||
+          entries[static_cast<size_t>(place)].level >= 0) {
+        ADD_FAILURE() << "token " << t << ", level " << level << ": place " << place;
+        return entries;
+      }
+      const int64_t width = layout.pyramid.windows[static_cast<size_t>(level)];
+      EXPECT_EQ((t + 1) % width, 0) << "no window of level " << level << " ends at token " << t;
+      entries[static_cast<size_t>(place)] = {level, (t + 1) / width - 1};
+    }
+  }
+  return entries;
+}
+
+void expect_promises(const Plan& plan, const std::vector<Entry>& entries, const uint8_t* mask, const int32_t* prefix) {
+  const Layout& layout = plan.layout;
+  ASSERT_EQ(static_cast<int64_t>(entries.size()), plan.length());
+  // Places strictly increase with (last token, level), and so no entry sees a later token than those behind it.
+  for (size_t i = 1; i < entries.size(); ++i) {
+    ASSERT_LT(std::pair(last_token(layout, entries[i - 1]), entries[i - 1].level),
+              std::pair(last_token(layout, entries[i]), entries[i].level))
+        << "place " << i;
+  }
+  int64_t sum = 0;
+  for (int64_t t = 0; t < layout.tokens; ++t) {
+    ASSERT_EQ(prefix[t], sum) << "token " << t;
+    sum += std::popcount(static_cast<unsigned>(mask[t]));
+  }
+  if (plan.cover_start) {
+    std::vector<bool> covered(static_cast<size_t>(layout.tokens), false);
+    for (const Entry& entry : entries) {
+      const int64_t last = last_token(layout, entry);
+      for (int64_t t = last; t < std::min(last + window(layout, entry), layout.tokens); ++t) {
+        covered[static_cast<size_t>(t)] = true;
+      }
+    }
+    EXPECT_EQ(std::count(covered.begin(), covered.end(), false), 0);
+  }
+}
+
+void expect_oracle(const Plan& plan, int64_t kv_heads, const std::vector<float>& query_score,
+                   const std::vector<float>& key_score, const Executor& executor) {
+  const Selected selected = run_select(plan, kv_heads, query_score, key_score, executor);
+  for (int64_t kv = 0; kv < plan.layout.rows * kv_heads; ++kv) {
+    SCOPED_TRACE("row and head " + std::to_string(kv));
+    const int64_t start = kv * plan.layout.tokens;
+    const std::vector<Entry> oracle = reference::select(plan, query_score.data() + start, key_score.data() + start);
+    const std::vector<Entry> ours =
+        entries_by_place(plan.layout, selected.mask.data() + start, selected.prefix.data() + start);
+    for (size_t i = 0; i < std::min(oracle.size(), ours.size()); ++i) {
+      ASSERT_TRUE(oracle[i] == ours[i]) << "place " << i << ": level " << ours[i].level << " index " << ours[i].index
+                                        << ", not level " << oracle[i].level << " index " << oracle[i].index;
+    }
+    expect_promises(plan, oracle, selected.mask.data() + start, selected.prefix.data() + start);
+  }
+}
+
+struct Case : Named {
+  int64_t tokens;
+  std::vector<int64_t> windows;
+  TopK topk;
+  int64_t rows = 1;
+  int64_t kv_heads = 1;
+};
+
+class Select : public testing::TestWithParam<Case> {};
+
+TEST_P(Select, EqualsTheOracleForAllKindsOfScores) {
+  const Case& c = GetParam();
+  const ThreadExecutor executor(2);
+  Random random(3);
+  for (const bool cover_start : {true, false}) {
+    const Plan plan = make_plan(c.rows, c.tokens, pyramid(c.windows), c.topk, cover_start);
+    for (const ScoreKind kind : kScoreKinds) {
+      SCOPED_TRACE(std::string(name(kind)) + (cover_start ? ", start covered" : ", start open"));
+      const int64_t count = c.rows * c.kv_heads * c.tokens;
+      const std::vector<float> query_score = make_scores(kind, count, random);
+      const std::vector<float> key_score = make_scores(kind, count, random);
+      expect_oracle(plan, c.kv_heads, query_score, key_score, executor);
+    }
+  }
+}
+
+const Case kSelectCases[] = {
+    {"one_token", 1, {1, 4, 16}, TopK::count(1)},
+    {"one_token_and_level", 1, {1}, TopK::count(1)},
+    {"one_level", 77, {1}, TopK::count(5), 2, 2},
+    {"shorter_than_a_window", 15, {1, 4, 16}, TopK::count(3)},
+    {"exactly_a_window", 16, {1, 4, 16}, TopK::count(1)},
+    {"one_token_past_a_window", 4097, {1, 4, 16}, TopK::count(64)},
+    {"one_token_short_of_a_window", 4095, {1, 4, 16}, TopK::count(64)},
+    {"defaults", 4096, {1, 4, 16}, TopK::share(1, 64), 2, 3},
+    {"rows_and_heads_of_odd_length", 203, {1, 4, 16}, TopK::count(3), 3, 5},
+    {"one_parent", 1000, {1, 4, 16}, TopK::count(1)},
+    {"two_parents", 1000, {1, 4, 16}, TopK::count(2)},
+    {"odd_parents", 1000, {1, 2, 4, 8}, TopK::count(7)},
+    {"two_levels", 999, {1, 8}, TopK::count(11)},
+    {"five_levels", 1500, {1, 2, 4, 8, 32}, TopK::count(9)},
+    {"six_levels", 1500, {1, 2, 4, 8, 16, 32}, TopK::count(9)},
+    {"seven_levels", 1500, {1, 2, 4, 8, 16, 32, 64}, TopK::count(4)},
+    {"eight_levels", 3000, {1, 2, 4, 8, 16, 32, 64, 128}, TopK::count(5)},
+    {"eight_levels_all_chosen", 1000, {1, 2, 4, 8, 16, 32, 64, 128}, TopK::share(1, 1)},
+    {"windows_of_three", 1234, {1, 3, 9}, TopK::count(10)},
+    {"windows_of_sixty", 2222, {1, 5, 15, 60}, TopK::count(6)},
+    {"wide_window", 5000, {1, 1000}, TopK::count(2)},
+    {"window_longer_than_the_sequence", 50, {1, 4, int64_t{1} << 40}, TopK::count(2)},
+    {"more_budget_than_entries", 100, {1, 2, 4}, TopK::count(4096)},
+    {"endless_budget", 100, {1, 2, 4}, TopK::count(int64_t{1} << 40)},
+    {"budget_of_all_entries", 512, {1, 4, 16}, TopK::count(32)},
+    {"budget_of_all_but_one", 512, {1, 4, 16}, TopK::count(31)},
+    {"one_full_stratum", 4096, {1, 2, 8}, TopK::count(128)},
+    {"two_strata_by_one", 4096, {1, 2, 8}, TopK::count(129)},
+    {"entries_uneven_over_strata", 8 * 401, {1, 2, 8}, TopK::count(256)},
+    {"entries_uneven_more_often_than_budget", 4 * 1204, {1, 4}, TopK::count(513)},
+    {"budget_uneven_more_often_than_entries", 4 * 1201, {1, 4}, TopK::count(518)},
+    {"both_uneven_alike", 4 * 1202, {1, 4}, TopK::count(517)},
+    {"strata_smaller_than_their_budget", 4 * 150, {1, 2, 4}, TopK::count(300)},
+    {"some_strata_smaller_than_their_budget", 3 * 255, {1, 3}, TopK::count(254)},
+    {"more_strata_than_entries", 16 * 3 + 5, {1, 4, 16}, TopK::count(1300)},
+    {"as_many_strata_as_entries", 16 * 4, {1, 4, 16}, TopK::count(512)},
+    {"three_hundred_of_many", 16384, {1, 4, 16}, TopK::count(300)},
+    {"share_of_a_tenth", 3001, {1, 2, 4}, TopK::share(1, 10)},
+    {"share_29_hundredths", 700, {1, 2, 4}, TopK::share(29, 100)},
+    {"share_of_all", 1001, {1, 4, 16}, TopK::share(1, 1)},
+    {"share_too_small_for_one", 200, {1, 4, 16}, TopK::share(1, 65536)},
+};
+
+INSTANTIATE_TEST_SUITE_P(Cases, Select, testing::ValuesIn(kSelectCases), case_name);
+
+// Many small settings at random: what no table thinks of.
+TEST(SelectAtRandom, EqualsTheOracle) {
+  const ThreadExecutor executor(1);
+  Random random(4);
+  for (int round = 0; round < 1500; ++round) {
+    std::vector<int64_t> windows{1};
+    const int64_t levels = 1 + random.below(8);
+    while (static_cast<int64_t>(windows.size()) < levels && windows.back() < 500) {
+      windows.push_back(windows.back() * (2 + random.below(4)));
+    }
+    const int64_t tokens = 1 + random.below(random.below(8) == 0 ? 3000 : 300);
+    const TopK topk = random.below(3) == 0 ? TopK::share(1 + random.below(20), 20 + random.below(200))
+                                           : TopK::count(1 + random.below(random.below(2) == 0 ? 8 : 700));
+    const int64_t rows = 1 + random.below(2);
+    const int64_t kv_heads = 1 + random.below(2);
+    const Plan plan = make_plan(rows, tokens, pyramid(windows), topk, random.below(2) == 0);
+    const auto kind = [&] { return kScoreKinds[static_cast<size_t>(random.below(std::size(kScoreKinds)))]; };
+    const std::vector<float> query_score = make_scores(kind(), rows * kv_heads * tokens, random);
+    const std::vector<float> key_score = make_scores(kind(), rows * kv_heads * tokens, random);
+    SCOPED_TRACE(plan.str());
+    expect_oracle(plan, kv_heads, query_score, key_score, executor);
+    if (testing::Test::HasFailure()) {
+      break;
+    }
+  }
+}
+
+TEST(SelectThreads, HaveTheSameBits) {
+  Random random(5);
+  const Plan plan = make_plan(2, 5003, pyramid({1, 4, 16}), TopK::count(300));
+  const std::vector<float> query_score = make_scores(ScoreKind::few_values, int64_t{2} * 3 * 5003, random);
+  const std::vector<float> key_score = make_scores(ScoreKind::random, int64_t{2} * 3 * 5003, random);
+  const Selected one = run_select(plan, 3, query_score, key_score, ThreadExecutor(1));
+  for (const auto& [name, executor] : executors()) {
+    const Selected other = run_select(plan, 3, query_score, key_score, *executor);
+    EXPECT_EQ(one.mask, other.mask) << name;
+    EXPECT_EQ(one.prefix, other.prefix) << name;
+  }
+}
+
+// A token's choice depends on nothing but its own row and head.
+TEST(SelectRows, AreIndependent) {
+  Random random(6);
+  const ThreadExecutor executor(2);
+  const Plan plan = make_plan(2, 500, pyramid({1, 4, 16}), TopK::count(5));
+  const std::vector<float> query_score = make_scores(ScoreKind::random, 2 * 2 * 500, random);
+  std::vector<float> key_score = make_scores(ScoreKind::random, 2 * 2 * 500, random);
+  const Selected before = run_select(plan, 2, query_score, key_score, executor);
+  for (size_t i = 1000; i < 1500; ++i) {
+    key_score[i] = -key_score[i];  // row 1, head 0
+  }
+  const Selected after = run_select(plan, 2, query_score, key_score, executor);
+  for (const auto& [first, last] : {std::pair<int64_t, int64_t>{0, 1000}, {1500, 2000}}) {
+    EXPECT_TRUE(std::equal(before.mask.begin() + first, before.mask.begin() + last, after.mask.begin() + first));
+  }
+  EXPECT_FALSE(std::equal(before.mask.begin() + 1000, before.mask.begin() + 1500, after.mask.begin() + 1000));
+}
+
+class CheckSelection : public testing::Test {
+ protected:
+  const ThreadExecutor executor{2};
+  const Plan plan = make_plan(2, 203, pyramid({1, 4, 16}), TopK::count(3));
+  Random random{7};
+  Choice choice = oracle_choice(plan, 2, make_scores(ScoreKind::random, 2 * 2 * 203, random),
+                                make_scores(ScoreKind::random, 2 * 2 * 203, random));
+  void expect_refused() const {
+    EXPECT_THROW(cpu::check_selection(plan.layout, choice, executor), std::invalid_argument);
+  }
+};
+
+TEST_F(CheckSelection, TakesTheOraclesChoice) { EXPECT_NO_THROW(cpu::check_selection(plan.layout, choice, executor)); }
+
+TEST_F(CheckSelection, RefusesAnEntryTooFew) {
+  choice.mask[202] = 0;
+  expect_refused();
+}
+
+TEST_F(CheckSelection, RefusesALevelThatThePyramidHasNot) {
+  choice.mask[403] = static_cast<uint8_t>(choice.mask[403] | 8);
+  expect_refused();
+}
+
+TEST_F(CheckSelection, RefusesAWindowThatDoesNotEndThere) {
+  // Token 201 is in the tail: level 0 alone. A level 1 window ends at 199.
+  choice.mask[201] = 2;
+  expect_refused();
+}
+
+TEST_F(CheckSelection, RefusesAPrefixThatIsNotTheRunningSum) {
+  ++choice.prefix[300];
+  expect_refused();
+}
+
+TEST_F(CheckSelection, RefusesAPrefixOutOfRange) {
+  choice.prefix[811] = 1 << 30;
+  expect_refused();
+}
+
+TEST_F(CheckSelection, RefusesNoArrays) {
+  EXPECT_THROW(cpu::check_selection(plan.layout, ConstSelection(nullptr, choice.prefix.data(), 2), executor),
+               std::invalid_argument);
+  EXPECT_THROW(cpu::check_selection(plan.layout, ConstSelection(choice.mask.data(), nullptr, 2), executor),
+               std::invalid_argument);
+  EXPECT_THROW(cpu::check_selection(plan.layout, ConstSelection(choice.mask.data(), choice.prefix.data(), 0), executor),
+               std::invalid_argument);
+}
+
+}  // namespace
+}  // namespace lighthouse::test
