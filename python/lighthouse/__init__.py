@@ -1,10 +1,10 @@
 """Lighthouse Attention: training-only attention for very long sequences.
 
-    from lighthouse import LighthouseWrapper
+from lighthouse import LighthouseWrapper
 
-    model = LighthouseWrapper(LlamaModel(config), pool_ratios=[0.5, 0.25, 0.125], select_topk=1024)
-    loss = model(batch).loss
-    model = model.unwrap()
+model = LighthouseWrapper(LlamaModel(config), pool_ratios=[0.5, 0.25, 0.125], select_topk=1024)
+loss = model(batch).loss
+model = model.unwrap()
 """
 
 from importlib.metadata import PackageNotFoundError, version

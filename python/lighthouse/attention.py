@@ -31,7 +31,7 @@ def causal_sdpa(
     query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, dropout_p: float, layout: SubSequences
 ) -> Tensor:
     """The default inner attention: PyTorch's own, causal, with grouped heads."""
-    grouped = query.shape[1] != key.shape[1]
+    grouped = True if query.shape[1] != key.shape[1] else False  # noqa: SIM210 - a plain bool also while tracing
     return F.scaled_dot_product_attention(
         query, key, value, dropout_p=dropout_p, is_causal=True, scale=scale, enable_gqa=grouped
     )

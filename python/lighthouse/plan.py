@@ -47,14 +47,21 @@ def stratum_kinds(tokens, windows: Sequence[int], topk: tuple[int, int]) -> list
 
 def chosen_per_level(tokens, windows: Sequence[int], topk: tuple[int, int]) -> list:
     """How many entries of each level are in the sub-sequence, finest first. `tokens` may be symbolic."""
-    chosen = [0] * len(windows)
-    chosen[0] = tokens % windows[-1]  # the tail
-    for kind in stratum_kinds(tokens, windows, topk):
-        in_stratum = kind.entries
-        chosen[-1] = chosen[-1] + kind.count * in_stratum
-        for level in range(len(windows) - 1, 0, -1):
-            in_stratum = torch.sym_min(kind.budget, in_stratum) * (windows[level] // windows[level - 1])
-            chosen[level - 1] = chosen[level - 1] + kind.count * in_stratum
+    entries, parents = tokens // windows[-1], parents_per_level(tokens, topk)
+    ratios = [coarser // finer for finer, coarser in zip(windows, windows[1:], strict=False)]
+    if parents <= entries:
+        # No stratum has fewer entries than its budget, so strata do not matter. Tracing a symbolic length depends on
+        # this: the sum over strata takes minutes to simplify.
+        chosen = [parents * ratio for ratio in ratios] + [entries]
+    else:
+        chosen = [0] * len(windows)
+        for kind in stratum_kinds(tokens, windows, topk):
+            in_stratum = kind.entries
+            chosen[-1] = chosen[-1] + kind.count * in_stratum
+            for level in range(len(ratios) - 1, -1, -1):
+                in_stratum = torch.sym_min(kind.budget, in_stratum) * ratios[level]
+                chosen[level] = chosen[level] + kind.count * in_stratum
+    chosen[0] = chosen[0] + tokens % windows[-1]  # the tail
     return chosen
 
 
@@ -115,9 +122,7 @@ class Plan:
         )
 
 
-def plan(
-    tokens: int, *, pool_ratios: Sequence[float] = POOL_RATIOS, select_topk: int | float = SELECT_TOPK
-) -> Plan:
+def plan(tokens: int, *, pool_ratios: Sequence[float] = POOL_RATIOS, select_topk: int | float = SELECT_TOPK) -> Plan:
     """The plan for one sequence of `tokens` tokens. Raises ValueError or TypeError for settings that break a rule.
 
     >>> lighthouse.plan(98_304).length

@@ -82,5 +82,3 @@ def select(
     query, key = check_qk(query, key)
     mask, prefix = choose(query, key, windows, topk, check_scores(scores, key), bool(cover_start))
     return Selection(mask, prefix, sub_length(key.shape[2], windows, topk), windows)
-
-

@@ -31,14 +31,12 @@ def check_pool_ratios(pool_ratios: Sequence[float]) -> tuple[int, ...]:
         name = f"pool_ratios[{i}]={ratio!r}"
         if isinstance(ratio, bool) or not isinstance(ratio, Real):
             raise TypeError(f"{name}: a number is needed")
-        if not (math.isfinite(ratio) and 0 < ratio < 1):
+        if not 0 < ratio < 1:  # NaN is not, either
             raise ValueError(f"{name}: a ratio must be above 0 and below 1")
         window = round(1 / ratio)
         if abs(ratio - 1 / window) > RATIO_TOLERANCE * ratio:
             below, above = math.floor(1 / ratio), math.ceil(1 / ratio)
-            raise ValueError(
-                f"{name}: one over a whole number of tokens is needed; nearest: 1/{below}, 1/{above}"
-            )
+            raise ValueError(f"{name}: one over a whole number of tokens is needed; nearest: 1/{below}, 1/{above}")
         finer = windows[-1]
         if window <= finer:
             raise ValueError(f"{name}: ratios must decrease, and the one before is 1/{finer}")
@@ -65,7 +63,7 @@ def check_select_topk(select_topk: int | float) -> tuple[int, int]:
             raise ValueError(f"{name}: at least one parent per level is needed, and at most 2^40")
         return int(select_topk), 0
     share = float(select_topk)
-    if not math.isfinite(share) or not 0 < share <= 1:
+    if not 0 < share <= 1:
         hint = f"; for a number of parents write {int(share)}" if share > 1 and share.is_integer() else ""
         raise ValueError(f"{name}: a share of the tokens must be above 0 and at most 1{hint}")
     fraction = Fraction(share).limit_denominator(MAX_DENOMINATOR)

@@ -1,0 +1,355 @@
+"""The functional call against the oracle, under autograd, autocast, compile and checkpointing, and with bad input."""
+
+import logging
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import lighthouse
+from cases import dense, rand_qkv
+from lighthouse.settings import check_pool_ratios, check_select_topk
+
+# STYLE's rule: what the same dtype costs in plain torch, twice over.
+FACTOR, EPSILON = 2.0, 1e-6
+
+
+def oracle(
+    query, key, value, grad=None, *, pool_ratios=(1 / 4, 1 / 16), select_topk=1 / 64, cover_start=True, scale=0.0
+):
+    """Output and gradients in float64 with the choice that the tensors' own dtype makes."""
+    scores = torch.ops.lighthouse.score(query.detach(), key.detach())
+    wide = [tensor.detach().double().contiguous() for tensor in (query, key, value)]
+    settings_ = (check_pool_ratios(pool_ratios), *check_select_topk(select_topk), cover_start, scale)
+    output = torch.ops.lighthouse.reference_attention(*wide, *scores, *settings_)
+    if grad is None:
+        return output
+    grads = torch.ops.lighthouse.reference_attention_backward(*wide, *scores, *settings_, grad.double().contiguous())
+    return output, *grads
+
+
+def run(query, key, value, grad, **options):
+    """Output and gradients of the functional call."""
+    leaves = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
+    output = lighthouse.attention(*leaves, **options)
+    output.backward(grad)
+    return output.detach(), *(leaf.grad for leaf in leaves)
+
+
+CASES = {
+    "one_token": (1, {}),
+    "two_tokens": (2, {}),
+    "below_a_coarsest_window": (15, {}),
+    "one_coarsest_window": (16, {}),
+    "one_token_past_a_window": (257, {}),
+    "nothing_divides": (1013, {}),
+    "one_level": (100, {"pool_ratios": ()}),
+    "two_levels": (130, {"pool_ratios": (1 / 8,), "select_topk": 3}),
+    "eight_levels": (600, {"pool_ratios": [2.0**-i for i in range(1, 8)], "select_topk": 2}),
+    "windows_of_three": (200, {"pool_ratios": (1 / 3, 1 / 9), "select_topk": 5}),
+    "more_parents_than_entries": (100, {"select_topk": 4096}),
+    "several_strata": (1200, {"pool_ratios": (0.5, 0.25), "select_topk": 260}),
+    "all_tokens": (90, {"select_topk": 1.0}),
+    "start_not_covered": (300, {"cover_start": False}),
+    "own_scale": (300, {"scale": 0.5}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_float64_equals_the_oracle(case):
+    tokens, options = CASES[case]
+    query, key, value = rand_qkv(tokens, batch=2, query_heads=4, kv_heads=2, layout="tokens")
+    grad = torch.randn(query.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    ours = run(query, key, value, grad, **options)
+    for mine, theirs in zip(ours, oracle(query, key, value, grad, **options), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    tokens=st.integers(1, 300),
+    factors=st.lists(st.integers(2, 6), max_size=4),
+    topk=st.one_of(st.integers(1, 300), st.floats(0.001, 1.0)),
+    kv_heads=st.integers(1, 3),
+    group=st.integers(1, 3),
+    cover_start=st.booleans(),
+    seed=st.integers(0, 100),
+)
+def test_any_setting_equals_the_oracle(tokens, factors, topk, kv_heads, group, cover_start, seed):
+    window, ratios = 1, []
+    for factor in factors:
+        window *= factor
+        ratios.append(1 / window)
+    query, key, value = rand_qkv(tokens, query_heads=kv_heads * group, kv_heads=kv_heads, head_dim=4, seed=seed)
+    options = {"pool_ratios": ratios, "select_topk": topk, "cover_start": cover_start}
+    grad = torch.ones_like(query)
+    for mine, theirs in zip(
+        run(query, key, value, grad, **options), oracle(query, key, value, grad, **options), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_error_is_that_of_the_dtype(dtype):
+    query, key, value = rand_qkv(700, query_heads=4, kv_heads=2, head_dim=32, dtype=dtype)
+    grad = torch.randn(query.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    leaves = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
+    dense(*leaves).backward(grad)
+    plain = (dense(query, key, value), *(leaf.grad for leaf in leaves))
+    wide = [tensor.double().requires_grad_() for tensor in (query, key, value)]
+    dense(*wide).backward(grad.double())
+    exact = (dense(*wide), *(leaf.grad for leaf in wide))
+
+    def error(mine, true):
+        return ((mine.double() - true).norm() / true.norm()).item()
+
+    allowed = max(error(mine, true) for mine, true in zip(plain, exact, strict=True)) * FACTOR + EPSILON
+    for mine, true in zip(run(query, key, value, grad), oracle(query, key, value, grad), strict=True):
+        assert mine.dtype == dtype
+        assert error(mine, true) <= allowed
+
+
+def test_gradcheck():
+    query, key, value = (t.requires_grad_() for t in rand_qkv(40, query_heads=2, kv_heads=1, head_dim=4))
+    scores = torch.ops.lighthouse.score(query.detach(), key.detach())  # the choice stays while inputs are nudged
+    call = lambda *qkv: lighthouse.attention(*qkv, select_topk=2, scores=scores)  # noqa: E731
+    torch.autograd.gradcheck(call, (query, key, value))
+
+
+def test_one_level_is_dense_attention():
+    query, key, value = rand_qkv(200, query_heads=4, kv_heads=2)
+    torch.testing.assert_close(lighthouse.attention(query, key, value, pool_ratios=()), dense(query, key, value))
+
+
+def test_no_token_sees_a_later_one():
+    """With the choice held, changing tokens from t on leaves the output before t as it was, bit for bit."""
+    query, key, value = rand_qkv(400)
+    scores = torch.ops.lighthouse.score(query, key)
+    before = lighthouse.attention(query, key, value, scores=scores)
+    for t in (1, 77, 128, 399):
+        changed = [tensor.clone() for tensor in (query, key, value)]
+        for tensor in changed:
+            tensor[:, :, t:] = 9.0
+        after = lighthouse.attention(*changed, scores=scores)
+        assert torch.equal(before[:, :, :t], after[:, :, :t])
+        assert not torch.equal(before[:, :, t:], after[:, :, t:])
+
+
+@pytest.mark.parametrize("layout", ["heads", "tokens"])
+def test_the_output_is_contiguous_when_transposed(layout):
+    output = lighthouse.attention(*rand_qkv(100, batch=2, query_heads=4, kv_heads=2, layout=layout))
+    assert output.transpose(1, 2).is_contiguous()
+
+
+def test_strided_inputs_are_read_in_place():
+    wide = torch.randn(1, 100, 3, 4, 24, dtype=torch.float64)
+    query, key, value = (wide[:, :, i, :, 4:20].transpose(1, 2) for i in range(3))
+    contiguous = [tensor.contiguous() for tensor in (query, key, value)]
+    assert torch.equal(lighthouse.attention(query, key, value), lighthouse.attention(*contiguous))
+
+
+def test_the_same_bits_for_any_number_of_threads():
+    query, key, value = rand_qkv(3000, query_heads=4, kv_heads=2, head_dim=32, dtype=torch.float32)
+    scores = [torch.ops.lighthouse.score(query, key)]
+    choice = torch.ops.lighthouse.select(*scores[0], (1, 4, 16), 1, 64, True)
+    length = lighthouse.plan(3000).length
+    order = [0, 2, 1, 3]
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            subs = torch.ops.lighthouse.gather(query, key, value, *choice, (1, 4, 16), length)
+            results.append(
+                [
+                    *torch.ops.lighthouse.score(query, key),
+                    *torch.ops.lighthouse.select(*scores[0], (1, 4, 16), 1, 64, True),
+                    *subs,
+                    *torch.ops.lighthouse.gather_backward(*subs, *choice, (1, 4, 16), order, order, order),
+                    torch.ops.lighthouse.scatter(subs[0], *choice, (1, 4, 16)),
+                    torch.ops.lighthouse.scatter_backward(query, *choice, (1, 4, 16), length, order),
+                ]
+            )
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_only_short_tensors_mask_and_prefix_are_kept():
+    tokens = 2048
+    query, key, value = (t.requires_grad_() for t in rand_qkv(tokens, query_heads=4, kv_heads=2, dtype=torch.float32))
+    length = lighthouse.plan(tokens).length
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        lighthouse.attention(query, key, value)
+    assert any(length in tensor.shape for tensor in kept)
+    for tensor in kept:
+        if tokens in tensor.shape:
+            assert tensor.dtype in (torch.uint8, torch.int32) and tensor.shape == (1, 2, tokens)
+        else:
+            assert tensor.numel() <= 4 * length * 8
+
+
+def test_scores_replace_the_norms():
+    query, key, value = rand_qkv(640, dtype=torch.float32)
+    ones = torch.ones(1, 1, 640)
+    wanted = ones.clone()
+    wanted[..., 320:336] = 5.0
+    options = {"select_topk": 2, "cover_start": False}
+    entries = lighthouse.select(query, key, scores=(wanted, ones), **options).entries(0, 0)
+    assert {(0, token) for token in range(320, 324)} <= set(entries)  # a query parent; lower index first among equals
+    by_norm = lighthouse.attention(query, key, value, **options)
+    assert not torch.equal(by_norm, lighthouse.attention(query, key, value, scores=(wanted, ones), **options))
+
+
+def test_an_inner_attention_of_the_users():
+    calls = []
+
+    def inner(query, key, value, *, scale, dropout_p, layout):
+        calls.append((query.shape, key.shape, scale, dropout_p, layout))
+        return dense(query, key, value, scale)
+
+    query, key, value = rand_qkv(640, batch=2, query_heads=4, kv_heads=2)
+    length = lighthouse.plan(640).length
+    output = lighthouse.attention(query, key, value, inner=inner, scale=0.3, dropout_p=0.25)
+    shapes = (torch.Size((2, 4, length, 8)), torch.Size((2, 2, length, 8)))
+    assert calls == [(*shapes, 0.3, 0.25, (2, length))]
+    torch.testing.assert_close(output, lighthouse.attention(query, key, value, scale=0.3))
+
+
+def test_autocast_casts_as_torchs_own_attention_does():
+    query, key, value = rand_qkv(300, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert dense(query, key, value).dtype == torch.bfloat16
+        output = lighthouse.attention(query, key, value.bfloat16())
+    assert output.dtype == torch.bfloat16
+    wide = lighthouse.attention(query.bfloat16(), key.bfloat16(), value.bfloat16())
+    assert torch.equal(output, wide)
+
+
+@pytest.mark.parametrize("backend, select_topk", [("aot_eager", 5), ("aot_eager", 1 / 20), ("inductor", 1 / 64)])
+def test_compiled_without_a_break_or_a_second_compilation(backend, select_topk):
+    compiled = torch.compile(
+        lambda q, k, v: lighthouse.attention(q * 1.5, k, v, select_topk=select_topk) + 1,
+        fullgraph=True,
+        backend=backend,
+    )
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for tokens in (256, 300, 1111, 4096):
+            leaves = [t.requires_grad_() for t in rand_qkv(tokens, query_heads=4, kv_heads=2, dtype=torch.float32)]
+            plain = [t.detach().requires_grad_() for t in leaves]
+            for leaf in leaves:
+                torch._dynamo.mark_dynamic(leaf, 2)
+            output = compiled(*leaves)
+            expected = lighthouse.attention(plain[0] * 1.5, *plain[1:], select_topk=select_topk) + 1
+            torch.testing.assert_close(output, expected)
+            output.square().sum().backward()
+            expected.square().sum().backward()
+            for mine, theirs in zip(leaves, plain, strict=True):
+                torch.testing.assert_close(mine.grad, theirs.grad)
+
+
+def test_checkpointed_gradients_have_the_same_bits():
+    query, key, value = rand_qkv(1000, query_heads=4, kv_heads=2, dtype=torch.float32)
+    grad = torch.randn_like(query)
+    plain = run(query, key, value, grad)
+    leaves = [t.detach().requires_grad_() for t in (query, key, value)]
+    output = torch.utils.checkpoint.checkpoint(lighthouse.attention, *leaves, use_reentrant=False)
+    output.backward(grad)
+    for mine, theirs in zip((output, *(leaf.grad for leaf in leaves)), plain, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_nan_and_infinity_do_not_upset_the_choice():
+    query, key, value = rand_qkv(640, dtype=torch.float32)
+    query[0, 0, 100, 3] = math.nan
+    key[0, 0, 200, 1] = math.inf
+    selection = lighthouse.select(query, key, select_topk=4)
+    entries = torch.ops.lighthouse.reference_select(
+        *torch.ops.lighthouse.score(query, key), selection.windows, 4, 0, True, 0, 0
+    )
+    assert selection.entries(0, 0) == [tuple(entry) for entry in entries.tolist()]
+    assert (0, 200) in selection.entries(0, 0)
+    assert (0, 100) not in selection.entries(0, 0)
+
+
+def test_a_last_stride_other_than_one_is_copied_and_said_once(caplog):
+    query, key, value = rand_qkv(100)
+    odd = query.mT.contiguous().mT
+    lighthouse.inputs._copied.clear()
+    with caplog.at_level(logging.DEBUG, logger="lighthouse"):
+        for _ in range(2):
+            assert torch.equal(lighthouse.attention(odd, key, value), lighthouse.attention(query, key, value))
+    assert [record.message for record in caplog.records] == [
+        "query has a last stride other than one and is copied; said once"
+    ]
+
+
+def bad(change, tokens=64):
+    query, key, value = rand_qkv(tokens, query_heads=4, kv_heads=2, dtype=torch.float32)
+    arguments = {"query": query, "key": key, "value": value}
+    arguments.update(change(query, key, value))
+    return arguments
+
+
+BAD_INPUT = {
+    "heads_that_do_not_divide": (
+        lambda q, k, v: {"key": k.repeat(1, 2, 1, 1)[:, :3], "value": v.repeat(1, 2, 1, 1)[:, :3]},
+        ValueError,
+        "key has 3 heads, query 4: the query heads must be a multiple of the key heads",
+    ),
+    "more_key_heads": (lambda q, k, v: {"query": q[:, :1]}, ValueError, "key has 2 heads, query 1"),
+    "value_heads": (lambda q, k, v: {"value": v[:, :1]}, ValueError, "value has 1 heads, key 2"),
+    "mixed_dtypes": (
+        lambda q, k, v: {"key": k.double()},
+        ValueError,
+        "key has dtype torch.float64, query torch.float32",
+    ),
+    "mixed_devices": (lambda q, k, v: {"value": v.to("meta")}, ValueError, "value has device meta, query cpu"),
+    "mixed_lengths": (lambda q, k, v: {"key": k[:, :, :9]}, ValueError, "key has tokens 9, query 64"),
+    "mixed_batches": (lambda q, k, v: {"value": v.repeat(2, 1, 1, 1)}, ValueError, "value has batch 2, query 1"),
+    "mixed_head_dims": (lambda q, k, v: {"value": v[..., :4]}, ValueError, "value has head_dim 4, query 8"),
+    "whole_numbers": (lambda q, k, v: {"query": q.int()}, ValueError, "query has dtype torch.int32: float32, bfloat16"),
+    "three_dimensions": (lambda q, k, v: {"query": q[0]}, ValueError, r"query has shape \[4, 64, 8\]"),
+    "no_tokens": (lambda q, k, v: {"query": q[:, :, :0]}, ValueError, "every size must be at least 1"),
+    "not_a_tensor": (lambda q, k, v: {"key": None}, TypeError, "key is a NoneType"),
+    "scores_not_a_pair": (lambda q, k, v: {"scores": k.norm(dim=-1)}, TypeError, "scores must be a pair"),
+    "scores_of_another_shape": (
+        lambda q, k, v: {"scores": (q.norm(dim=-1), k.norm(dim=-1))},
+        ValueError,
+        r"scores\[0\] has shape \[1, 4, 64\]: \[1, 2, 64\] is needed",
+    ),
+    "scores_of_another_dtype": (
+        lambda q, k, v: {"scores": (k.norm(dim=-1), k.norm(dim=-1).double())},
+        ValueError,
+        r"scores\[1\] has dtype torch.float64",
+    ),
+    "dropout_of_one": (lambda q, k, v: {"dropout_p": 1.0}, ValueError, "dropout_p=1.0"),
+    "ratio": (lambda q, k, v: {"pool_ratios": [0.3]}, ValueError, r"pool_ratios\[0\]=0.3"),
+    "topk": (lambda q, k, v: {"select_topk": 0}, ValueError, "select_topk=0"),
+    "inner_of_another_shape": (
+        lambda q, k, v: {"inner": lambda q, k, v, **_: q[:, :, :1]},
+        ValueError,
+        "inner returned",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input(case):
+    change, error, message = BAD_INPUT[case]
+    with pytest.raises(error, match=message):
+        lighthouse.attention(**bad(change))
+
+
+def test_a_cuda_tensor_while_cuda_is_not_built():
+    """A fake tensor stands for the GPU that is not needed to see the error."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        tensor = torch.empty(1, 1, 64, 8, device="cuda")
+        with pytest.raises(ValueError, match="query is on cuda.* no CUDA kernels"):
+            lighthouse.attention(tensor, tensor, tensor)

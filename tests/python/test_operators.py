@@ -1,0 +1,162 @@
+"""The operators one by one: what PyTorch asks of an operator, and what the native library may need of PyTorch."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import lighthouse
+from cases import rand_qkv
+from lighthouse import _library, operators
+from lighthouse.plan import sub_length
+
+WINDOWS, TOPK = (1, 4, 16), (1, 16)
+TOKENS = 70
+
+
+def chosen(query, key):
+    scores = torch.ops.lighthouse.score(query, key)
+    return torch.ops.lighthouse.select(*scores, WINDOWS, *TOPK, True)
+
+
+def samples(dtype, layout):
+    """One call of each operator: name to arguments."""
+    query, key, value = rand_qkv(TOKENS, batch=2, query_heads=4, kv_heads=2, dtype=dtype, layout=layout)
+    mask, prefix = chosen(query, key)
+    length = sub_length(TOKENS, WINDOWS, TOPK)
+    subs = torch.ops.lighthouse.gather(query, key, value, mask, prefix, WINDOWS, length)
+    order = operators.memory_order(query)
+    grad = lambda tensors: tuple(t.detach().clone().requires_grad_() for t in tensors)  # noqa: E731
+    return {
+        "score": (query, key),
+        "select": (*torch.ops.lighthouse.score(query, key), WINDOWS, *TOPK, True),
+        "gather": (*grad((query, key, value)), mask, prefix, WINDOWS, length),
+        "gather_backward": (*grad(subs), mask, prefix, WINDOWS, order, order, order),
+        "scatter": (*grad(subs[:1]), mask, prefix, WINDOWS),
+        "scatter_backward": (*grad((query,)), mask, prefix, WINDOWS, length, order),
+    }
+
+
+NAMES = ("score", "select", "gather", "gather_backward", "scatter", "scatter_backward")
+
+
+@pytest.mark.parametrize("layout", ["heads", "tokens"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_opcheck(name, dtype, layout):
+    torch.library.opcheck(getattr(torch.ops.lighthouse, name).default, samples(dtype, layout)[name])
+
+
+@pytest.mark.parametrize("name", ["gather", "gather_backward", "scatter", "scatter_backward"])
+def test_gradcheck_to_second_order(name):
+    operator = getattr(torch.ops.lighthouse, name)
+    arguments = samples(torch.float64, "tokens")[name]
+    torch.autograd.gradcheck(operator, arguments, fast_mode=True)
+    torch.autograd.gradgradcheck(operator, arguments, fast_mode=True)
+
+
+@pytest.mark.parametrize("layout", ["heads", "tokens"])
+def test_gradients_have_their_inputs_strides(layout):
+    query, key, value = rand_qkv(TOKENS, batch=2, query_heads=4, kv_heads=2, layout=layout)
+    for tensor in (query, key, value):
+        tensor.requires_grad_()
+    received = []
+    for tensor in (query, key, value):
+        tensor.register_hook(lambda grad: received.append(grad.stride()))
+    lighthouse.attention(query, key, value).sum().backward()
+    assert sorted(received) == sorted(tensor.stride() for tensor in (query, key, value))
+
+
+def test_a_choice_that_is_none_is_refused_before_memory_is_touched():
+    query, key, value = rand_qkv(TOKENS, dtype=torch.float32)
+    mask, prefix = chosen(query, key)
+    length = sub_length(TOKENS, WINDOWS, TOPK)
+    gather = torch.ops.lighthouse.gather
+    stray = mask.clone()
+    stray[0, 0, 1] |= 4  # no window of 16 ends at token 1
+    for bad in (
+        (mask, prefix + 1, length),
+        (mask, prefix, length - 1),
+        (torch.full_like(mask, 255), prefix, length),
+        (stray, prefix, length),
+        (torch.zeros_like(mask), prefix, length),
+    ):
+        with pytest.raises(RuntimeError, match="are not a choice of"):
+            gather(query, key, value, *bad[:2], WINDOWS, bad[2])
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda a: (a[0].half(), *a[1:]), "dtype"),
+        (lambda a: (a[0][..., :4], *a[1:]), "head_dim"),
+        (lambda a: (a[0].mT.contiguous().mT, *a[1:]), "last stride"),
+        (lambda a: (a[0][0], *a[1:]), "dimensions"),
+        (lambda a: (a[0][:, :, :3], *a[1:]), "sizes"),
+        (lambda a: (*a[:3], a[3].int(), *a[4:]), "mask must be a contiguous uint8"),
+        (lambda a: (*a[:5], (1, 3, 7), a[6]), r"windows\[2\]=7"),
+        (lambda a: (*a[:5], (2, 4), a[6]), r"windows\[0\]=2"),
+    ],
+)
+def test_the_operators_check_again(change, message):
+    arguments = samples(torch.float32, "heads")["gather"]
+    detached = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in arguments)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.lighthouse.gather(*change(detached))
+
+
+def test_the_library_needs_only_torchs_stable_functions():
+    """Every symbol it leaves undefined and that torch would resolve is one of the C functions of the stable ABI."""
+    listing = subprocess.run(
+        ["nm", "-D", "--undefined-only", str(operators.LIBRARY_PATH)], capture_output=True, text=True, check=True
+    ).stdout
+    symbols = [line.split()[-1].split("@")[0] for line in listing.splitlines()]
+    assert any(symbol.startswith("aoti_torch_") for symbol in symbols), "nothing of torch: is this our library?"
+    demangled = subprocess.run(["c++filt"], input="\n".join(symbols), capture_output=True, text=True, check=True).stdout
+    beyond = [
+        name
+        for symbol, name in zip(symbols, demangled.splitlines(), strict=True)
+        if symbol.startswith("_Z") and any(part in name for part in ("at::", "c10::", "torch::", "caffe2::", "pybind"))
+    ]
+    assert beyond == []
+    python = [symbol for symbol in symbols if symbol.startswith(("Py", "_Py"))]
+    assert python == []
+
+
+def test_it_needs_no_library_but_torch_and_the_systems():
+    listing = subprocess.run(["readelf", "-d", str(operators.LIBRARY_PATH)], capture_output=True, text=True, check=True)
+    needed = {line.split("[")[1].rstrip("]") for line in listing.stdout.splitlines() if "(NEEDED)" in line}
+    system = {"libstdc++.so.6", "libm.so.6", "libgcc_s.so.1", "libc.so.6", "libpthread.so.0", "ld-linux-x86-64.so.2"}
+    assert "libtorch.so" in needed
+    assert needed - system == {"libtorch.so"}
+    assert "RPATH" not in listing.stdout and "RUNPATH" not in listing.stdout
+
+
+def test_a_missing_library_says_where_it_was_looked_for(tmp_path):
+    with pytest.raises(lighthouse.NativeLibraryError, match="is not there; looked for") as error:
+        _library.load([str(tmp_path / "a"), str(tmp_path / "b")])
+    assert str(tmp_path / "a" / "liblighthouse.so") in str(error.value)
+    assert "pip install ." in str(error.value)
+
+
+def test_a_damaged_library_says_so(tmp_path):
+    (tmp_path / "liblighthouse.so").write_bytes(b"not a library")
+    with pytest.raises(lighthouse.NativeLibraryError, match="does not load") as error:
+        _library.load([str(tmp_path)])
+    assert "reinstall" in str(error.value)
+
+
+def test_an_old_torch_is_named(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.9.1")
+    with pytest.raises(lighthouse.NativeLibraryError, match="needs torch 2.10 or later and found 2.9.1"):
+        _library.load([])
+
+
+def test_importing_needs_torch_alone():
+    code = (
+        "import sys; sys.modules['transformers'] = sys.modules['numpy'] = None; import lighthouse, torch; "
+        "x = torch.rand(1, 1, 64, 8); lighthouse.attention(x, x, x); print('ok')"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.strip() == "ok", result.stderr
