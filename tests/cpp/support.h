@@ -336,7 +336,7 @@ inline std::vector<float> make_scores(ScoreKind kind, int64_t count, Random& ran
         scores[i] = value;
         break;
       case ScoreKind::few_values:
-        scores[i] = static_cast<float>(die / 3);
+        scores[i] = static_cast<float>(die % 3);
         break;
       case ScoreKind::all_equal:
         scores[i] = 1.0F;

@@ -222,6 +222,53 @@ const Problem kVerbsCases[] = {
 
 INSTANTIATE_TEST_SUITE_P(Cases, Verbs, testing::ValuesIn(kVerbsCases), case_name);
 
+// Many small problems at random: what no table thinks of.
+TEST(VerbsAtRandom, EqualPlainLoops) {
+  const ThreadExecutor executor(2);
+  Random random(16);
+  for (int round = 0; round < 200 && !testing::Test::HasFailure(); ++round) {
+    std::vector<int64_t> windows{1};
+    const int64_t levels = 1 + random.below(8);
+    while (std::ssize(windows) < levels && windows.back() < 400) {
+      windows.push_back(windows.back() * (2 + random.below(4)));
+    }
+    const int64_t kv_heads = 1 + random.below(2), heads = kv_heads * (1 + random.below(2));
+    const Problem problem{{"random"},
+                          1 + random.below(2),
+                          heads,
+                          kv_heads,
+                          1 + random.below(600),
+                          1 + random.below(5),
+                          windows,
+                          TopK::count(1 + random.below(40)),
+                          random.below(2) == 0};
+    SCOPED_TRACE(problem.plan().str());
+    const Layout layout = problem.plan().layout;
+    const int64_t dim = problem.head_dim;
+    const Choice choice = problem.random_choice(random);
+    const auto in = [&](const Sizes& sizes) {
+      return Tensor(DType::float64, sizes, Memory::gaps, random_values(random, sizes));
+    };
+    const Tensor x = in(problem.query_sizes()), kv = in(problem.kv_sizes());
+    const Tensor y = in(problem.query_sub_sizes()), kv_y = in(problem.kv_sub_sizes());
+    const Tensor sub(DType::float64, problem.query_sub_sizes()), kv_sub(DType::float64, problem.kv_sub_sizes()),
+        kv_sub2(DType::float64, problem.kv_sub_sizes());
+    const Tensor whole(DType::float64, problem.query_sizes()), kv_whole(DType::float64, problem.kv_sizes()),
+        kv_whole2(DType::float64, problem.kv_sizes());
+    cpu::gather(layout, x, kv, kv, choice, sub, kv_sub, kv_sub2, executor);
+    expect_close(sub.values(), plain_gather(layout, choice, heads, dim, x.values()), DType::float64);
+    expect_close(kv_sub2.values(), plain_gather(layout, choice, kv_heads, dim, kv.values()), DType::float64);
+    cpu::gather_backward(layout, y, kv_y, kv_y, choice, whole, kv_whole, kv_whole2, executor);
+    expect_close(whole.values(), plain_gather_backward(layout, choice, heads, dim, y.values()), DType::float64);
+    expect_close(kv_whole.values(), plain_gather_backward(layout, choice, kv_heads, dim, kv_y.values()),
+                 DType::float64);
+    cpu::scatter(layout, y, choice, whole, executor);
+    expect_close(whole.values(), plain_scatter(layout, choice, heads, dim, y.values()), DType::float64);
+    cpu::scatter_backward(layout, x, choice, sub, executor);
+    expect_close(sub.values(), plain_scatter_backward(layout, choice, heads, dim, x.values()), DType::float64);
+  }
+}
+
 // --- what the table does not say ------------------------------------------------------------------------------------
 
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
