@@ -13,7 +13,7 @@ namespace lighthouse::cpu {
 namespace {
 
 constexpr int64_t kChunk = 64;  // numbers widened at a time
-constexpr int64_t kLanes = 16;
+constexpr int64_t kLanes = 16;  // of a norm's sum of squares
 
 inline float bits_to_float(uint32_t bits) {
   float value;
@@ -126,6 +126,11 @@ inline int64_t chunk_length(int64_t start, int64_t n) { return n - start < kChun
 inline float square_root(float value) { return __builtin_sqrtf(value); }
 inline double square_root(double value) { return __builtin_sqrt(value); }
 
+template <int64_t half, class A>
+void add_halves(A* lanes) {
+  for (int64_t lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+}
+
 template <class T, class A>
 float norm(const T* row, int64_t n) {
   alignas(64) A buffer[kChunk];
@@ -139,9 +144,10 @@ float norm(const T* row, int64_t n) {
     }
     for (int64_t lane = 0; i + lane < length; ++lane) lanes[lane] += values[i + lane] * values[i + lane];
   }
-  for (int64_t half = kLanes / 2; half > 0; half /= 2) {
-    for (int64_t lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
-  }
+  add_halves<8>(lanes);
+  add_halves<4>(lanes);
+  add_halves<2>(lanes);
+  add_halves<1>(lanes);
   return static_cast<float>(square_root(lanes[0]));
 }
 

@@ -6,11 +6,27 @@
 #include "cpu/rows.h"
 #include "lighthouse/cpu.h"
 #include "rules/picking.h"
+#include "rules/strata.h"
 
 namespace lighthouse::cpu {
 namespace {
 
+constexpr int64_t kTokensPerBlock = 64;
 constexpr int64_t kNumbersPerPiece = 64 * 1024;
+
+// In the order of memory: read the other way round, rows come at a fifth of the speed.
+template <class Body>
+void for_each_head_and_token(const ConstView& view, int64_t begin, int64_t end, const Body& body) {
+  if (view.strides[1] < view.strides[2]) {
+    for (int64_t token = begin; token < end; ++token) {
+      for (int64_t head = 0; head < view.heads(); ++head) body(head, token);
+    }
+  } else {
+    for (int64_t head = 0; head < view.heads(); ++head) {
+      for (int64_t token = begin; token < end; ++token) body(head, token);
+    }
+  }
+}
 
 template <class T>
 const T* row_at(const ConstView& view, int64_t batch, int64_t head, int64_t token) {
@@ -29,19 +45,23 @@ void score(const ConstView& query, const ConstView& key, float* query_score, flo
   require(query_score != nullptr && key_score != nullptr, "scores have no data");
 
   const int64_t tokens = key.tokens(), heads = key.heads(), group = query.heads() / heads, n = key.head_dim();
-  const int64_t grain = std::max<int64_t>(1, kNumbersPerPiece / ((group + 1) * n));
+  const int64_t blocks = rules::ceil_div(tokens, kTokensPerBlock);
+  const int64_t grain = std::max<int64_t>(1, kNumbersPerPiece / (kTokensPerBlock * (query.heads() + heads) * n));
   visit(query.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const auto norm = rows().of<T>().norm;
-    executor.parallel_for(0, key.batch() * heads * tokens, grain, [&](int64_t first, int64_t last) {
+    executor.parallel_for(0, key.batch() * blocks, grain, [&](int64_t first, int64_t last) {
       for (int64_t item = first; item < last; ++item) {
-        const int64_t batch = item / tokens / heads, head = item / tokens % heads, token = item % tokens;
-        float largest = norm(row_at<T>(query, batch, head * group, token), n);
-        for (int64_t member = 1; member < group; ++member) {
-          largest = rules::larger_score(largest, norm(row_at<T>(query, batch, head * group + member, token), n));
-        }
-        query_score[item] = largest;
-        key_score[item] = norm(row_at<T>(key, batch, head, token), n);
+        const int64_t batch = item / blocks, begin = item % blocks * kTokensPerBlock;
+        const int64_t end = std::min(tokens, begin + kTokensPerBlock);
+        for_each_head_and_token(query, begin, end, [&](int64_t head, int64_t token) {
+          float& largest = query_score[(batch * heads + head / group) * tokens + token];
+          const float own = norm(row_at<T>(query, batch, head, token), n);
+          largest = head % group == 0 ? own : rules::larger_score(largest, own);
+        });
+        for_each_head_and_token(key, begin, end, [&](int64_t head, int64_t token) {
+          key_score[(batch * heads + head) * tokens + token] = norm(row_at<T>(key, batch, head, token), n);
+        });
       }
     });
   });

@@ -10,7 +10,7 @@
 namespace lighthouse::cpu {
 namespace {
 
-constexpr int64_t kTokensPerBlock = 256;        // at least; enough to make a piece of work worth its start
+constexpr int64_t kTokensPerBlock = 64;        // at least; enough to make a piece of work worth its start
 constexpr int64_t kNumbersPerPiece = 64 * 1024;  // below this a second thread costs more than it brings
 
 // Tokens that one piece of work covers, in units u = token + reach: whole coarsest windows, so that no entry's sum
@@ -194,11 +194,12 @@ void for_each_block(const Layout& layout, WindowRule rule, const Tensors& tensor
   executor.parallel_for(0, layout.sequences() * heads * blocks, grain, [&](int64_t first, int64_t last) {
     body([&](const auto& work) {
       for (int64_t item = first; item < last; ++item) {
+        // Heads change fastest: rows of all heads of a token are often neighbours in memory.
         const Sequence sequence = layout.sequence(item / (heads * blocks));
-        int64_t head = item / blocks % heads;
+        int64_t head = item % heads;
         size_t tensor = 0;
         while (head >= tensors[tensor].tokens.heads()) head -= tensors[tensor++].tokens.heads();
-        const int64_t begin = item % blocks * length;
+        const int64_t begin = item / heads % blocks * length;
         work(tensors[tensor], sequence, head, begin, begin + length);
       }
     });
