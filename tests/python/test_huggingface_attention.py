@@ -397,6 +397,13 @@ def test_the_flattening_collator_is_refused():
             wrapped()(batch)
 
 
+def test_attention_weights_asked_for_in_the_config_are_refused():
+    model = wrapped(config={"attn_implementation": "eager", "output_attentions": True})
+    with pytest.raises(ValueError, match="output_attentions=True"):
+        model({"input_ids": ids()})
+    assert len(model.lighthouse(False)(ids()).attentions) == LAYERS
+
+
 def test_sequences_longer_than_the_model_are_refused():
     model = wrapped()
     model({"input_ids": ids(tokens=LIMIT)})

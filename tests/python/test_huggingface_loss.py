@@ -133,6 +133,8 @@ def test_hidden_tokens_are_not_predicted_by_default():
 def test_logits_to_keep_is_the_plain_models():
     model = wrapped().eval()
     assert model(ids(), logits_to_keep=1).logits.shape == (2, 1, VOCABULARY)
+    assert model(ids(), labels=ids(), logits_to_keep=TOKENS).logits.shape == (2, TOKENS, VOCABULARY)
+    assert wrapped(LlamaModel)(ids(), labels=ids(), logits_to_keep=1).loss.isfinite()
 
 
 def test_all_labels_ignored_is_not_a_number_as_in_the_plain_model():

@@ -64,7 +64,7 @@ def test_unwrap_leaves_no_trace(model_class):
         assert set(vars(module)) == set(vars(other)), name
         if hasattr(module, "config"):
             assert module.config is model.config, name
-    assert model.config.to_dict() == never.config.to_dict()
+    assert model.config.to_dict() == never.config.to_dict() and model.loss_type == never.loss_type
     assert model.config._attn_implementation == never.config._attn_implementation == "sdpa"
     assert torch.equal(model(ids())[0], never(ids())[0])
 
@@ -165,27 +165,25 @@ def test_settings_pickle_and_print():
 # Saving
 
 
-@pytest.mark.parametrize("name", ["LlamaModel", "LlamaForCausalLM"])
-def test_save_pretrained_writes_a_plain_model(name, tmp_path):
-    model_class = {"LlamaModel": LlamaModel, "LlamaForCausalLM": LlamaForCausalLM}[name]
-    model = wrapped(model_class)
-    model.save_pretrained(tmp_path)
-
-    text = (tmp_path / "config.json").read_text()
-    assert "lighthouse" not in text.lower()
-    assert f'"{name}"' in text
-    with torch.no_grad():
-        torch.save(model.unwrap().eval()(ids())[0], tmp_path / "expected.pt")
+def test_save_pretrained_writes_plain_models(tmp_path):
+    for model_class in MODELS:
+        folder = tmp_path / model_class.__name__
+        model = wrapped(model_class)
+        model.save_pretrained(folder)
+        text = (folder / "config.json").read_text()
+        assert "lighthouse" not in text.lower() and f'"{model_class.__name__}"' in text
+        with torch.no_grad():
+            torch.save((ids(), model.unwrap().eval()(ids())[0]), folder / "expected.pt")
     run(f"""
         import sys
         sys.modules["lighthouse"] = None  # not installed
         import torch, transformers
-        model = transformers.{name}.from_pretrained({str(tmp_path)!r}).eval()
-        expected = torch.load({str(tmp_path / "expected.pt")!r})
-        from torch import randint, Generator
-        ids = randint(0, 61, (2, 64), generator=Generator().manual_seed(1))
-        with torch.no_grad():
-            assert torch.equal(model(ids)[0], expected)
+        for name in {[model_class.__name__ for model_class in MODELS]}:
+            folder = {str(tmp_path)!r} + "/" + name
+            model = getattr(transformers, name).from_pretrained(folder).eval()
+            ids, expected = torch.load(folder + "/expected.pt")
+            with torch.no_grad():
+                assert torch.equal(model(ids)[0], expected), name
     """)
 
 
@@ -309,25 +307,18 @@ def test_the_switch_takes_a_bool():
         wrapped().lighthouse(1)
 
 
-def test_transformers_missing_is_named_with_the_extra():
+def test_without_transformers_only_wrapping_fails_and_names_the_extra():
     run("""
         import sys
-        sys.modules["transformers"] = None  # not installed
         import lighthouse
+        assert "transformers" not in sys.modules
+        sys.modules["transformers"] = None  # not installed
         try:
             lighthouse.LighthouseWrapper(object())
         except ImportError as error:
             assert 'pip install "lighthouse-attn[train]"' in str(error), error
         else:
             raise AssertionError("no error")
-    """)
-
-
-def test_importing_lighthouse_imports_no_transformers():
-    run("""
-        import sys
-        import lighthouse
-        assert "transformers" not in sys.modules
     """)
 
 

@@ -49,7 +49,7 @@ ARCHITECTURES = (
 
 
 def architecture_of(model: nn.Module) -> Architecture:
-    """The entry for `model`. Raises `TypeError` if it is no model of Transformers, `ValueError` if it is another one."""
+    """The entry for `model`. Raises `TypeError` if it is no model of Transformers, `ValueError` if it is another."""
     for architecture in ARCHITECTURES:
         if isinstance(model, (architecture.bare, architecture.causal)):
             return architecture

@@ -58,7 +58,7 @@ def check_call(call: Mapping, tokens: int, config) -> None:
     check_keywords(call)
     if call.get("is_causal") is False:
         raise ValueError("is_causal=False: Lighthouse is causal self-attention only")
-    if call.get("output_attentions"):
+    if call.get("output_attentions", getattr(config, "output_attentions", False)):
         raise ValueError("output_attentions=True: Lighthouse has no attention weights to give" + WAY_OUT)
     check_length(tokens, config)
     check_mask(call.get("attention_mask"))

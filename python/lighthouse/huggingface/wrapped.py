@@ -42,6 +42,7 @@ class _State:
     former: str  # the attention the model came with
     config: PretrainedConfig  # the model's own
     dense_config: PretrainedConfig  # what its dense layers hold
+    loss_type: str | None  # the one the model came with
     enabled: bool = True
     generating: bool = False
     # Of this model in this process. A string, since the compiler may take a number for a variable.
@@ -82,6 +83,7 @@ class WrappedModel(Swapped):
         for module in self.modules():
             if isinstance(module, OutputLayer):
                 unswap(module)
+        self.loss_type = state.loss_type
         del self._lighthouse
         unswap(self)
         return self
@@ -224,8 +226,11 @@ class WrappedModel(Swapped):
         return True
 
     def _loss_is_ours(self, call: dict) -> bool:
-        kept = call.get("logits_to_keep", 0)
-        return self._lighthouse.settings.loss == "chunked" and isinstance(kept, int) and kept == 0
+        """Not where the model has its own and that, or some of the logits, is asked for."""
+        if not architecture_of(self).has_head(self):
+            return True
+        kept = call.get("logits_to_keep")
+        return self._lighthouse.settings.loss == "chunked" and (kept is None or (isinstance(kept, int) and kept == 0))
 
     def _with_loss(self, call: dict):
         architecture = architecture_of(self)
@@ -305,7 +310,11 @@ def wrap(model: PreTrainedModel, settings: LighthouseSettings) -> PreTrainedMode
             module.config = dense
     swap(architecture.output_layer(model), OutputLayer)
     swap(model, WrappedModel)
-    model._lighthouse = _State(settings=settings, former=former, config=own, dense_config=dense)
+    model._lighthouse = _State(
+        settings=settings, former=former, config=own, dense_config=dense, loss_type=model.loss_type
+    )
+    # Trainer counts the predicted tokens by this: a bare model would be given one too many per sequence.
+    model.loss_type = "ForCausalLM"
     model._settle()
     return model
 
