@@ -12,6 +12,8 @@ target_compile_features(lighthouse_options INTERFACE cxx_std_20)
 # instruction. Neither changes a result.
 target_compile_options(lighthouse_options INTERFACE -ffp-contract=off -fno-math-errno)
 target_compile_options(lighthouse_options INTERFACE -Wall -Wextra -Wpedantic -Wshadow -Wconversion)
+# As g++ has it: clang counts these two among -Wconversion and -Wall.
+target_compile_options(lighthouse_options INTERFACE -Wno-sign-conversion -Wno-missing-braces)
 if(LIGHTHOUSE_WERROR)
   target_compile_options(lighthouse_options INTERFACE -Werror)
 endif()
