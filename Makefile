@@ -53,7 +53,8 @@ demo: native
 	$(BIN)/lighthouse pretrain --demo
 
 bench: native
-	@$(LOCK) $(CMAKE) -DLIGHTHOUSE_BENCH=ON $(DEV) >$(DEV)/configure.log || (cat $(DEV)/configure.log; false)
+	@$(LOCK) $(CMAKE) -DLIGHTHOUSE_BENCH=ON $(DEV) >$(DEV)/configure.log || \
+	  (cat $(DEV)/configure.log; $(CMAKE) -DLIGHTHOUSE_BENCH=OFF $(DEV) >/dev/null; false)
 	@$(LOCK) $(CMAKE) --build $(DEV) --target lighthouse_bench
 	$(DEV)/lighthouse_bench
 	$(BIN)/python bench/layer.py

@@ -18,7 +18,7 @@ function(lighthouse_fetch package url sha256 advice)
     endif()
   endif()
   include(FetchContent)
-  FetchContent_Declare(${package} URL ${archive} DOWNLOAD_EXTRACT_TIMESTAMP OFF)
+  FetchContent_Declare(${package} URL ${archive} DOWNLOAD_EXTRACT_TIMESTAMP OFF SYSTEM)
   FetchContent_MakeAvailable(${package})
 endfunction()
 
