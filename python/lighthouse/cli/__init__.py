@@ -1,0 +1,49 @@
+"""The `lighthouse` command. Each subcommand is a module here with `main(arguments) -> exit status`.
+
+A module is imported when its subcommand is called, so that `lighthouse --help` does not wait for Transformers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+import lighthouse
+
+COMMANDS = {
+    "pretrain": "pre-train a Llama from scratch, first with Lighthouse, then dense",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns the exit status: 0 done, 1 failed, 2 not understood, 130 interrupted."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    options = _parser().parse_args(arguments[:1])
+    if options.command is None:
+        _parser().print_help()
+        return 0
+    try:
+        command = importlib.import_module(f"lighthouse.cli.{options.command}")
+    except ImportError as error:
+        print(f"lighthouse {options.command}: error: {error}", file=sys.stderr)
+        return 1
+    try:
+        return command.main(arguments[1:])
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lighthouse",
+        description="Lighthouse attention: training-only attention for very long sequences.",
+        epilog="lighthouse COMMAND --help tells about a command.",
+    )
+    parser.add_argument("--version", action="version", version=f"lighthouse {lighthouse.__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    for name, what in COMMANDS.items():
+        commands.add_parser(name, help=what, add_help=False)
+    return parser

@@ -1,0 +1,38 @@
+"""The runs side by side: training time, speed of each stage, dense held-out loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.table import Table
+
+
+def table(runs: Sequence) -> Table:
+    """A `rich` table of `PretrainResult`s, one a row; time and loss also relative to the first, the baseline."""
+    baseline = runs[0]
+    result = Table(
+        title=f"{baseline.steps:,} steps at {baseline.context:,} tokens",
+        caption="time without evaluation and saving; loss in nats per token, always with dense attention",
+    )
+    result.add_column("run")
+    for column in ("training time", "tokens/s Lighthouse", "tokens/s dense", "held-out loss"):
+        result.add_column(column, justify="right")
+    for run in runs:
+        time = minutes(run.seconds)
+        if run is not baseline:
+            time += f" ({baseline.seconds / run.seconds:.2f}x as fast)"
+        loss = f"{run.loss:.4f}"
+        if run is not baseline:
+            loss += f" ({run.loss - baseline.loss:+.4f})"
+        result.add_row(run.name, time, _speed(run.lighthouse), _speed(run.dense), loss)
+    return result
+
+
+def minutes(seconds: float) -> str:
+    """`75.2` is `1:15`."""
+    whole = round(seconds)
+    return f"{whole // 60}:{whole % 60:02d}"
+
+
+def _speed(stage) -> str:
+    return "" if stage is None else f"{stage.tokens_per_second:,.0f}"

@@ -1,0 +1,130 @@
+"""The `lighthouse` command as a user types it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib.machinery import PathFinder
+
+import pytest
+
+import lighthouse
+from lighthouse.cli import main
+from training_runs import write_text
+
+SMALL = (
+    "--model nano --context 128 --held_out 2 --steps 3 --eval_steps 1 --logging_steps 1 --report_to none "
+    "--pool_ratios 1/2 0.25 --select_topk 4 --use_cpu --save_strategy no"
+).split()
+
+
+def test_without_a_command_it_helps(capsys):
+    assert main([]) == 0
+    assert "pretrain" in capsys.readouterr().out
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0 and lighthouse.__version__ in capsys.readouterr().out
+
+
+def test_an_unknown_command(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["pretrian"])
+    assert stop.value.code == 2 and "pretrian" in capsys.readouterr().err
+
+
+def test_help_groups_the_options_and_has_examples(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["pretrain", "--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    for part in (
+        "model:",
+        "data:",
+        "lighthouse:",
+        "training (",
+        "examples:",
+        "--share",
+        "--max_steps, --steps",
+        "nano (",
+    ):
+        assert part in text
+    assert "--adafactor" not in text and "--fsdp" not in text
+
+
+def test_whole_help_has_every_option_of_the_trainer(capsys):
+    with pytest.raises(SystemExit):
+        main(["pretrain", "--help-all"])
+    text = capsys.readouterr().out
+    for option in ("--fsdp", "--deepspeed", "--torch_compile", "--gradient_accumulation_steps", "--bf16"):
+        assert option in text
+
+
+def test_a_run(tmp_path, capsys):
+    text, out = write_text(tmp_path / "text"), tmp_path / "run"
+    assert (
+        main(["pretrain", *SMALL, "--data", str(text), "--output_dir", str(out), "--lr_scheduler_type", "linear"]) == 0
+    )
+    said = capsys.readouterr()
+    assert "2 with Lighthouse" in said.out and str(out / "model") in said.out.replace("\n", "")
+    assert "dense held-out loss" in said.err + said.out
+    results = json.loads((out / "results.json").read_text())
+    assert results["steps"] == 3 and results["settings"]["pool_ratios"] == [0.5, 0.25]
+    assert (out / "model" / "config.json").is_file()
+
+    assert main(["pretrain", *SMALL, "--data", str(text), "--output_dir", str(out)]) == 2
+    assert "holds a run already" in capsys.readouterr().err
+
+
+def test_the_demo_compares_two_runs(tmp_path, capsys):
+    text, out = write_text(tmp_path / "text"), tmp_path / "demo"
+    assert main(["pretrain", "--demo", *SMALL, "--data", str(text), "--output_dir", str(out)]) == 0
+    said = capsys.readouterr().out
+    for part in ("two-stage", "as fast", "tokens/s", "comparison.png"):
+        assert part in said
+    assert (out / "comparison.png").stat().st_size > 10_000
+    assert said.replace("\n", "").rstrip().endswith(str(out / "two-stage" / "model"))
+
+
+WRONG = [
+    ("unknown_option", ["--nonsense", "1"], "--nonsense"),
+    ("share", ["--share", "2"], "share=2.0"),
+    ("steps", ["--steps", "0"], "max_steps=0"),
+    ("data", ["--data", "/no/such/folder"], "'/no/such/folder' does not exist"),
+    ("context", ["--model", "nano", "--context", "1000000"], "allows at most"),
+    ("ratios", ["--pool_ratios", "1/2", "1/3"], "pool_ratios[1]"),
+    ("topk", ["--select_topk", "many"], "select_topk=many"),
+    ("dense_demo", ["--demo", "--dense_only"], "a comparison needs steps with Lighthouse"),
+]
+
+
+@pytest.mark.parametrize("arguments, message", [w[1:] for w in WRONG], ids=[w[0] for w in WRONG])
+def test_a_wrong_option_is_an_error_of_one_line(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    try:
+        status = main(["pretrain", *arguments])
+    except SystemExit as stop:
+        status = stop.code
+    said = capsys.readouterr().err
+    assert status == 2 and message in said and "Traceback" not in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_the_extra_it_names_what_to_install(monkeypatch, capsys):
+    whole = PathFinder.find_spec
+    for name in [name for name in sys.modules if name.startswith(("lighthouse.training", "lighthouse.cli.pretrain"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delitem(sys.modules, "datasets", raising=False)
+    monkeypatch.setattr(PathFinder, "find_spec", lambda name, *rest: None if name == "datasets" else whole(name, *rest))
+    monkeypatch.setattr(sys, "meta_path", [PathFinder])
+    assert main(["pretrain"]) == 1
+    said = capsys.readouterr().err
+    assert "needs datasets" in said and 'pip install "lighthouse-attn[train]"' in said
+
+
+def test_the_installed_command():
+    done = subprocess.run([sys.executable, "-m", "lighthouse.cli", "--version"], capture_output=True, text=True)
+    assert done.returncode == 0 and lighthouse.__version__ in done.stdout

@@ -1,0 +1,294 @@
+"""Whole runs: the switch at its step, the record, resuming in either stage, and the plain model at the end."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+from lighthouse.training import PretrainResult, prepare, pretrain, pretrain_both
+from lighthouse.training import run as run_module
+from lighthouse.training.callbacks import Record, SwitchToDense
+from lighthouse.training.model import new_model
+from training_runs import CONTEXT, options, training, write_text
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return write_text(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """What each training forward ran with: (Lighthouse on, training loss), in order."""
+    forwards = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            forwards.append((state.global_step, getattr(model, "lighthouse_enabled", False)))
+
+    before = run_module._Trainer.__init__
+
+    def with_watch(self, **kwargs):
+        before(self, **{**kwargs, "callbacks": [*kwargs["callbacks"], Watch()]})
+
+    monkeypatch.setattr(run_module._Trainer, "__init__", with_watch)
+    return forwards
+
+
+def losses_of(folder: Path) -> dict[int, float]:
+    state = json.loads(max(folder.glob("checkpoint-*"), key=_step_of).joinpath("trainer_state.json").read_text())
+    return {entry["step"]: entry["loss"] for entry in state["log_history"] if "loss" in entry}
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1])
+
+
+SWITCHES = [("six_tenths", 0.6, 3), ("never", 1.0, 5), ("one_step", 0.2, 1)]
+
+
+@pytest.mark.parametrize("share, switch_step", [s[1:] for s in SWITCHES], ids=[s[0] for s in SWITCHES])
+def test_lighthouse_runs_in_the_first_steps_and_no_others(tmp_path, text, seen, share, switch_step):
+    result = pretrain(options(text, share=share), training(tmp_path))
+    assert seen == [(step, step <= switch_step) for step in range(1, 6)]
+    assert result.switch_step == switch_step
+    assert {name: stage.steps for name, stage in result.stages.items()} == {
+        name: steps for name, steps in (("lighthouse", switch_step), ("dense", 5 - switch_step)) if steps
+    }
+
+
+def test_a_dense_run_is_the_plain_model_throughout(tmp_path, text, seen):
+    result = pretrain(options(text, dense_only=True), training(tmp_path))
+    assert not any(on for _, on in seen)
+    assert result.name == "dense" and list(result.stages) == ["dense"]
+
+
+def test_share_zero_is_the_dense_run_to_the_last_bit(tmp_path, text):
+    dense = pretrain(options(text, dense_only=True), training(tmp_path / "a"))
+    none = pretrain(options(text, share=0), training(tmp_path / "b"))
+    assert [p.loss for p in dense.held_out] == [p.loss for p in none.held_out]
+
+
+def test_the_record(tmp_path, text):
+    result = pretrain(options(text), training(tmp_path))
+    # Every second step, right before the switch, and at the end.
+    assert [(p.step, p.stage) for p in result.held_out] == [
+        (2, "lighthouse"),
+        (3, "lighthouse"),
+        (4, "dense"),
+        (5, "dense"),
+    ]
+    seconds = [p.seconds for p in result.held_out]
+    assert seconds == sorted(seconds) and seconds[-1] == pytest.approx(result.seconds)
+    assert result.lighthouse.tokens == 3 * CONTEXT and result.lighthouse.tokens_per_second > 0
+    assert PretrainResult.load(tmp_path / "results.json") == result
+
+
+def test_the_held_out_loss_is_the_plain_models(tmp_path, text):
+    result = pretrain(options(text), training(tmp_path))
+    run = prepare(options(text), training(tmp_path / "other"))
+    model = AutoModelForCausalLM.from_pretrained(result.model_folder).eval()
+    _, rows = run_module.data.rows_of(run.corpus)
+    losses = []
+    for row in rows:
+        ids = torch.as_tensor(row["input_ids"]).long()[None]
+        with torch.no_grad():
+            losses.append(model(input_ids=ids, labels=ids).loss.item())
+    assert result.loss == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+
+
+@pytest.mark.parametrize("at", [2, 3, 4], ids=["before_the_switch", "at_the_switch", "behind_the_switch"])
+def test_resuming_gives_the_same_losses(tmp_path, text, seen, at):
+    whole = training(tmp_path / "whole", save_strategy="steps", save_steps=1, save_total_limit=9)
+    undisturbed = pretrain(options(text), whole)
+    expected = losses_of(tmp_path / "whole")
+
+    cut = tmp_path / "cut"
+    (tmp_path / "whole").rename(cut)
+    for checkpoint in cut.glob("checkpoint-*"):
+        if _step_of(checkpoint) > at:
+            _remove(checkpoint)
+    seen.clear()
+    again = training(cut, save_strategy="steps", save_steps=1, save_total_limit=9, resume=True)
+    resumed = pretrain(options(text), again)
+    assert seen == [(step, step <= 3) for step in range(at + 1, 6)]
+    assert losses_of(cut) == expected
+    assert [(p.step, p.loss) for p in resumed.held_out] == [(p.step, p.loss) for p in undisturbed.held_out]
+    assert {name: stage.steps for name, stage in resumed.stages.items()} == {"lighthouse": 3, "dense": 2}
+
+
+def test_more_steps_on_resuming_leave_the_switch_where_it_was(tmp_path, text, seen):
+    pretrain(options(text), training(tmp_path, save_strategy="steps", save_steps=1))
+    seen.clear()
+    result = pretrain(options(text), training(tmp_path, max_steps=8, resume=True))
+    assert result.switch_step == 3 and seen == [(6, False), (7, False), (8, False)]
+
+
+def _remove(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+    folder.rmdir()
+
+
+def test_the_saved_folder_needs_nothing_of_this_package(tmp_path, text):
+    result = pretrain(options(text), training(tmp_path))
+    program = f"""
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "lighthouse":
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Absent())
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained({result.model_folder!r})
+tokenizer = AutoTokenizer.from_pretrained({result.model_folder!r})
+ids = tokenizer("the light", return_tensors="pt", add_special_tokens=False).input_ids
+print(type(model).__name__, model.config.use_cache, model(ids).logits.shape[-1], len(tokenizer))
+print(model.generate(ids, max_new_tokens=3, min_new_tokens=3).shape[1] - ids.shape[1])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["LlamaForCausalLM", "True", "384", "384", "3"]
+    for path in Path(result.model_folder).iterdir():
+        assert b"lighthouse" not in path.read_bytes().lower(), path
+
+
+def test_the_tokenizer_is_saved_with_it(tmp_path, text):
+    result = pretrain(options(text, dense_only=True), training(tmp_path))
+    tokenizer = AutoTokenizer.from_pretrained(result.model_folder)
+    assert tokenizer("Füße", add_special_tokens=False).input_ids == [byte + 3 for byte in "Füße".encode()]
+
+
+def test_both_runs_begin_with_the_same_weights_and_see_the_same_text(tmp_path, text):
+    dense, two_stage = pretrain_both(options(text), training(tmp_path, max_steps=1, eval_on_start=True))
+    assert dense.held_out[0].step == two_stage.held_out[0].step == 0
+    assert dense.held_out[0].loss == two_stage.held_out[0].loss
+    assert (dense.name, two_stage.name) == ("dense", "two-stage")
+    assert [Path(r.model_folder).parent.name for r in (dense, two_stage)] == ["dense", "two-stage"]
+
+
+def test_weights_depend_on_the_seed_alone():
+    first, second, other = (new_model("nano", CONTEXT, seed).lm_head.weight for seed in (1, 1, 2))
+    assert torch.equal(first, second) and not torch.equal(first, other)
+
+
+def test_training_options_of_the_trainer_count(tmp_path, text):
+    result = pretrain(
+        options(text),
+        training(
+            tmp_path,
+            gradient_accumulation_steps=2,
+            per_device_train_batch_size=2,
+            gradient_checkpointing=True,
+            bf16=True,
+        ),
+    )
+    assert result.dense.tokens == 2 * 4 * CONTEXT
+    assert result.loss < 6.1
+
+
+def test_it_learns(tmp_path, text):
+    result = pretrain(options(text), training(tmp_path, max_steps=40, eval_steps=20, learning_rate=5e-3))
+    assert result.held_out[0].loss > result.loss + 0.1 and result.loss < 3.5
+
+
+def test_no_evaluation_but_the_last_when_none_is_asked_for(tmp_path, text):
+    result = pretrain(options(text), training(tmp_path, eval_strategy="no"))
+    assert [point.step for point in result.held_out] == [5]
+
+
+REFUSED = [
+    ("share_above_one", {"share": 1.5}, {}, "share=1.5: a share of the steps, 0 to 1"),
+    ("share_below_zero", {"share": -0.1}, {}, "share=-0.1"),
+    ("share_not_a_number", {"share": float("nan")}, {}, "share=nan"),
+    ("no_steps", {}, {"max_steps": 0}, "max_steps=0: at least one step"),
+    ("steps_left_to_epochs", {}, {"max_steps": -1}, "max_steps=-1"),
+    ("unknown_size", {"model": "huge"}, {}, "model='huge': there is nano, tiny"),
+    ("longer_than_the_model_allows", {"context": 65_537}, {}, "context=65537: model 'nano' allows at most 65536"),
+    ("no_context", {"context": 1}, {}, "context=1: at least 2"),
+    ("nothing_held_out", {"held_out": 0}, {}, "held_out=0"),
+    ("a_ratio_that_is_none", {"pool_ratios": ["0.3"]}, {}, r"pool_ratios\[0\]=0.3"),
+    ("a_ratio_that_is_no_number", {"pool_ratios": ["a quarter"]}, {}, "pool_ratios=a quarter: a number"),
+    ("no_parents", {"select_topk": "0"}, {}, "select_topk=0"),
+    ("all_layers_dense", {"dense_layers": 2}, {}, "dense_layers=2: .* none is left to Lighthouse"),
+    ("a_folder_that_is_not_there", {"data": "/no/such/folder"}, {}, "data='/no/such/folder' does not exist"),
+    ("nothing_to_resume", {}, {"resume": True}, "holds no checkpoint to resume from"),
+    ("a_checkpoint_that_is_not_there", {}, {"resume_from_checkpoint": "/no/such"}, "'/no/such' is not a folder"),
+]
+
+
+@pytest.mark.parametrize("run, trainer, message", [r[1:] for r in REFUSED], ids=[r[0] for r in REFUSED])
+def test_refused_before_any_work(tmp_path, text, run, trainer, message):
+    folder = tmp_path / "run"
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        prepare(options(text, **run), training(folder, **trainer))
+    assert not folder.exists()
+
+
+def test_a_folder_with_a_run_is_not_written_over(tmp_path, text):
+    pretrain(options(text, dense_only=True), training(tmp_path, max_steps=1))
+    before = (tmp_path / "results.json").read_text()
+    with pytest.raises(FileExistsError, match="holds a run already: take another folder .* --resume, or delete"):
+        prepare(options(text), training(tmp_path))
+    assert (tmp_path / "results.json").read_text() == before
+
+
+def test_a_file_is_no_output_folder(tmp_path, text):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(FileExistsError, match="is a file: a folder is needed"):
+        prepare(options(text), training(tmp_path / "run"))
+
+
+def test_resuming_with_other_settings_lists_them(tmp_path, text):
+    pretrain(options(text), training(tmp_path, save_strategy="steps", save_steps=1))
+    with pytest.raises(ValueError, match=re.escape("select_topk was 4, is 8; seed was 42, is 1")):
+        prepare(options(text, select_topk="8"), training(tmp_path, resume=True, seed=1))
+
+
+def test_a_checkpoint_of_something_else_is_not_resumed(tmp_path, text):
+    (tmp_path / "checkpoint-3").mkdir()
+    with pytest.raises(FileNotFoundError, match="is not from a run of lighthouse pretrain"):
+        prepare(options(text), training(tmp_path, resume=True))
+
+
+def test_what_a_run_says(tmp_path, text):
+    said = str(prepare(options(text), training(tmp_path)))
+    for part in (
+        "5 steps of 128 tokens: 3 with Lighthouse (dense layers at each end: 1), 2 dense",
+        "measured with dense",
+    ):
+        assert part in said
+    assert "dense attention is as fast" in said  # at 128 tokens
+
+
+def test_the_switch_goes_by_the_step_alone():
+    class Model:
+        lighthouse_enabled = True
+
+        def lighthouse(self, enabled):
+            self.lighthouse_enabled = enabled
+
+    class State:
+        global_step = 7
+
+    model, switch = Model(), SwitchToDense(8)
+    switch.on_step_begin(None, State, None, model=model)
+    assert model.lighthouse_enabled
+    State.global_step = 8
+    switch.on_step_begin(None, State, None, model=model)
+    assert not model.lighthouse_enabled
+    State.global_step = 2  # an earlier checkpoint
+    switch.on_step_begin(None, State, None, model=model)
+    assert model.lighthouse_enabled
+
+
+def test_the_first_step_of_the_dense_stage():
+    record = Record(switch_step=3)
+    assert [record.stage_of(step) for step in (1, 3, 4)] == ["lighthouse", "lighthouse", "dense"]

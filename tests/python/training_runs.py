@@ -1,0 +1,51 @@
+"""A text folder and options with which a whole run takes a second or two."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+from lighthouse.training import PretrainOptions, TrainingOptions
+
+CONTEXT = 128
+WORDS = "the light of a house on the rock by the sea turns and returns and the ships see it from afar".split()
+
+
+def write_text(folder: Path, files: int = 12, words: int = 400, seed: int = 0) -> Path:
+    """`files` files of about `5 * words` bytes each, some of them in a folder below."""
+    chance = random.Random(seed)
+    for number in range(files):
+        path = folder / ("deep" if number % 3 else "") / f"{number:02}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(" ".join(chance.choice(WORDS) for _ in range(words)) + "\n", encoding="utf-8")
+    return folder
+
+
+def options(text: Path, **changes) -> PretrainOptions:
+    return PretrainOptions(
+        **{
+            "model": "nano",
+            "context": CONTEXT,
+            "data": str(text),
+            "held_out": 2,
+            "pool_ratios": ["1/2", "1/4"],
+            "select_topk": "4",
+            **changes,
+        }
+    )
+
+
+def training(folder: Path, **changes) -> TrainingOptions:
+    return TrainingOptions(
+        **{
+            "output_dir": str(folder),
+            "max_steps": 5,
+            "logging_steps": 1,
+            "eval_steps": 2,
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            "use_cpu": True,
+            **changes,
+        }
+    )
