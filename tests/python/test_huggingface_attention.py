@@ -17,7 +17,7 @@ from transformers import (
 import lighthouse
 from lighthouse.huggingface import wrapped as wrapped_module
 from lighthouse.huggingface.attention_interface import dense_name, lighthouse_attention
-from small_llama import (
+from small_llama import (  # noqa: F401
     LAYERS,
     LIGHTHOUSE_LAYERS,
     LIMIT,
@@ -27,6 +27,7 @@ from small_llama import (
     VOCABULARY,
     Spy,
     ids,
+    one_thread,
     plain,
     wrapped,
 )
@@ -84,24 +85,27 @@ def test_it_acts_everywhere_without_dense_layers():
 
 
 def test_a_layer_computes_the_functional_call():
-    model = wrapped()
-    module = model.model.layers[1].self_attn
     query, key, value = torch.randn(2, 2, 50, 16), torch.randn(2, 1, 50, 16), torch.randn(2, 1, 50, 16)
-    out, weights = lighthouse_attention(module, query, key, value, None, scaling=0.3)
-    expected = lighthouse.attention(query, key, value, pool_ratios=(1 / 2, 1 / 4), select_topk=4, scale=0.3)
-    assert weights is None and out.shape == (2, 50, 2, 16) and out.is_contiguous()
-    assert torch.equal(out, expected.transpose(1, 2))
+    settings = {"pool_ratios": (1 / 2, 1 / 4), "select_topk": 4}
+    outputs = []
+    for cover_start in (True, False):
+        module = wrapped(cover_start=cover_start).model.layers[1].self_attn
+        out, weights = lighthouse_attention(module, query, key, value, None, scaling=0.3)
+        expected = lighthouse.attention(query, key, value, scale=0.3, cover_start=cover_start, **settings)
+        assert weights is None and out.shape == (2, 50, 2, 16) and out.is_contiguous()
+        assert torch.equal(out, expected.transpose(1, 2))
+        outputs.append(out)
+    assert not torch.equal(*outputs)
 
 
-def test_cover_start_and_dropout_arrive():
+def test_scale_and_dropout_arrive():
     seen = {}
 
     def inner(query, key, value, *, scale, dropout_p, layout):
         seen.update(scale=scale, dropout_p=dropout_p, length=layout.length)
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
 
-    model = wrapped(spy=inner, cover_start=False, config={"attention_dropout": 0.25})
-    assert model.model.layers[1].self_attn.lighthouse_settings.cover_start is False
+    model = wrapped(spy=inner, config={"attention_dropout": 0.25})
     model({"input_ids": ids()})
     assert seen == {"scale": 16**-0.5, "dropout_p": 0.25, "length": SUB_LENGTH}
 

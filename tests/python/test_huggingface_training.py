@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from transformers import LlamaForCausalLM, LlamaModel, Trainer, TrainerCallback, TrainingArguments
 
-from small_llama import LIGHTHOUSE_LAYERS, MODELS, TOKENS, VOCABULARY, Spy, ids, plain, wrapped
+from small_llama import LIGHTHOUSE_LAYERS, MODELS, TOKENS, VOCABULARY, Spy, ids, one_thread, plain, wrapped  # noqa: F401
 
 both = pytest.mark.parametrize("model_class", MODELS)
 

@@ -22,7 +22,7 @@ from lighthouse import LighthouseWrapper
 from lighthouse.class_swap import Swapped, swap, swapped_class, unswap
 from lighthouse.huggingface import WrappedModel
 from lighthouse.wrapper import LighthouseSettings, unwrap
-from small_llama import LAYERS, LIGHTHOUSE_LAYERS, MODELS, SETTINGS, Spy, config, ids, plain, wrapped
+from small_llama import LAYERS, LIGHTHOUSE_LAYERS, MODELS, SETTINGS, Spy, config, ids, one_thread, plain, wrapped  # noqa: F401
 
 both = pytest.mark.parametrize("model_class", MODELS)
 
