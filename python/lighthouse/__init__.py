@@ -13,7 +13,7 @@ from lighthouse._library import NativeLibraryError
 from lighthouse.attention import SubSequences, attention
 from lighthouse.plan import Plan, plan
 from lighthouse.selection import Selection, select
-from lighthouse.wrapper import LighthouseWrapper
+from lighthouse.wrapper import LighthouseWrapper, unwrap
 
 try:
     __version__ = version("lighthouse-attn")
@@ -29,4 +29,5 @@ __all__ = [
     "attention",
     "plan",
     "select",
+    "unwrap",
 ]
