@@ -1,11 +1,20 @@
-"""A text folder and options with which a whole run takes a second or two."""
+"""A text folder and options with which a whole run takes a second or two.
+
+What tests cut is cached in a folder of its own and not in the user's.
+"""
 
 from __future__ import annotations
 
 import random
+import tempfile
 from pathlib import Path
 
+import datasets
+
 from lighthouse.training import PretrainOptions, TrainingOptions
+
+_cache = tempfile.TemporaryDirectory(prefix="lighthouse-tests-")
+datasets.config.HF_DATASETS_CACHE = Path(_cache.name)
 
 CONTEXT = 128
 WORDS = "the light of a house on the rock by the sea turns and returns and the ships see it from afar".split()

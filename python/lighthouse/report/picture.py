@@ -21,12 +21,12 @@ def draw(runs: Sequence, path: str | Path) -> None:
     axes = figure.add_subplot()
     for run, colour in zip(runs, COLOURS, strict=False):
         _curve(axes, run, colour)
+    axes.margins(x=0.1, y=0.12)
     axes.set_xlim(left=0)
-    axes.margins(x=0.08)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda seconds, _: minutes(seconds)))
     axes.set_xlabel("training time, minutes:seconds, without evaluation")
     axes.set_ylabel("held-out loss with dense attention, nats per token")
-    axes.set_title(f"{runs[0].steps:,} steps on the same text, {runs[0].context:,} tokens long", loc="left")
+    axes.set_title(f"{runs[0].steps:,} steps on sequences of {runs[0].context:,} tokens", loc="left")
     axes.grid(color="#e5e7eb", linewidth=0.8)
     axes.set_axisbelow(True)
     for side in ("top", "right"):
@@ -52,13 +52,14 @@ def _curve(axes, run, colour: str) -> None:
         switch = first[-1]
         axes.axvline(switch.seconds, color=colour, linewidth=0.8, linestyle=":")
         axes.annotate(
-            "switch to dense ",
-            (switch.seconds, 1),
+            "switch to dense",
+            (switch.seconds, 0),
             xycoords=("data", "axes fraction"),
-            xytext=(-3, -4),
+            xytext=(-4, 6),
             textcoords="offset points",
+            rotation=90,
             ha="right",
-            va="top",
+            va="bottom",
             color=colour,
         )
     axes.plot(
@@ -74,10 +75,10 @@ def _curve(axes, run, colour: str) -> None:
     axes.annotate(
         f"{last.loss:.3f} at {minutes(last.seconds)}",
         (last.seconds, last.loss),
-        xytext=(0, -8),
+        xytext=(0, 9),
         textcoords="offset points",
         ha="center",
-        va="top",
+        va="bottom",
         color=colour,
         fontweight="bold",
     )
