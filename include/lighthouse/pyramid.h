@@ -28,8 +28,8 @@ struct TopK {
   int64_t numerator = 1;
   int64_t denominator = 64;  // 0: `numerator` is the number itself
 
-  static TopK count(int64_t parents);                             // parents >= 1
-  static TopK share(int64_t numerator, int64_t denominator);      // 0 < numerator <= denominator <= 65,536
+  static TopK count(int64_t parents);                         // parents >= 1
+  static TopK share(int64_t numerator, int64_t denominator);  // 0 < numerator <= denominator <= 65,536
 
   // k of a sequence of `tokens`: the number, or max(1, floor(tokens * share)).
   int64_t parents(int64_t tokens) const;

@@ -20,8 +20,7 @@ struct ConstSelection : BasicSelection<const uint8_t, const int32_t> {
   ConstSelection() = default;
   ConstSelection(const uint8_t* masks, const int32_t* prefixes, int64_t heads)
       : BasicSelection{masks, prefixes, heads} {}
-  ConstSelection(const Selection& selection)
-      : BasicSelection{selection.mask, selection.prefix, selection.kv_heads} {}
+  ConstSelection(const Selection& selection) : BasicSelection{selection.mask, selection.prefix, selection.kv_heads} {}
 };
 
 }  // namespace lighthouse

@@ -8,7 +8,7 @@ namespace lighthouse {
 namespace {
 
 constexpr int64_t kMaxDenominator = 65536;
-constexpr int64_t kMaxWindow = int64_t{1} << 40;   // far above any sequence; keeps every product in 64 bits
+constexpr int64_t kMaxWindow = int64_t{1} << 40;  // far above any sequence; keeps every product in 64 bits
 constexpr int64_t kMaxParents = int64_t{1} << 40;
 
 }  // namespace

@@ -127,7 +127,9 @@ struct Wide {
   A* row(int64_t batch, int64_t head, int64_t token) {
     return numbers.data() + ((batch * heads + head) * tokens + token) * head_dim;
   }
-  const A* row(int64_t batch, int64_t head, int64_t token) const { return const_cast<Wide*>(this)->row(batch, head, token); }
+  const A* row(int64_t batch, int64_t head, int64_t token) const {
+    return const_cast<Wide*>(this)->row(batch, head, token);
+  }
 };
 
 template <class A>
@@ -149,8 +151,8 @@ template <class T>
 auto widened(const ConstView& view, const Executor& executor) {
   auto wide = zeros_like<cpu::AccumulatorOf<T>>(view);
   for_each_row(view, executor, [&](int64_t batch, int64_t head, int64_t token) {
-    const T* row = static_cast<const T*>(view.data) + batch * view.strides[0] + head * view.strides[1] +
-                   token * view.strides[2];
+    const T* row =
+        static_cast<const T*>(view.data) + batch * view.strides[0] + head * view.strides[1] + token * view.strides[2];
     cpu::rows().of<T>().add_rows(wide.row(batch, head, token), row, 0, 1, view.head_dim());
   });
   return wide;
@@ -204,7 +206,8 @@ void causal_forward(const ConstView& query, const ConstView& key, const ConstVie
     thread_local std::vector<A> weights;
     softmax_row(q.row(batch, head, token), k, batch, head / group, token, static_cast<A>(scale), weights);
     for (int64_t j = 0; j <= token; ++j) {
-      add_scaled(out.row(batch, head, token), weights[static_cast<size_t>(j)], v.row(batch, head / group, j), v.head_dim);
+      add_scaled(out.row(batch, head, token), weights[static_cast<size_t>(j)], v.row(batch, head / group, j),
+                 v.head_dim);
     }
   });
   store<T>(output, out, executor);
@@ -212,8 +215,8 @@ void causal_forward(const ConstView& query, const ConstView& key, const ConstVie
 
 template <class T>
 void causal_backward(const ConstView& query, const ConstView& key, const ConstView& value, const ConstView& output,
-                     const ConstView& grad_output, const View& grad_query, const View& grad_key,
-                     const View& grad_value, double scale_double, const Executor& executor) {
+                     const ConstView& grad_output, const View& grad_query, const View& grad_key, const View& grad_value,
+                     double scale_double, const Executor& executor) {
   using A = cpu::AccumulatorOf<T>;
   const A scale = static_cast<A>(scale_double);
   const auto q = widened<T>(query, executor), k = widened<T>(key, executor), v = widened<T>(value, executor);
@@ -265,22 +268,21 @@ double scale_or_default(double scale, int64_t head_dim) {
 }  // namespace
 
 InnerAttention causal_attention(const Executor& executor, double scale) {
-  return {
-      [&executor, scale](const ConstView& query, const ConstView& key, const ConstView& value, const View& output) {
-        cpu::visit(query.dtype, [&](auto* type) {
-          using T = std::remove_pointer_t<decltype(type)>;
-          causal_forward<T>(query, key, value, output, scale_or_default(scale, query.head_dim()), executor);
-        });
-      },
-      [&executor, scale](const ConstView& query, const ConstView& key, const ConstView& value, const ConstView& output,
-                         const ConstView& grad_output, const View& grad_query, const View& grad_key,
-                         const View& grad_value) {
-        cpu::visit(query.dtype, [&](auto* type) {
-          using T = std::remove_pointer_t<decltype(type)>;
-          causal_backward<T>(query, key, value, output, grad_output, grad_query, grad_key, grad_value,
-                             scale_or_default(scale, query.head_dim()), executor);
-        });
-      }};
+  return {[&executor, scale](const ConstView& query, const ConstView& key, const ConstView& value, const View& output) {
+            cpu::visit(query.dtype, [&](auto* type) {
+              using T = std::remove_pointer_t<decltype(type)>;
+              causal_forward<T>(query, key, value, output, scale_or_default(scale, query.head_dim()), executor);
+            });
+          },
+          [&executor, scale](const ConstView& query, const ConstView& key, const ConstView& value,
+                             const ConstView& output, const ConstView& grad_output, const View& grad_query,
+                             const View& grad_key, const View& grad_value) {
+            cpu::visit(query.dtype, [&](auto* type) {
+              using T = std::remove_pointer_t<decltype(type)>;
+              causal_backward<T>(query, key, value, output, grad_output, grad_query, grad_key, grad_value,
+                                 scale_or_default(scale, query.head_dim()), executor);
+            });
+          }};
 }
 
 }  // namespace lighthouse

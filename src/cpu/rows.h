@@ -30,12 +30,12 @@ using AccumulatorOf = typename Accumulator<T>::type;
 // Plain functions on plain pointers: nothing of one instruction set can leak into code that runs on another.
 template <class T, class A = AccumulatorOf<T>>
 struct RowFunctions {
-  float (*norm)(const T* row, int64_t n);                                                 // ||row||_2
-  void (*add_rows)(A* sum, const T* rows, int64_t stride, int64_t count, int64_t n);      // sum += each row
-  void (*add)(A* sum, const A* other, int64_t n);                                         // sum += other
-  void (*store_quotient)(T* row, const A* sum, A divisor, int64_t n);                     // row = sum / divisor
-  void (*add_quotient)(A* out, const A* base, const T* row, A divisor, int64_t n);        // out = base + row / divisor
-  void (*store_sum)(T* out, const A* base, const T* row, int64_t n);                      // out = base + row
+  float (*norm)(const T* row, int64_t n);                                             // ||row||_2
+  void (*add_rows)(A* sum, const T* rows, int64_t stride, int64_t count, int64_t n);  // sum += each row
+  void (*add)(A* sum, const A* other, int64_t n);                                     // sum += other
+  void (*store_quotient)(T* row, const A* sum, A divisor, int64_t n);                 // row = sum / divisor
+  void (*add_quotient)(A* out, const A* base, const T* row, A divisor, int64_t n);    // out = base + row / divisor
+  void (*store_sum)(T* out, const A* base, const T* row, int64_t n);                  // out = base + row
 };
 
 struct RowTable {
@@ -50,13 +50,21 @@ struct RowTable {
 };
 
 template <>
-inline const RowFunctions<float>& RowTable::of<float>() const { return f32; }
+inline const RowFunctions<float>& RowTable::of<float>() const {
+  return f32;
+}
 template <>
-inline const RowFunctions<double>& RowTable::of<double>() const { return f64; }
+inline const RowFunctions<double>& RowTable::of<double>() const {
+  return f64;
+}
 template <>
-inline const RowFunctions<BFloat16>& RowTable::of<BFloat16>() const { return bf16; }
+inline const RowFunctions<BFloat16>& RowTable::of<BFloat16>() const {
+  return bf16;
+}
 template <>
-inline const RowFunctions<Half>& RowTable::of<Half>() const { return f16; }
+inline const RowFunctions<Half>& RowTable::of<Half>() const {
+  return f16;
+}
 
 extern const RowTable kRowsBase;
 #if defined(LIGHTHOUSE_X86)

@@ -3,6 +3,6 @@
 namespace lighthouse::cpu {
 
 constinit const RowTable kRowsAvx2 = {"AVX2", row_functions<float, float>(), row_functions<double, double>(),
-                                 row_functions<BFloat16, float>(), row_functions<Half, float>()};
+                                      row_functions<BFloat16, float>(), row_functions<Half, float>()};
 
 }  // namespace lighthouse::cpu

@@ -108,8 +108,7 @@ inline void narrow(Half* __restrict row, const float* __restrict values, int64_t
   int64_t i = 0;
 #if defined(__AVX512F__)
   for (; i + 16 <= n; i += 16) {
-    const __m256i packed = 
-        _mm512_maskz_cvtps_ph(0xFFFF, _mm512_loadu_ps(values + i), _MM_FROUND_TO_NEAREST_INT);
+    const __m256i packed = _mm512_maskz_cvtps_ph(0xFFFF, _mm512_loadu_ps(values + i), _MM_FROUND_TO_NEAREST_INT);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(row + i), packed);
   }
 #elif defined(__F16C__)

@@ -30,8 +30,7 @@ void for_each_head_and_token(const ConstView& view, int64_t begin, int64_t end, 
 
 template <class T>
 const T* row_at(const ConstView& view, int64_t batch, int64_t head, int64_t token) {
-  return static_cast<const T*>(view.data) + batch * view.strides[0] + head * view.strides[1] +
-         token * view.strides[2];
+  return static_cast<const T*>(view.data) + batch * view.strides[0] + head * view.strides[1] + token * view.strides[2];
 }
 
 }  // namespace

@@ -10,7 +10,7 @@
 namespace lighthouse::cpu {
 namespace {
 
-constexpr int64_t kTokensPerBlock = 64;        // at least; enough to make a piece of work worth its start
+constexpr int64_t kTokensPerBlock = 64;          // at least; enough to make a piece of work worth its start
 constexpr int64_t kNumbersPerPiece = 64 * 1024;  // below this a second thread costs more than it brings
 
 // Tokens that one piece of work covers, in units u = token + reach: whole coarsest windows, so that no entry's sum
@@ -164,8 +164,8 @@ class WindowSpreader {
       base_[level] = base_[level + 1];
       if (choice.has(level, window, index)) {
         A* own = bases_.data() + level * n_;
-        row_.add_quotient(own, base_[level + 1], entries[choice.place(level, window, index)],
-                          divisor<T>(rule_, window), n_);
+        row_.add_quotient(own, base_[level + 1], entries[choice.place(level, window, index)], divisor<T>(rule_, window),
+                          n_);
         base_[level] = own;
       }
     }
@@ -175,8 +175,8 @@ class WindowSpreader {
   const Pyramid& pyramid_;
   WindowRule rule_;
   int64_t n_;
-  std::vector<A> bases_;       // [levels + 1, head_dim]; the last is zero
-  std::vector<T> narrowed_;    // base_[1] in the stored type
+  std::vector<A> bases_;     // [levels + 1, head_dim]; the last is zero
+  std::vector<T> narrowed_;  // base_[1] in the stored type
   const A* base_[kMaxLevels + 1] = {};
   const RowFunctions<T>& row_ = rows().of<T>();
 };
@@ -209,8 +209,7 @@ void for_each_block(const Layout& layout, WindowRule rule, const Tensors& tensor
 Choice choice_of(const Layout& layout, const ConstSelection& selection, const Sequence& sequence, int64_t head,
                  int64_t heads) {
   const int64_t kv_head = head / (heads / selection.kv_heads);
-  const int64_t start =
-      (sequence.row * selection.kv_heads + kv_head) * layout.tokens + sequence.token_offset;
+  const int64_t start = (sequence.row * selection.kv_heads + kv_head) * layout.tokens + sequence.token_offset;
   return {selection.mask + start, selection.prefix + start, sequence.tokens};
 }
 

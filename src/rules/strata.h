@@ -24,7 +24,8 @@ struct Stratum {
   int64_t place;        // of its first chosen entry, counted from the sequence's first
 };
 
-// Entries of `level` that a stratum puts into the sub-sequence: all of the coarsest, below that the children of parents.
+// Entries of `level` that a stratum puts into the sub-sequence: all of the coarsest, below that the children of
+// parents.
 LIGHTHOUSE_HOST_DEVICE inline int64_t chosen_at_level(const Pyramid& pyramid, int64_t coarsest_entries, int64_t budget,
                                                       int level) {
   int64_t chosen = coarsest_entries;

@@ -27,7 +27,9 @@ const float* scores_of(const char* argument, const Tensor& scores) {
   return data_of<float>(argument, scores, ScalarType::Float, "float32");
 }
 
-reference::Shape shape_of(const Tensor& query, const Tensor& key) { return {query.size(1), key.size(1), query.size(3)}; }
+reference::Shape shape_of(const Tensor& query, const Tensor& key) {
+  return {query.size(1), key.size(1), query.size(3)};
+}
 
 // [entries, 2]: level and index in causal order, of one sequence and key-value head.
 Tensor reference_select(Tensor query_score, Tensor key_score, std::vector<int64_t> windows, int64_t numerator,
@@ -37,8 +39,8 @@ Tensor reference_select(Tensor query_score, Tensor key_score, std::vector<int64_
   require(0 <= batch && batch < query_score.size(0) && 0 <= head && head < query_score.size(1), "batch=", batch,
           ", head=", head, ": outside of the scores");
   const int64_t start = (batch * query_score.size(1) + head) * query_score.size(2);
-  const auto entries = reference::select(plan, scores_of("query_score", query_score) + start,
-                                         scores_of("key_score", key_score) + start);
+  const auto entries =
+      reference::select(plan, scores_of("query_score", query_score) + start, scores_of("key_score", key_score) + start);
   const std::array<int64_t, 2> sizes{static_cast<int64_t>(entries.size()), 2};
   Tensor result = torch::stable::new_empty(query_score, sizes, ScalarType::Long);
   auto* out = static_cast<int64_t*>(result.data_ptr());

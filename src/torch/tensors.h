@@ -40,7 +40,8 @@ inline DType dtype_of(const char* argument, const Tensor& tensor) {
 }
 
 inline View view_of(const char* argument, const Tensor& tensor) {
-  require(tensor.dim() == 4, argument, " has ", tensor.dim(), " dimensions: [batch, heads, tokens, head_dim] is needed");
+  require(tensor.dim() == 4, argument, " has ", tensor.dim(),
+          " dimensions: [batch, heads, tokens, head_dim] is needed");
   View view{tensor.data_ptr(), dtype_of(argument, tensor), {}, {}};
   for (int64_t i = 0; i < 4; ++i) {
     view.sizes[static_cast<size_t>(i)] = tensor.size(i);
