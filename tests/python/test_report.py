@@ -47,6 +47,18 @@ def test_the_table_of_one_run_compares_with_nothing():
     assert "as fast" not in printed(report.table(RUNS[:1]))
 
 
+def test_the_baseline_at_the_time_the_other_ended():
+    # After 44 seconds the dense run has made five steps, four at its last evaluation.
+    line = "When the two-stage run ended with 2.5000, at 0:44, the dense run stood at 3.2500."
+    assert report.same_time(RUNS) == line
+    assert report.same_time(RUNS[:1]) == report.same_time(RUNS[::-1]) == ""
+
+
+def test_seconds_to_a_loss():
+    assert RUNS[0].seconds_to(3.25) == 32 and RUNS[0].seconds_to(1.0) is None
+    assert RUNS[0].loss_at(15.9) is None
+
+
 def test_the_table_fits_eighty_columns():
     assert "two-stage" in printed(report.table(RUNS), width=80)
 

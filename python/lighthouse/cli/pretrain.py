@@ -81,6 +81,8 @@ def _compare(runs: list[Run], folder: Path) -> None:
     report.draw(results, picture)
     print()
     Console().print(report.table(results))
+    if line := report.same_time(results):
+        print(line)
     print(f"Picture: {picture}")
     _say_where(results[-1])
 

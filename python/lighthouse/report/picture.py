@@ -20,7 +20,7 @@ def draw(runs: Sequence, path: str | Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for run, colour in zip(runs, COLOURS, strict=False):
-        _curve(axes, run, colour)
+        _curve(axes, run, colour, label_above=run is runs[0])
     axes.margins(x=0.1, y=0.12)
     axes.set_xlim(left=0)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda seconds, _: minutes(seconds)))
@@ -35,7 +35,7 @@ def draw(runs: Sequence, path: str | Path) -> None:
     figure.savefig(path)
 
 
-def _curve(axes, run, colour: str) -> None:
+def _curve(axes, run, colour: str, label_above: bool) -> None:
     points = run.held_out
     first = [point for point in points if point.step <= run.switch_step]
     second = points[len(first) - 1 :] if first else points  # joined where the stage changes
@@ -53,13 +53,13 @@ def _curve(axes, run, colour: str) -> None:
         axes.axvline(switch.seconds, color=colour, linewidth=0.8, linestyle=":")
         axes.annotate(
             "switch to dense",
-            (switch.seconds, 0),
+            (switch.seconds, 1),
             xycoords=("data", "axes fraction"),
-            xytext=(-4, 6),
+            xytext=(-4, -6),
             textcoords="offset points",
             rotation=90,
             ha="right",
-            va="bottom",
+            va="top",
             color=colour,
         )
     axes.plot(
@@ -75,10 +75,10 @@ def _curve(axes, run, colour: str) -> None:
     axes.annotate(
         f"{last.loss:.3f} at {minutes(last.seconds)}",
         (last.seconds, last.loss),
-        xytext=(0, 9),
+        xytext=(0, 9 if label_above else -9),
         textcoords="offset points",
         ha="center",
-        va="bottom",
+        va="bottom" if label_above else "top",
         color=colour,
         fontweight="bold",
     )

@@ -28,6 +28,19 @@ def table(runs: Sequence) -> Table:
     return result
 
 
+def same_time(runs: Sequence) -> str:
+    """Where the first run, the baseline, stood when each of the others had ended; one line a run."""
+    baseline, lines = runs[0], []
+    for run in runs[1:]:
+        loss = baseline.loss_at(run.seconds)
+        if loss is not None and run.seconds < baseline.seconds:
+            lines.append(
+                f"When the {run.name} run ended with {run.loss:.4f}, at {minutes(run.seconds)}, "
+                f"the {baseline.name} run stood at {loss:.4f}."
+            )
+    return "\n".join(lines)
+
+
 def minutes(seconds: float) -> str:
     """`75.2` is `1:15`."""
     whole = round(seconds)

@@ -65,6 +65,10 @@ class PretrainResult:
     def dense(self) -> Stage | None:
         return self.stages.get(DENSE)
 
+    def loss_at(self, seconds: float) -> float | None:
+        """The dense held-out loss of the last evaluation within so many training seconds; None before the first."""
+        return next((point.loss for point in reversed(self.held_out) if point.seconds <= seconds), None)
+
     def seconds_to(self, loss: float) -> float | None:
         """The training seconds of the first evaluation at or below `loss`; None if there is none."""
         return next((point.seconds for point in self.held_out if point.loss <= loss), None)
