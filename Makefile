@@ -68,6 +68,7 @@ asan: SANITIZERS := address,undefined
 tsan: SANITIZERS := thread
 tsan: CTEST := $(FIXED) $(CTEST)
 asan tsan: $(VENV)/.ready
+	@mkdir -p build
 	@$(CMAKE) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo \
 	  -DLIGHTHOUSE_TESTS=ON -DLIGHTHOUSE_SANITIZE=$(SANITIZERS) -B build/$@ >build/$@.log || (cat build/$@.log; false)
 	@$(CMAKE) --build build/$@

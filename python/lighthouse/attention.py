@@ -37,15 +37,6 @@ def causal_sdpa(
     )
 
 
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Casts as PyTorch's own attention does under autocast."""
-    device = tensors[0].device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
-
-
 def sub_sequence_attention(
     query: Tensor,
     key: Tensor,
@@ -60,8 +51,6 @@ def sub_sequence_attention(
     cover_start: bool = True,
 ) -> Tensor:
     """`attention` for settings that `check_pool_ratios` and `check_select_topk` have turned into windows and topk."""
-    if all(isinstance(tensor, Tensor) for tensor in (query, key, value)):
-        query, key, value = _autocast(query, key, value)
     query, key, value = check_qkv(query, key, value)
     scores = check_scores(scores, key)
     if not 0 <= dropout_p < 1:
@@ -73,6 +62,8 @@ def sub_sequence_attention(
     output_sub = (inner or causal_sdpa)(
         query_sub, key_sub, value_sub, scale=scale, dropout_p=dropout_p, layout=SubSequences(query.shape[0], length)
     )
+    if not isinstance(output_sub, Tensor):
+        raise TypeError(f"inner returned a {type(output_sub).__name__}: the output alone is needed, a tensor")
     if output_sub.shape != query_sub.shape or output_sub.dtype != query_sub.dtype:
         raise ValueError(
             f"inner returned {list(output_sub.shape)} {output_sub.dtype} for a query of {list(query_sub.shape)} "

@@ -61,10 +61,19 @@ def _log_copy_once(name: str) -> None:
         logger.debug("%s has a last stride other than one and is copied; said once", name)
 
 
+def _autocast(tensor: Tensor) -> Tensor:
+    """Casts as PyTorch's own attention does under autocast."""
+    device = tensor.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device) or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(device))
+
+
 def check_qk(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     """Query and key as the operators take them. Raises ValueError or TypeError."""
     _check_tensor("query", query)
     _check_tensor("key", key)
+    query, key = _autocast(query), _autocast(key)
     _check_against_query("key", key, query)
     if query.shape[1] % key.shape[1]:
         raise ValueError(
@@ -77,6 +86,7 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor
     """Query, key and value as the operators take them. Raises ValueError or TypeError."""
     query, key = check_qk(query, key)
     _check_tensor("value", value)
+    value = _autocast(value)
     _check_against_query("value", value, query)
     if value.shape[1] != key.shape[1]:
         raise ValueError(f"value has {value.shape[1]} heads, key {key.shape[1]}: they must be the same")

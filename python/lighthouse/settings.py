@@ -13,6 +13,7 @@ SELECT_TOPK = 1 / 64
 MAX_LEVELS = 8  # a level is one bit of a token's mask byte
 MAX_DENOMINATOR = 65_536
 MAX_PARENTS = 2**40
+MAX_WINDOW = 2**40
 RATIO_TOLERANCE = 1e-3
 
 
@@ -33,10 +34,13 @@ def check_pool_ratios(pool_ratios: Sequence[float]) -> tuple[int, ...]:
             raise TypeError(f"{name}: a number is needed")
         if not 0 < ratio < 1:  # NaN is not, either
             raise ValueError(f"{name}: a ratio must be above 0 and below 1")
-        window = round(1 / ratio)
+        if ratio < 1 / MAX_WINDOW:
+            raise ValueError(f"{name}: at least 2^-40 is needed")
+        window = max(2, round(1 / ratio))
         if abs(ratio - 1 / window) > RATIO_TOLERANCE * ratio:
-            below, above = math.floor(1 / ratio), math.ceil(1 / ratio)
-            raise ValueError(f"{name}: one over a whole number of tokens is needed; nearest: 1/{below}, 1/{above}")
+            below = max(2, math.floor(1 / ratio))
+            nearest = f"1/{below}, 1/{below + 1}" if below < 1 / ratio else f"1/{below}"
+            raise ValueError(f"{name}: one over a whole number of tokens is needed; nearest: {nearest}")
         finer = windows[-1]
         if window <= finer:
             raise ValueError(f"{name}: ratios must decrease, and the one before is 1/{finer}")

@@ -10,11 +10,8 @@ namespace {
 
 const TorchExecutor kExecutor;
 
-TopK topk_of(int64_t numerator, int64_t denominator) {
-  return denominator == 0 ? TopK::count(numerator) : TopK::share(numerator, denominator);
-}
-
 Layout layout_of(const Tensor& mask, const std::vector<int64_t>& windows, int64_t length) {
+  require_choice_sizes("mask", mask);
   return {Pyramid::from_windows(windows), mask.size(0), mask.size(2), length};
 }
 

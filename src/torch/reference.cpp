@@ -4,6 +4,7 @@
 
 #include <tuple>
 
+#include "core/check.h"
 #include "torch/tensors.h"
 
 namespace lighthouse::bindings {
@@ -19,16 +20,28 @@ double* new_numbers(Tensor& tensor) { return static_cast<double*>(tensor.data_pt
 
 Plan plan_of(const Tensor& scores, const std::vector<int64_t>& windows, int64_t numerator, int64_t denominator,
              bool cover_start) {
-  return make_plan(scores.size(0), scores.size(2), Pyramid::from_windows(windows),
-                   denominator == 0 ? TopK::count(numerator) : TopK::share(numerator, denominator), cover_start);
+  require_choice_sizes("query_score", scores);
+  return make_plan(scores.size(0), scores.size(2), Pyramid::from_windows(windows), topk_of(numerator, denominator),
+                   cover_start);
+}
+
+// The oracle's loops follow these sizes without looking.
+reference::Shape checked_shape(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& query_score,
+                               const Tensor& key_score) {
+  const View query_view = view_of("query", query), key_view = view_of("key", key);
+  require_choice_sizes("query_score", query_score);
+  require_same_sizes("key", key, "value", value);
+  require_same_sizes("query_score", query_score, "key_score", key_score);
+  check_view("query", query_view, query_view);
+  check_view("key", key_view, query_view);
+  check_heads(query_view.heads(), key_view.heads());
+  check_sizes("query", query_view, query_score.size(0), query_view.heads(), query_score.size(2));
+  check_sizes("key", key_view, query_score.size(0), query_score.size(1), query_score.size(2));
+  return {query_view.heads(), key_view.heads(), query_view.head_dim()};
 }
 
 const float* scores_of(const char* argument, const Tensor& scores) {
   return data_of<float>(argument, scores, ScalarType::Float, "float32");
-}
-
-reference::Shape shape_of(const Tensor& query, const Tensor& key) {
-  return {query.size(1), key.size(1), query.size(3)};
 }
 
 // [entries, 2]: level and index in causal order, of one sequence and key-value head.
@@ -55,12 +68,11 @@ Tensor reference_attention(Tensor query, Tensor key, Tensor value, Tensor query_
                            std::vector<int64_t> windows, int64_t numerator, int64_t denominator, bool cover_start,
                            double scale) {
   const Plan plan = plan_of(query_score, windows, numerator, denominator, cover_start);
-  require_same_sizes("key", key, "value", value);
-  require_same_sizes("query_score", query_score, "key_score", key_score);
+  const reference::Shape shape = checked_shape(query, key, value, query_score, key_score);
   Tensor output = torch::stable::empty_like(query);
-  reference::attention(plan, shape_of(query, key), numbers("query", query), numbers("key", key),
-                       numbers("value", value), scores_of("query_score", query_score),
-                       scores_of("key_score", key_score), scale, new_numbers(output));
+  reference::attention(plan, shape, numbers("query", query), numbers("key", key), numbers("value", value),
+                       scores_of("query_score", query_score), scores_of("key_score", key_score), scale,
+                       new_numbers(output));
   return output;
 }
 
@@ -70,15 +82,14 @@ std::tuple<Tensor, Tensor, Tensor> reference_attention_backward(Tensor query, Te
                                                                 int64_t denominator, bool cover_start, double scale,
                                                                 Tensor grad_output) {
   const Plan plan = plan_of(query_score, windows, numerator, denominator, cover_start);
-  require_same_sizes("key", key, "value", value);
-  require_same_sizes("query_score", query_score, "key_score", key_score);
+  const reference::Shape shape = checked_shape(query, key, value, query_score, key_score);
   require_same_sizes("query", query, "grad_output", grad_output);
   Tensor grad_query = torch::stable::empty_like(query), grad_key = torch::stable::empty_like(key),
          grad_value = torch::stable::empty_like(value);
-  reference::attention_backward(plan, shape_of(query, key), numbers("query", query), numbers("key", key),
-                                numbers("value", value), scores_of("query_score", query_score),
-                                scores_of("key_score", key_score), scale, numbers("grad_output", grad_output),
-                                new_numbers(grad_query), new_numbers(grad_key), new_numbers(grad_value));
+  reference::attention_backward(plan, shape, numbers("query", query), numbers("key", key), numbers("value", value),
+                                scores_of("query_score", query_score), scores_of("key_score", key_score), scale,
+                                numbers("grad_output", grad_output), new_numbers(grad_query), new_numbers(grad_key),
+                                new_numbers(grad_value));
   return {grad_query, grad_key, grad_value};
 }
 

@@ -65,10 +65,20 @@ inline void require_same_sizes(const char* argument, const Tensor& tensor, const
   require(same, argument, " and ", other_argument, " differ in size");
 }
 
+inline void require_choice_sizes(const char* argument, const Tensor& tensor) {
+  require(tensor.dim() == 3, argument, " has ", tensor.dim(), " dimensions: [batch, kv_heads, tokens] is needed");
+}
+
 inline ConstSelection selection_of(const Tensor& mask, const Tensor& prefix) {
   require_same_sizes("mask", mask, "prefix", prefix);
+  require_choice_sizes("mask", mask);
   return {data_of<uint8_t>("mask", mask, ScalarType::Byte, "uint8"),
           data_of<int32_t>("prefix", prefix, ScalarType::Int, "int32"), mask.size(1)};
+}
+
+// The operators' two numbers: parents per level, or over a denominator a share of the tokens.
+inline TopK topk_of(int64_t numerator, int64_t denominator) {
+  return denominator == 0 ? TopK::count(numerator) : TopK::share(numerator, denominator);
 }
 
 // A new tensor like `like` in dtype and device, without gaps when its dimensions are taken in this order, the

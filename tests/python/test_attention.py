@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lighthouse
 from cases import dense, rand_qkv
@@ -143,11 +144,21 @@ def test_the_output_is_contiguous_when_transposed(layout):
     assert output.transpose(1, 2).is_contiguous()
 
 
+class NoCopies(TorchDispatchMode):
+    """Fails on any operator that copies a tensor."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket not in (torch.ops.aten.clone, torch.ops.aten.copy_, torch.ops.aten._to_copy), func
+        return func(*args, **(kwargs or {}))
+
+
 def test_strided_inputs_are_read_in_place():
     wide = torch.randn(1, 100, 3, 4, 24, dtype=torch.float64)
     query, key, value = (wide[:, :, i, :, 4:20].transpose(1, 2) for i in range(3))
     contiguous = [tensor.contiguous() for tensor in (query, key, value)]
-    assert torch.equal(lighthouse.attention(query, key, value), lighthouse.attention(*contiguous))
+    with NoCopies():
+        output = lighthouse.attention(query, key, value)
+    assert torch.equal(output, lighthouse.attention(*contiguous))
 
 
 def test_the_same_bits_for_any_number_of_threads():
@@ -330,6 +341,11 @@ BAD_INPUT = {
     "dropout_of_one": (lambda q, k, v: {"dropout_p": 1.0}, ValueError, "dropout_p=1.0"),
     "ratio": (lambda q, k, v: {"pool_ratios": [0.3]}, ValueError, r"pool_ratios\[0\]=0.3"),
     "topk": (lambda q, k, v: {"select_topk": 0}, ValueError, "select_topk=0"),
+    "inner_gives_a_tuple": (
+        lambda q, k, v: {"inner": lambda q, k, v, **_: (q, None)},
+        TypeError,
+        "inner returned a tuple",
+    ),
     "inner_of_another_shape": (
         lambda q, k, v: {"inner": lambda q, k, v, **_: q[:, :, :1]},
         ValueError,

@@ -162,3 +162,21 @@ def test_importing_needs_torch_alone():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.strip() == "ok", result.stderr
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda a: (a[0], a[1], a[2], a[3].repeat(1, 1, 2), a[4].repeat(1, 1, 2)), "query has sizes"),
+        (lambda a: (a[0], a[1][:, :0], a[2][:, :0], a[3][:, :0], a[4][:, :0]), "empty"),
+        (lambda a: (a[0], a[1], a[2], a[3][:, :, :9].contiguous(), a[4][:, :, :9].contiguous()), "query has sizes"),
+        (lambda a: (a[0], a[1][..., :4].contiguous(), a[2][..., :4].contiguous(), a[3], a[4]), "head_dim"),
+        (lambda a: (a[0][:, :3].contiguous(), *a[1:]), "key has 2 heads, query 3"),
+        (lambda a: (*a[:3], a[3][0], a[4][0]), "dimensions"),
+    ],
+)
+def test_the_oracle_checks_what_its_loops_follow(change, message):
+    query, key, value = rand_qkv(TOKENS, query_heads=4, kv_heads=2)
+    scores = torch.ops.lighthouse.score(query, key)
+    with pytest.raises(REFUSED, match=message):
+        torch.ops.lighthouse.reference_attention(*change((query, key, value, *scores)), WINDOWS, *TOPK, True, 0.0)

@@ -64,3 +64,11 @@ def test_bad_input_is_refused_like_in_attention():
     query, key, _ = rand_qkv(64, dtype=torch.float32)
     with pytest.raises(ValueError, match="key has dtype"):
         lighthouse.select(query, key.double())
+
+
+def test_under_autocast_the_choice_is_the_one_that_attention_makes():
+    query, key, _ = rand_qkv(4096, head_dim=32, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = lighthouse.select(query, key)
+    assert torch.equal(cast.mask, lighthouse.select(query.bfloat16(), key.bfloat16()).mask)
+    assert not torch.equal(cast.mask, lighthouse.select(query, key).mask)
