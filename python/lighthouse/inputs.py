@@ -14,6 +14,17 @@ logger = logging.getLogger("lighthouse")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+def check_device(name: str, device: torch.device) -> None:
+    """The kernels run there. Raises ValueError."""
+    if device.type == "cuda":
+        raise ValueError(
+            f"{name} is on {device}, and this build of lighthouse has no CUDA kernels: move the tensors to the CPU, or "
+            "train dense on the GPU"
+        )
+    if device.type not in ("cpu", "meta"):
+        raise ValueError(f"{name} is on {device}: only CPU tensors can be taken")
+
+
 def _check_tensor(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} is a {type(tensor).__name__}: a tensor [batch, heads, tokens, head_dim] is needed")
@@ -23,13 +34,7 @@ def _check_tensor(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} has shape {list(tensor.shape)}: every size must be at least 1")
     if tensor.dtype not in DTYPES:
         raise ValueError(f"{name} has dtype {tensor.dtype}: float32, bfloat16, float16 or float64 is needed")
-    if tensor.device.type == "cuda":
-        raise ValueError(
-            f"{name} is on {tensor.device}, and this build of lighthouse has no CUDA kernels: move the tensors to the "
-            "CPU, or train dense on the GPU"
-        )
-    if tensor.device.type not in ("cpu", "meta"):
-        raise ValueError(f"{name} is on {tensor.device}: only CPU tensors can be taken")
+    check_device(name, tensor.device)
 
 
 def _check_against_query(name: str, tensor: Tensor, query: Tensor) -> None:

@@ -124,7 +124,11 @@ def LighthouseWrapper(
     attention and masks, and this is said once, in `eval()`, in `generate`, with a key-value cache, and where Lighthouse
     would not pay. Where Lighthouse acts, anything it cannot honour is an error: a padding mask that hides anything,
     packed documents, masks of other shapes, sliding windows, soft-capping, attention sinks, sequences longer than the
-    model's `max_position_embeddings`.
+    model's `max_position_embeddings`, tensors on a device that this build has no kernels for.
+
+    Under gradient checkpointing with `use_reentrant=False` a change of attention between a forward and its backward, by
+    the switch or another forward, makes the backward a CheckpointError. While Lighthouse is enabled, training with
+    reentrant checkpointing is an error.
 
     Args:
         model: `LlamaModel` or `LlamaForCausalLM` of Transformers. A bare `LlamaModel` gets its input embedding as
@@ -164,7 +168,9 @@ def LighthouseWrapper(
 def unwrap(model):
     """Gives back the plain model: `model.unwrap()` with an error that says so when it is not wrapped.
 
-    Raises `ValueError` for a model that is not wrapped, or no longer.
+    The configuration stays the model's own copy, equal in content to the one it came with but for later changes.
+    Raises `ValueError` for a model that is not wrapped, or no longer: there `model.unwrap()` is an AttributeError,
+    since nothing of Lighthouse stays on the plain model.
     """
     if not callable(getattr(model, "unwrap", None)) or not hasattr(model, "lighthouse_settings"):
         raise ValueError(f"this {type(model).__name__} is not wrapped by LighthouseWrapper, or no longer")

@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (
     AttentionInterface,
     BatchEncoding,
@@ -276,6 +277,15 @@ def test_the_dense_attention_can_be_changed():
     assert model.unwrap().config._attn_implementation == "eager"
 
 
+@pytest.mark.parametrize("name", ["lighthouse", {"": "lighthouse"}], ids=["name", "dict"])
+def test_lighthouse_is_not_the_dense_attention(name):
+    model = wrapped().eval()
+    with pytest.raises(ValueError, match="lighthouse.*a dense attention is needed.*model.lighthouse\\(True\\)"):
+        model.set_attn_implementation(name)
+    assert model._lighthouse.former == model.config._attn_implementation == "sdpa"
+    assert model.unwrap().config._attn_implementation == "sdpa"
+
+
 DENSE_NAMES = [
     ("sdpa", "sdpa"),
     ("flash_attention_2", "flash_attention_2"),
@@ -357,16 +367,16 @@ def test_what_it_cannot_honour_is_refused_before_any_layer(model_class, extra, m
     assert spy.calls == LIGHTHOUSE_LAYERS
 
 
-@pytest.mark.parametrize("state", ["switched_off", "eval"])
+@pytest.mark.parametrize("state", ["switched_off", "eval", "too_short_to_pay"])
 @pytest.mark.parametrize("name", ["padding_left", "one_hidden_token", "mask_4d", "packed_positions"])
 def test_the_plain_model_honours_masks_itself(state, name):
     extra = next(case[1] for case in REFUSED if case[0] == name)
     if name == "mask_4d":
         extra = {"attention_mask": torch.ones(2, 1, TOKENS, TOKENS, dtype=torch.bool).tril(10)}
-    model, never = wrapped(), plain()
+    model, never = wrapped(min_tokens=TOKENS + 1 if state == "too_short_to_pay" else 0), plain()
     if state == "switched_off":
         model.lighthouse(False)
-    else:
+    elif state == "eval":
         model.eval(), never.eval()
     extra = {**extra, "use_cache": False}  # position ids mark documents only where there is no cache
     assert torch.equal(model(ids(), **extra).logits, never(ids(), **extra).logits)
@@ -420,6 +430,20 @@ def test_dynamic_rope_has_no_limit():
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     model = wrapped(config={"rope_parameters": rope})
     assert torch.isfinite(model({"input_ids": ids(tokens=LIMIT + 1)}).loss)
+
+
+def test_a_device_without_kernels_is_refused_before_any_layer():
+    """A fake tensor stands for the GPU that is not needed to see the error."""
+    model = wrapped(min_tokens=TOKENS)
+    model.model.embed_tokens.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
+    with FakeTensorMode():
+        tokens = {tokens: torch.zeros(1, tokens, dtype=torch.long, device="cuda") for tokens in (TOKENS, TOKENS - 1)}
+    with pytest.raises(ValueError, match="input_ids is on cuda.* no CUDA kernels"):
+        model({"input_ids": tokens[TOKENS]})
+    with pytest.raises(ValueError, match="inputs_embeds is on cuda.* no CUDA kernels"):
+        model(inputs_embeds=tokens[TOKENS])
+    with pytest.raises(pytest.fail.Exception, match="the model ran"):  # dense, as it would not pay
+        model({"input_ids": tokens[TOKENS - 1]})
 
 
 # Past the wrapper's own forward
@@ -489,6 +513,15 @@ def test_hidden_states_come_with_the_loss():
         assert len(out.hidden_states) == LAYERS + 1 and out.logits is None
         values = wrapped(model_class)({"input_ids": ids()}, return_dict=False)
         assert isinstance(values, tuple) and values[0].ndim == 0
+
+
+@both
+def test_a_model_that_returns_tuples_gives_the_loss(model_class):
+    model = wrapped(model_class, config={"return_dict": False})
+    values = model({"input_ids": ids()})
+    assert isinstance(values, tuple)
+    assert torch.equal(values[0], wrapped(model_class)({"input_ids": ids()}).loss)
+    assert torch.equal(values[0], model({"input_ids": ids()}, return_dict=True).loss)
 
 
 def test_what_is_trained_learns():

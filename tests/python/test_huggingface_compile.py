@@ -96,8 +96,7 @@ def test_compiled_code_refuses_too(extra, error, message):
 
 
 @both
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing_gives_the_same_bits(model_class, reentrant):
+def test_checkpointing_gives_the_same_bits(model_class):
     spy = Spy()
     model = wrapped(model_class, spy=spy, config={"attention_dropout": 0.1})
 
@@ -106,10 +105,44 @@ def test_checkpointing_gives_the_same_bits(model_class, reentrant):
         return model({"input_ids": ids()})
 
     expected = gradients(model, seeded)
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.gradient_checkpointing_enable({"use_reentrant": False})
     spy.queries.clear()
     assert_same(gradients(model, seeded), expected)
     assert spy.calls == 2 * LIGHTHOUSE_LAYERS  # once more in the backward
+
+
+REENTRANT = [
+    ("said", {"use_reentrant": True}),
+    ("by_torch_default", {"preserve_rng_state": True}),
+]
+
+
+@both
+@pytest.mark.parametrize("arguments", [case[1] for case in REENTRANT], ids=[case[0] for case in REENTRANT])
+def test_reentrant_checkpointing_is_refused(model_class, arguments):
+    """Its backward would run whatever attention the last call left, in silence."""
+    spy = Spy()
+    model = wrapped(model_class, spy=spy, min_tokens=TOKENS)
+    model.gradient_checkpointing_enable(arguments)
+    for tokens in (TOKENS, TOKENS - 1):  # the short one runs dense, but its backward might come after a long one
+        with pytest.raises(ValueError, match='gradient_checkpointing_enable.*"use_reentrant": False'):
+            model({"input_ids": ids(tokens=tokens)})
+    model.eval()({"input_ids": ids()})
+    model.train().lighthouse(False)({"input_ids": ids()}).loss.backward()
+    with pytest.raises(ValueError, match="reentrant"):
+        model.lighthouse(True)
+    assert not model.lighthouse_enabled and spy.calls == 0
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.lighthouse(True)({"input_ids": ids()}).loss.backward()
+    assert spy.calls == 2 * LIGHTHOUSE_LAYERS
+
+
+def test_checkpointing_compiles_whole():
+    model = wrapped(config=ONE_LAYER)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    expected = gradients(model, lambda: model({"input_ids": ids()}))
+    assert_same(gradients(model, lambda: compiled({"input_ids": ids()})), expected, exactly=False)
 
 
 def test_checkpointing_through_both_stages():
@@ -123,11 +156,19 @@ def test_checkpointing_through_both_stages():
         )
 
 
-def test_switching_between_forward_and_backward_is_loud_under_checkpointing():
+CHANGES = [
+    ("switch", lambda model: model.lighthouse(False)),
+    ("evaluation", lambda model: model.eval()({"input_ids": ids()})),
+    ("short_dense_batch", lambda model: model({"input_ids": ids(tokens=TOKENS - 1)})),
+]
+
+
+@pytest.mark.parametrize("change", [case[1] for case in CHANGES], ids=[case[0] for case in CHANGES])
+def test_a_change_between_forward_and_backward_is_loud_under_checkpointing(change):
     """The backward runs the layers again: with another attention its gradients would be wrong."""
-    model = wrapped()
+    model = wrapped(min_tokens=TOKENS)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     loss = model({"input_ids": ids()}).loss
-    model.lighthouse(False)
+    change(model)
     with pytest.raises(torch.utils.checkpoint.CheckpointError):
         loss.backward()

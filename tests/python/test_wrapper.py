@@ -100,6 +100,13 @@ def test_a_shared_config_keeps_its_attention():
     assert torch.isfinite(other(ids(), labels=ids()).loss)
 
 
+def test_the_config_stays_the_models_own_copy():
+    model = plain()
+    came_with = model.config
+    LighthouseWrapper(model, **SETTINGS).unwrap()
+    assert model.config is not came_with and model.config.to_dict() == came_with.to_dict()
+
+
 def test_changes_to_the_config_survive_unwrapping():
     model = wrapped()
     model.config.pad_token_id = 7

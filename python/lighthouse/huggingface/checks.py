@@ -50,6 +50,21 @@ def check_config(config) -> None:
         raise ValueError("config.is_causal=False: Lighthouse is causal self-attention only")
 
 
+def check_checkpointing(body) -> None:
+    """Refuses reentrant gradient checkpointing: it would recompute with whatever attention the last call left.
+
+    Transformers keeps the checkpoint function, a partial, on `body`; without `use_reentrant` torch takes it as True.
+    """
+    if not getattr(body, "gradient_checkpointing", False):
+        return
+    keywords = getattr(body._gradient_checkpointing_func, "keywords", {})
+    if keywords.get("use_reentrant", True) is not False:
+        raise ValueError(
+            "gradient checkpointing is reentrant: its backward could run another attention than the forward did; "
+            'take the other kind: model.gradient_checkpointing_enable({"use_reentrant": False})'
+        )
+
+
 def check_call(call: Mapping, tokens: int, config) -> None:
     """Refuses a forward that Lighthouse cannot honour. `call` holds the arguments of the model by name.
 
@@ -100,8 +115,7 @@ def check_mask(mask) -> None:
         )
     _require(
         (mask != 0).all(),
-        "attention_mask hides tokens: padding is not supported yet by Lighthouse; cut the batch to full sequences, or"
-        " switch it off for such batches: model.lighthouse(False)",
+        "attention_mask hides tokens: Lighthouse supports no padding yet, only full sequences" + WAY_OUT,
     )
 
 
@@ -111,8 +125,7 @@ def check_positions(positions) -> None:
         return
     _require(
         (positions[..., 1:] - positions[..., :-1] == 1).all(),
-        "position_ids restart or jump: packed documents are not supported yet by Lighthouse; give one document per"
-        " sequence, or switch it off for such batches: model.lighthouse(False)",
+        "position_ids restart or jump: Lighthouse supports no packed documents yet, only one per sequence" + WAY_OUT,
     )
 
 

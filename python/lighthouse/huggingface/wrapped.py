@@ -2,7 +2,9 @@
 
 Each forward is decided once, here: Lighthouse acts, or the plain model runs with its own attention and masks. The
 decision is the attention's name in the model's configuration. It is left standing after the forward, because gradient
-checkpointing runs the layers again in the backward and has to find the same name.
+checkpointing runs the layers again in the backward and has to find the same name. Where another call has changed it in
+between, `use_reentrant=False` raises torch's CheckpointError; reentrant checkpointing would give wrong gradients in
+silence, and is refused.
 
 Two configurations: the model's, a copy of its own since the one it came with may be shared with other models, and the
 one that dense layers hold, which names a dense attention while the model's names Lighthouse.
@@ -27,6 +29,7 @@ from lighthouse.huggingface import checks
 from lighthouse.huggingface.architectures import Architecture, architecture_of
 from lighthouse.huggingface.attention_interface import NAME, dense_name
 from lighthouse.huggingface.loss import IGNORE_INDEX, OutputLayer, next_token_loss
+from lighthouse.inputs import check_device
 from lighthouse.wrapper import LighthouseSettings
 
 logger = logging.getLogger("lighthouse")
@@ -69,7 +72,12 @@ class WrappedModel(Swapped):
     # The way out
 
     def unwrap(self) -> PreTrainedModel:
-        """The plain model: this object, with its former class and attention. Works under `fully_shard` too."""
+        """The plain model: this object, with its former class and attention. Works under `fully_shard` too.
+
+        The configuration stays the model's own copy, equal in content to the one it came with but for later changes.
+        Nothing of Lighthouse stays on the plain model, so a second `model.unwrap()` is an AttributeError;
+        `lighthouse.unwrap(model)` says it in a clear ValueError.
+        """
         state = self._lighthouse
         architecture = architecture_of(self)
         self._forget_forward()
@@ -102,10 +110,14 @@ class WrappedModel(Swapped):
     def lighthouse(self, enabled: bool) -> WrappedModel:
         """Switches Lighthouse off or on, in place, and returns the model; parameters and optimizer are untouched.
 
-        While it is off the model trains with its plain attention and masks; the loss stays as it was set.
+        While it is off the model trains with its plain attention and masks; the loss stays as it was set. Under
+        gradient checkpointing a switch between a forward and its backward makes the backward a CheckpointError.
+        Raises `ValueError` where it would be switched on under reentrant checkpointing.
         """
         if not isinstance(enabled, bool):
             raise TypeError(f"lighthouse({enabled!r}): True or False is needed")
+        if enabled and self.training:
+            checks.check_checkpointing(architecture_of(self).body(self))
         self._lighthouse.enabled = enabled
         self._settle()
         return self
@@ -125,11 +137,17 @@ class WrappedModel(Swapped):
         self._settle()
         return self
 
-    def set_attn_implementation(self, *args, **kwargs) -> None:
-        """Sets the attention that runs wherever Lighthouse does not act."""
+    def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs) -> None:
+        """Sets the attention that runs wherever Lighthouse does not act. Raises `ValueError` for Lighthouse itself."""
+        named = attn_implementation.get("") if isinstance(attn_implementation, dict) else attn_implementation
+        if named == NAME:
+            raise ValueError(
+                f"attn_implementation={attn_implementation!r}: a dense attention is needed, for where Lighthouse does "
+                "not act; to switch Lighthouse on: model.lighthouse(True)"
+            )
         state = self._lighthouse
         state.name_attention(acts=False)
-        super().set_attn_implementation(*args, **kwargs)
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
         state.former = self.config._attn_implementation
         self._settle()
 
@@ -202,7 +220,9 @@ class WrappedModel(Swapped):
         settings = state.settings
         if not state.enabled or state.generating:
             return False
-        if not self.training and settings.eval == "dense":
+        if self.training:  # where the plain model runs too: another call may come before the backward
+            checks.check_checkpointing(architecture_of(self).body(self))
+        elif settings.eval == "dense":
             _say_once(state.name, 'in eval() attention is dense; eval="lighthouse" would keep Lighthouse')
             return False
         use_cache = call.get("use_cache")
@@ -211,10 +231,10 @@ class WrappedModel(Swapped):
         if use_cache or call.get("past_key_values") is not None:
             _say_once(state.name, "with a key-value cache attention is dense")
             return False
-        tokens = call.get("input_ids") if call.get("input_ids") is not None else call.get("inputs_embeds")
+        name = "input_ids" if call.get("input_ids") is not None else "inputs_embeds"
+        tokens = call.get(name)
         if tokens is None:
             return False  # the plain model says what is missing
-        checks.check_call(call, tokens.shape[1], self.config)
         device = tokens.device.type
         if not settings.pays(tokens.shape[1], device):
             _say_once(
@@ -223,6 +243,8 @@ class WrappedModel(Swapped):
                 f"is longer than {settings.max_share} of them (max_share), run with dense attention",
             )
             return False
+        check_device(name, tokens.device)
+        checks.check_call(call, tokens.shape[1], self.config)
         return True
 
     def _loss_is_ours(self, call: dict) -> bool:
@@ -240,9 +262,9 @@ class WrappedModel(Swapped):
         return_dict = call.pop("return_dict", None)
         call.pop("logits_to_keep", None)
         if architecture.has_head(self):
-            outputs = architecture.body(self)(**call)
+            outputs = architecture.body(self)(**call, return_dict=True)
         else:
-            outputs = super().forward(**call)
+            outputs = super().forward(**call, return_dict=True)
         loss = next_token_loss(
             architecture.output_layer(self),
             outputs.last_hidden_state,
