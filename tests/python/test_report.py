@@ -25,7 +25,7 @@ def result(name, switch_step, seconds_per_step):
     stages = {"dense": Stage(steps - switch_step, (steps - switch_step) * dense, (steps - switch_step) * 8192)}
     if switch_step:
         stages["lighthouse"] = Stage(switch_step, switch_step * lighthouse, switch_step * 8192)
-    return PretrainResult(name, f"/runs/{name}/model", 8192, steps, switch_step, stages, points, {})
+    return PretrainResult(name, f"/runs/{name}/model", 8192, steps, switch_step, steps, stages, points, {})
 
 
 RUNS = [result("dense", 0, (0, 8.0)), result("two-stage", 6, (2.0, 8.0))]

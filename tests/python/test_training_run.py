@@ -18,6 +18,8 @@ from lighthouse.training.callbacks import Record, SwitchToDense
 from lighthouse.training.model import new_model
 from training_runs import CONTEXT, options, training, write_text
 
+attention_module = sys.modules["lighthouse.attention"]  # `lighthouse.attention` is the function
+
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
@@ -26,12 +28,20 @@ def text(tmp_path_factory):
 
 @pytest.fixture
 def seen(monkeypatch):
-    """What each training forward ran with: (Lighthouse on, training loss), in order."""
-    forwards = []
+    """After each step: (the step, whether a layer chose a sub-sequence in it)."""
+    steps, calls = [], []
+    gather = attention_module.choose
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        return gather(*args, **kwargs)
+
+    monkeypatch.setattr(attention_module, "choose", counted)
 
     class Watch(TrainerCallback):
         def on_step_end(self, args, state, control, model=None, **kwargs):
-            forwards.append((state.global_step, getattr(model, "lighthouse_enabled", False)))
+            steps.append((state.global_step, bool(calls)))
+            calls.clear()
 
     before = run_module._Trainer.__init__
 
@@ -39,7 +49,7 @@ def seen(monkeypatch):
         before(self, **{**kwargs, "callbacks": [*kwargs["callbacks"], Watch()]})
 
     monkeypatch.setattr(run_module._Trainer, "__init__", with_watch)
-    return forwards
+    return steps
 
 
 def losses_of(folder: Path) -> dict[int, float]:
@@ -129,6 +139,58 @@ def test_more_steps_on_resuming_leave_the_switch_where_it_was(tmp_path, text, se
     seen.clear()
     result = pretrain(options(text), training(tmp_path, max_steps=8, resume=True))
     assert result.switch_step == 3 and seen == [(6, False), (7, False), (8, False)]
+
+
+def test_resuming_a_finished_run_only_finishes_it(tmp_path, text, seen):
+    """As after a kill between the last checkpoint and the model."""
+    first = pretrain(options(text), training(tmp_path, save_strategy="steps", save_steps=1))
+    (tmp_path / "results.json").unlink()
+    before = (tmp_path / "model" / "model.safetensors").read_bytes()
+    (tmp_path / "model" / "model.safetensors").unlink()
+    seen.clear()
+    again = pretrain(options(text), training(tmp_path, resume=True))
+    assert seen == [] and again == first
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == before
+
+
+def test_fewer_steps_than_the_checkpoint_has_are_refused(tmp_path, text):
+    pretrain(options(text), training(tmp_path, save_strategy="steps", save_steps=1))
+    with pytest.raises(ValueError, match="max_steps=3: .*checkpoint-5' has 5 steps already"):
+        prepare(options(text), training(tmp_path, max_steps=3, resume=True))
+
+
+def test_a_checkpoint_not_written_to_its_end_is_passed_over(tmp_path, text, capsys):
+    pretrain(options(text), training(tmp_path, save_strategy="steps", save_steps=1))
+    (tmp_path / "checkpoint-5" / "trainer_state.json").unlink()
+    run = prepare(options(text), training(tmp_path, resume=True))
+    assert run.checkpoint.endswith("checkpoint-4")
+    assert "checkpoint-5 was not written to its end and is passed over" in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_another_run_does_not_write_over_this_one(tmp_path, text):
+    for name in ("a", "b"):
+        pretrain(options(text), training(tmp_path / name, save_strategy="steps", save_steps=1))
+    other = str(tmp_path / "a" / "checkpoint-4")
+    with pytest.raises(FileExistsError, match="holds another run than resume_from_checkpoint"):
+        prepare(options(text), training(tmp_path / "b", resume_from_checkpoint=other))
+
+
+def test_another_text_or_schedule_is_another_run(tmp_path):
+    folder = write_text(tmp_path / "text")
+    pretrain(options(folder), training(tmp_path / "run", save_strategy="steps", save_steps=1))
+    with pytest.raises(ValueError, match="weight_decay was 0.1, is 0.9"):
+        prepare(options(folder), training(tmp_path / "run", resume=True, weight_decay=0.9))
+    (folder / "new.txt").write_text("more " * 500)
+    with pytest.raises(ValueError, match="text was"):
+        prepare(options(folder), training(tmp_path / "run", resume=True))
+
+
+def test_with_the_best_model_its_loss_is_the_one_reported(tmp_path, text):
+    best = {"load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 1, "eval_steps": 1}
+    result = pretrain(options(text), training(tmp_path, learning_rate=0.5, **best))
+    losses = {point.step: point.loss for point in result.held_out}
+    assert result.model_step == min(losses, key=losses.get) != result.steps
+    assert result.loss == min(losses.values())
 
 
 def _remove(folder: Path) -> None:
@@ -254,6 +316,7 @@ def test_resuming_with_other_settings_lists_them(tmp_path, text):
 
 def test_a_checkpoint_of_something_else_is_not_resumed(tmp_path, text):
     (tmp_path / "checkpoint-3").mkdir()
+    (tmp_path / "checkpoint-3" / "trainer_state.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match="is not from a run of lighthouse pretrain"):
         prepare(options(text), training(tmp_path, resume=True))
 

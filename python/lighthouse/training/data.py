@@ -50,6 +50,12 @@ class Corpus:
     def train_tokens(self) -> int:
         return sum(file.tokens for file in self.train)
 
+    @property
+    def fingerprint(self) -> str:
+        """Of the files, their sizes and their order: another text is another run."""
+        parts = [[(file.path, file.tokens) for file in part] for part in (self.train, self.held_out)]
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
     def __str__(self) -> str:
         skipped = f"; {self.skipped} files without UTF-8 text left out" if self.skipped else ""
         return (

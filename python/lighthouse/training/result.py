@@ -9,6 +9,7 @@ from pathlib import Path
 from lighthouse.training.callbacks import DENSE, LIGHTHOUSE
 
 RESULTS = "results.json"
+PLAIN = ("name", "model_folder", "context", "steps", "switch_step", "model_step", "settings")
 
 
 @dataclass(frozen=True)
@@ -36,13 +37,17 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class PretrainResult:
-    """One run. `switch_step` is the number of Lighthouse's steps: 0 in a dense run."""
+    """One run. `switch_step` is the number of Lighthouse's steps: 0 in a dense run.
+
+    The saved model is that behind `model_step`: the last step, or the best with `load_best_model_at_end`.
+    """
 
     name: str
     model_folder: str
     context: int
     steps: int
     switch_step: int
+    model_step: int
     stages: dict[str, Stage]
     held_out: list[HeldOut]
     settings: dict
@@ -54,8 +59,8 @@ class PretrainResult:
 
     @property
     def loss(self) -> float | None:
-        """The last dense held-out loss."""
-        return self.held_out[-1].loss if self.held_out else None
+        """The dense held-out loss of the saved model."""
+        return next((point.loss for point in reversed(self.held_out) if point.step == self.model_step), None)
 
     @property
     def lighthouse(self) -> Stage | None:
@@ -87,7 +92,7 @@ class PretrainResult:
             name: Stage(stage["steps"], stage["seconds"], stage["tokens"]) for name, stage in numbers["stages"].items()
         }
         return cls(
-            **{key: numbers[key] for key in ("name", "model_folder", "context", "steps", "switch_step", "settings")},
+            **{key: numbers[key] for key in PLAIN},
             stages=stages,
             held_out=[HeldOut(**point) for point in numbers["held_out"]],
         )

@@ -10,8 +10,7 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from transformers import ProgressCallback, Trainer
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import ProgressCallback, Trainer, TrainerState
 
 from lighthouse import LighthouseWrapper
 from lighthouse.plan import plan
@@ -22,7 +21,20 @@ from lighthouse.training.options import PretrainOptions, TrainingOptions
 from lighthouse.training.result import RESULTS, HeldOut, PretrainResult, Stage
 from lighthouse.wrapper import LighthouseSettings
 
+# Options of the Trainer that a resumed run must keep, as far as they are plain values.
+OPTIMIZATION = (
+    "learning_rate",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "max_grad_norm",
+    "warmup_steps",
+    "optim",
+    "lr_scheduler_type",
+)
+
 SETTINGS = "run.json"
+STATE = "trainer_state.json"  # the last file that the Trainer writes into a checkpoint
 MODEL = "model"
 
 WHY_DENSE = (
@@ -46,6 +58,11 @@ class Run:
         return Path(self.training.output_dir)
 
     @property
+    def finished(self) -> bool:
+        """Whether the checkpoint to go on from has all the steps, so that only the end is left to do."""
+        return self.checkpoint is not None and _steps_in(self.checkpoint) == self.training.max_steps
+
+    @property
     def tokens_per_step(self) -> int:
         """Of one optimizer step, on all devices."""
         training = self.training
@@ -57,8 +74,9 @@ class Run:
         return asdict(self.options) | {
             "seed": self.training.seed,
             "tokens_per_step": self.tokens_per_step,
-            "learning_rate": self.training.learning_rate,
             "switch_step": self.switch_step,
+            "text": self.corpus.fingerprint,
+            **{name: getattr(self.training, name) for name in OPTIMIZATION},
         }
 
     def __str__(self) -> str:
@@ -86,6 +104,8 @@ class Run:
         with training.main_process_first(desc="cutting the text"):
             train_rows, held_out_rows = data.rows_of(self.corpus)
         model = new_model(options.model, options.context, training.seed)
+        if self.finished:
+            model = type(model).from_pretrained(self.checkpoint, dtype=model.dtype)
         if self.switch_step > 0:
             # What is asked for is done, also where dense attention would be as fast: no limits here.
             model = LighthouseWrapper(
@@ -108,7 +128,11 @@ class Run:
             tokens_per_step=self.tokens_per_step,
         )
         self._keep_settings(trainer)
-        trainer.train(resume_from_checkpoint=self.checkpoint)
+        if self.finished:
+            trainer.state = TrainerState.load_from_json(str(Path(self.checkpoint) / STATE))
+            record.on_train_begin(training, trainer.state, trainer.control)
+        else:
+            trainer.train(resume_from_checkpoint=self.checkpoint)
         return self._finish(trainer, record)
 
     def _keep_settings(self, trainer: Trainer) -> None:
@@ -120,6 +144,8 @@ class Run:
     def _finish(self, trainer: Trainer, record: Record) -> PretrainResult:
         if not record.held_out or record.held_out[-1]["step"] != trainer.state.global_step:
             trainer.evaluate()
+        state = trainer.state
+        best = self.training.load_best_model_at_end and state.best_model_checkpoint is not None
         plain = trainer.accelerator.unwrap_model(trainer.model)
         if self.switch_step > 0:
             plain = plain.unwrap()
@@ -128,8 +154,9 @@ class Run:
             name="two-stage" if self.switch_step > 0 else "dense",
             model_folder=str(self.folder / MODEL),
             context=self.options.context,
-            steps=trainer.state.global_step,
+            steps=state.global_step,
             switch_step=self.switch_step,
+            model_step=_steps_in(state.best_model_checkpoint) if best else state.global_step,
             stages={
                 name: Stage(stage["steps"], stage["seconds"], stage["steps"] * self.tokens_per_step)
                 for name, stage in record.stages.items()
@@ -199,6 +226,11 @@ def prepare(options: PretrainOptions | None = None, training: TrainingOptions | 
     run = Run(options, training, corpus, switch_step, checkpoint)
     if earlier is not None:
         _check_same(earlier, run.settings())
+        if _steps_in(checkpoint) > training.max_steps:
+            raise ValueError(
+                f"max_steps={training.max_steps}: {checkpoint!r} has {_steps_in(checkpoint)} steps already; "
+                "ask for as many or more"
+            )
     return run
 
 
@@ -217,19 +249,43 @@ def _what_is_there(training: TrainingOptions) -> tuple[dict | None, str | None]:
                 "that run with --resume, or delete the folder"
             )
         return None, None
-    checkpoint = training.resume_from_checkpoint or (get_last_checkpoint(str(folder)) if names else None)
-    if checkpoint is None or not Path(checkpoint).is_dir():
-        raise FileNotFoundError(
-            f"output_dir={str(folder)!r} holds no checkpoint to resume from"
-            if checkpoint is None
-            else f"resume_from_checkpoint={checkpoint!r} is not a folder"
+    checkpoint = training.resume_from_checkpoint
+    if checkpoint is None:
+        checkpoint = _last_whole_checkpoint(folder)
+    elif not (Path(checkpoint) / STATE).is_file():
+        raise FileNotFoundError(f"resume_from_checkpoint={checkpoint!r} is not a folder with a whole checkpoint")
+    elif SETTINGS in names and Path(checkpoint).parent.resolve() != folder.resolve():
+        raise FileExistsError(
+            f"output_dir={str(folder)!r} holds another run than resume_from_checkpoint={checkpoint!r}: "
+            "take the checkpoint's own folder, or a new one"
         )
+    if checkpoint is None:
+        raise FileNotFoundError(f"output_dir={str(folder)!r} holds no checkpoint to resume from")
     settings = Path(checkpoint).parent / SETTINGS
     if not settings.is_file():
         raise FileNotFoundError(
             f"{str(settings)!r} is missing: {checkpoint!r} is not from a run of lighthouse pretrain"
         )
     return json.loads(settings.read_text(encoding="utf-8")), checkpoint
+
+
+def _last_whole_checkpoint(folder: Path) -> str | None:
+    """The last checkpoint that was written to its end; what was interrupted is passed over, and said."""
+    for checkpoint in sorted(folder.glob("checkpoint-*"), key=_number_of, reverse=True):
+        if (checkpoint / STATE).is_file():
+            return str(checkpoint)
+        print(f"{checkpoint} was not written to its end and is passed over.", flush=True)
+    return None
+
+
+def _number_of(checkpoint: Path) -> int:
+    number = checkpoint.name.removeprefix("checkpoint-")
+    return int(number) if number.isdigit() else -1
+
+
+def _steps_in(checkpoint: str | Path) -> int:
+    """The optimizer steps that a checkpoint has behind it."""
+    return json.loads((Path(checkpoint) / STATE).read_text(encoding="utf-8"))["global_step"]
 
 
 def _check_same(earlier: dict, now: dict) -> None:
