@@ -26,6 +26,8 @@ std::vector<Arguments> all_arguments() {
   return all;
 }
 
+constexpr float kPoison = std::numeric_limits<float>::quiet_NaN();  // of scores: no maximum forgets it
+
 Values to_values(const std::vector<float>& numbers) { return {numbers.begin(), numbers.end()}; }
 
 class Verbs : public testing::TestWithParam<Problem> {
@@ -42,7 +44,7 @@ TEST_P(Verbs, ScoreEqualsTheOracle) {
     const Values query = rounded(a.dtype, random_values(random, problem().query_sizes()));
     const Values key = rounded(a.dtype, random_values(random, problem().kv_sizes()));
     const auto count = static_cast<size_t>(problem().rows * problem().kv_heads * problem().tokens);
-    std::vector<float> query_score(count, -1), key_score(count, -1), exact_query(count), exact_key(count);
+    std::vector<float> query_score(count, kPoison), key_score(count, kPoison), exact_query(count), exact_key(count);
     cpu::score(Tensor(a.dtype, problem().query_sizes(), a.inputs, query),
                Tensor(a.dtype, problem().kv_sizes(), a.inputs, key), query_score.data(), key_score.data(), executor);
     reference::score(plan, problem().shape(), query.data(), key.data(), exact_query.data(), exact_key.data());
@@ -162,7 +164,7 @@ std::vector<std::vector<std::byte>> run_all(const Problem& problem, const Choice
     const Tensor query = in(q), key = in(kv), value = in(kv);
     std::vector<float> scores[2];
     for (std::vector<float>& score : scores) {
-      score.assign(static_cast<size_t>(problem.rows * problem.kv_heads * problem.tokens), -1);
+      score.assign(static_cast<size_t>(problem.rows * problem.kv_heads * problem.tokens), kPoison);
     }
     cpu::score(query, key, scores[0].data(), scores[1].data(), executor);
     for (const std::vector<float>& score : scores) {
