@@ -39,7 +39,8 @@ std::shared_ptr<const AttentionState> attention_forward(const Plan& plan, const 
 void attention_backward(const AttentionState& state, const ConstView& grad_output, const View& grad_query,
                         const View& grad_key, const View& grad_value);
 
-// A causal attention for the CPU to pass in: any dtype, one row of weights at a time, written to be plain, not fast. scale 0 means 1/sqrt(head_dim).
+// A causal attention for the CPU to pass in: any dtype, one row of weights at a time, written to be plain, not fast.
+// scale 0 means 1/sqrt(head_dim).
 InnerAttention causal_attention(const Executor& executor, double scale = 0.0);
 
 }  // namespace lighthouse
