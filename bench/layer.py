@@ -31,7 +31,7 @@ MIB = 1024 * 1024
 
 
 def median_seconds(run, *, repeats: int, budget: float) -> float:
-    """Median of up to `repeats` timed calls after a warm-up; one call alone where it takes most of the budget."""
+    """Median of up to `repeats` timed calls after a warm-up; the first call alone where it takes half the budget."""
     start = time.perf_counter()
     run()
     first = time.perf_counter() - start
@@ -61,14 +61,18 @@ def peak_bytes(run) -> int:
     return resident("VmHWM") - before
 
 
-def peak_in_own_process(side, tokens, options, dtype_name) -> int:
-    """`peak_bytes` of one side where nothing has been allocated before and freed memory goes back at once."""
+def peak_in_own_process(side, tokens, options, dtype_name) -> tuple[int, float]:
+    """Peak bytes of one side, where nothing has been allocated before and freed memory goes back at once.
+
+    The seconds of that one call, too: for lengths at which a call takes minutes.
+    """
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     command = [sys.executable, __file__, "--peak", side, "--tokens", str(tokens), "--dtype", dtype_name]
     for name in ("heads", "kv_heads", "head_dim", "threads", "select_topk"):
         command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
     command += ["--pool-ratios", *map(str, options.pool_ratios)]
-    return int(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
+    printed = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.split()
+    return int(printed[0]), float(printed[1])
 
 
 def leaves(tokens, heads, kv_heads, head_dim, dtype):
@@ -83,7 +87,16 @@ def leaves(tokens, heads, kv_heads, head_dim, dtype):
 
 
 def forward_backward(attention, inputs, grad):
-    """One layer's forward and backward; as in a model, the output is used by what follows and not held."""
+    def run():
+        for tensor in inputs:
+            tensor.grad = None
+        attention(*inputs).backward(grad)
+
+    return run
+
+
+def forward_backward_in_a_model(attention, inputs, grad):
+    """As in a model, the output is used by what follows and not held: what memory is measured with."""
 
     def run():
         for tensor in inputs:
@@ -195,8 +208,10 @@ def print_peak(options) -> None:
     )
     attention = sides(options)[("dense", "lighthouse").index(options.peak)]
     few = [tensor.detach()[:, :, :64].requires_grad_() for tensor in inputs]
-    forward_backward(attention, few, grad[:, :, :64])()  # what is set up once is not the layer's
-    print(peak_bytes(forward_backward(attention, inputs, grad)))
+    forward_backward_in_a_model(attention, few, grad[:, :, :64])()  # what is set up once is not the layer's
+    start = time.perf_counter()
+    peak = peak_bytes(forward_backward_in_a_model(attention, inputs, grad))
+    print(peak, time.perf_counter() - start)
 
 
 def measure(tokens, options, dtype) -> dict:
@@ -218,14 +233,17 @@ def measure(tokens, options, dtype) -> dict:
         ("inner", inner, short, short_grad),
         ("dense", dense, inputs, grad),
     ):
+        if name != "inner":
+            row[f"{name}_peak_bytes"], once = peak_in_own_process(name, tokens, options, row["dtype"])
+        if name == "dense" and once > 2 * options.budget:
+            row["dense_seconds"] = once
+            continue
         run = forward_backward(attention, tensors, gradient)
+        row[f"{name}_seconds"] = median_seconds(run, **timing)
         with torch.no_grad():
             row[f"{name}_forward_seconds"] = median_seconds(lambda: attention(*tensors), **timing)  # noqa: B023
-        row[f"{name}_seconds"] = median_seconds(run, **timing)
         for tensor in tensors:
             tensor.grad = None
-        if name != "inner":
-            row[f"{name}_peak_bytes"] = peak_in_own_process(name, tokens, options, row["dtype"])
     row["times_dense"] = row["dense_seconds"] / row["lighthouse_seconds"]
     row["beside"] = 1 - row["inner_seconds"] / row["lighthouse_seconds"]
     row["verbs"] = verbs(inputs, grad, windows, topk, plan.length, options.repeats)

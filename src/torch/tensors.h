@@ -1,6 +1,7 @@
 // Torch's tensors as the core's views, through the stable ABI alone.
 #pragma once
 
+#include <sys/mman.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -81,6 +82,19 @@ inline TopK topk_of(int64_t numerator, int64_t denominator) {
   return denominator == 0 ? TopK::count(numerator) : TopK::share(numerator, denominator);
 }
 
+// A large tensor is new memory to the process, and its first touch costs a fault per page: with pages of 2 MB instead
+// of 4 KB, writing one takes a third of the time. A hint: where the system has none, nothing changes.
+inline void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  constexpr size_t kSmallest = size_t{4} << 20;
+  constexpr uintptr_t kPage = 4096;
+  if (bytes < kSmallest) return;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kPage * kPage;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
 // A new tensor like `like` in dtype and device, without gaps when its dimensions are taken in this order, the
 // slowest first.
 inline Tensor empty_in_order(const std::array<int64_t, 4>& sizes, const std::array<int64_t, 4>& order,
@@ -99,7 +113,10 @@ inline Tensor empty_in_order(const std::array<int64_t, 4>& sizes, const std::arr
   AtenTensorHandle handle = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(4, sizes.data(), strides.data(), dtype, device_type, device_index, &handle));
-  return Tensor(handle);
+  Tensor tensor(handle);
+  if (tensor.is_cpu())
+    advise_huge_pages(tensor.data_ptr(), static_cast<size_t>(stride * size_of(dtype_of("tensor", like))));
+  return tensor;
 }
 
 inline constexpr std::array<int64_t, 4> kHeadsFirst{0, 1, 2, 3};   // [batch, heads, tokens, head_dim]
