@@ -12,6 +12,7 @@ from pathlib import Path
 
 from transformers import ProgressCallback, Trainer, TrainerState
 
+import lighthouse.huggingface  # noqa: F401  the wrapper would import it only when a run has begun
 from lighthouse import LighthouseWrapper
 from lighthouse.plan import plan
 from lighthouse.training import data
