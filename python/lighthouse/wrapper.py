@@ -14,9 +14,9 @@ from dataclasses import dataclass, field, replace
 from lighthouse.plan import sub_length
 from lighthouse.settings import POOL_RATIOS, SELECT_TOPK, check_pool_ratios, check_select_topk
 
-# From this many tokens on, one layer's forward and backward is faster than dense attention (bench/README.md).
-MIN_TOKENS = {"cpu": 2048, "cuda": 8192}
-MIN_TOKENS_ELSEWHERE = 8192
+# From this many tokens on, one layer's forward and backward is faster than dense attention: the shortest length that
+# was measured (bench/README.md). Other devices have no kernels yet.
+MIN_TOKENS = {"cpu": 512}
 
 # Above this share of the tokens the sub-sequence is so long that gathering and writing back cost what is saved.
 MAX_SHARE = 0.6
@@ -84,7 +84,7 @@ class LighthouseSettings:
         """The length below which the model runs dense on such a device."""
         if self.min_tokens is not None:
             return self.min_tokens
-        return MIN_TOKENS.get(device_type, MIN_TOKENS_ELSEWHERE)
+        return MIN_TOKENS.get(device_type, 0)
 
     def pays(self, tokens: int, device_type: str) -> bool:
         """Whether a sequence of `tokens` is worth it: `min_tokens` and `max_share`. Symbolic numbers pass too."""
@@ -141,7 +141,7 @@ def LighthouseWrapper(
             Lighthouse are not comparable with dense ones (METHOD 8).
         loss: "chunked", which never holds the logits, or "model" for the model's own loss and its logits.
         min_tokens: sequences shorter than this, in tokens, run dense; by default the length measured for the device:
-            2,048 on a CPU, 8,192 on a GPU.
+            512 on a CPU.
         max_share: sequences whose sub-sequence is longer than this share of the tokens run dense.
 
     Returns:
