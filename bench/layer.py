@@ -298,12 +298,13 @@ def plot(results, path) -> None:
             memory = [r[f"{side}_peak_bytes"] / MIB for r in rows]
             axes[1].plot(tokens, memory, dash, color=color, marker=marker, label=text)
     for axis, title, unit in ((axes[0], "time", "seconds"), (axes[1], "peak memory beyond the inputs", "MiB")):
-        axis.set(
-            xscale="log", yscale="log", xlabel="tokens", ylabel=unit, title=f"one layer, forward and backward: {title}"
-        )
+        axis.set(yscale="log", xlabel="tokens", ylabel=unit, title=title)
         axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter(lambda tokens, _: f"{tokens:,.0f}")
+        axis.tick_params(axis="x", labelrotation=30)
         axis.grid(alpha=0.3)
         axis.legend()
+    figure.suptitle("One attention layer, forward and backward")
     figure.savefig(path, dpi=120)
 
 
