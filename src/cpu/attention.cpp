@@ -151,8 +151,7 @@ template <class T>
 auto widened(const ConstView& view, const Executor& executor) {
   auto wide = zeros_like<cpu::AccumulatorOf<T>>(view);
   for_each_row(view, executor, [&](int64_t batch, int64_t head, int64_t token) {
-    const T* row =
-        static_cast<const T*>(view.data) + batch * view.strides[0] + head * view.strides[1] + token * view.strides[2];
+    const T* row = cpu::row_at<T>(view, batch, head, token);
     cpu::rows().of<T>().add_rows(wide.row(batch, head, token), row, 0, 1, view.head_dim());
   });
   return wide;
@@ -161,7 +160,7 @@ auto widened(const ConstView& view, const Executor& executor) {
 template <class T, class A>
 void store(const View& view, const Wide<A>& wide, const Executor& executor) {
   for_each_row(view, executor, [&](int64_t batch, int64_t head, int64_t token) {
-    T* row = static_cast<T*>(view.data) + batch * view.strides[0] + head * view.strides[1] + token * view.strides[2];
+    T* row = cpu::row_at<T>(view, batch, head, token);
     cpu::rows().of<T>().store_quotient(row, wide.row(batch, head, token), A{1}, view.head_dim());
   });
 }

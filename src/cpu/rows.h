@@ -76,6 +76,20 @@ extern const RowTable kRowsAvx512;
 std::vector<const RowTable*> available_rows();
 const RowTable& rows();
 
+// Below this many numbers a second thread costs more than it brings.
+inline constexpr int64_t kNumbersPerPiece = 64 * 1024;
+
+// The first number of one token of one head.
+template <class T>
+const T* row_at(const ConstView& view, int64_t batch, int64_t head, int64_t token) {
+  return static_cast<const T*>(view.data) + batch * view.strides[0] + head * view.strides[1] + token * view.strides[2];
+}
+
+template <class T>
+T* row_at(const View& view, int64_t batch, int64_t head, int64_t token) {
+  return static_cast<T*>(view.data) + batch * view.strides[0] + head * view.strides[1] + token * view.strides[2];
+}
+
 // Calls function with a null pointer of the element type: the one place where a dtype becomes a type.
 template <class Function>
 void visit(DType dtype, const Function& function) {

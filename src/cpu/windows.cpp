@@ -10,8 +10,7 @@
 namespace lighthouse::cpu {
 namespace {
 
-constexpr int64_t kTokensPerBlock = 64;          // at least; enough to make a piece of work worth its start
-constexpr int64_t kNumbersPerPiece = 64 * 1024;  // below this a second thread costs more than it brings
+constexpr int64_t kTokensPerBlock = 64;  // at least; enough to make a piece of work worth its start
 
 // Tokens that one piece of work covers, in units u = token + reach: whole coarsest windows, so that no entry's sum
 // and no token is shared between pieces.
@@ -46,14 +45,12 @@ struct Rows {
 
 template <class T>
 Rows<const T> rows_of(const ConstView& view, int64_t row, int64_t head, int64_t first) {
-  const auto* data = static_cast<const T*>(view.data);
-  return {data + row * view.strides[0] + head * view.strides[1] + first * view.strides[2], view.strides[2]};
+  return {row_at<T>(view, row, head, first), view.strides[2]};
 }
 
 template <class T>
 Rows<T> rows_of(const View& view, int64_t row, int64_t head, int64_t first) {
-  auto* data = static_cast<T*>(view.data);
-  return {data + row * view.strides[0] + head * view.strides[1] + first * view.strides[2], view.strides[2]};
+  return {row_at<T>(view, row, head, first), view.strides[2]};
 }
 
 template <class T>
@@ -72,7 +69,6 @@ class WindowSummer {
 
   void run(const Choice& choice, Rows<const T> tokens, Rows<T> entries, int64_t begin, int64_t end) {
     const int64_t shift = static_cast<int64_t>(rule_.reach);
-    std::fill(sums_.begin(), sums_.end(), A{0});
     const int64_t step = pyramid_.levels > 1 ? pyramid_.windows[1] : end - begin;
     for (int64_t u = begin; u < end; u += step) {
       const int64_t first = std::max<int64_t>(0, u - shift);
@@ -111,7 +107,7 @@ class WindowSummer {
   const Pyramid& pyramid_;
   WindowRule rule_;
   int64_t n_;
-  std::vector<A> sums_;  // [levels, head_dim]; the open window of each level
+  std::vector<A> sums_;  // [levels, head_dim]; the open window of each level; zero between runs
   const RowFunctions<T>& row_ = rows().of<T>();
 };
 
