@@ -1,0 +1,75 @@
+"""Makes one text of many files, to train a model of bytes on, and reads it.
+
+    python bench/corpus.py linux-source-6.1/{Documentation,kernel,mm,fs} --suffixes .rst .c .h \\
+        --exclude '*/translations/*' '*/nls/*' --bytes 64_000_000 --output corpus.xz
+
+The same folders give the same text: files are sorted by path, shuffled with a fixed seed, so that every stretch of the
+text is of one kind with every other, and taken whole until there are enough bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import lzma
+import random
+import sys
+from fnmatch import fnmatch
+from pathlib import Path
+
+SEPARATOR = b"\n\0\n"  # between files; no text file has a zero byte
+DICTIONARY = 1 << 27  # xz looks this far back: files of one folder lie anywhere in the shuffled text
+
+
+def files(folders: list[Path], suffixes: list[str], exclude: list[str]) -> list[Path]:
+    found = []
+    for folder in folders:  # in the order given, so that it does not matter where they lie
+        inside = (path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+        found += sorted(path for path in inside if path.suffix in suffixes)
+    return [path for path in found if not any(fnmatch(path.as_posix(), pattern) for pattern in exclude)]
+
+
+def make(folders: list[Path], suffixes: list[str], exclude: list[str], enough: int) -> bytes:
+    paths = files(folders, suffixes, exclude)
+    random.Random(0).shuffle(paths)
+    parts, size = [], 0
+    for path in paths:
+        part = path.read_bytes()
+        if b"\0" in part or not part:
+            continue
+        parts.append(part)
+        size += len(part) + len(SEPARATOR)
+        if size >= enough:
+            break
+    else:
+        sys.exit(f"{', '.join(map(str, folders))}: {len(parts):,} files with {size:,} bytes, {enough:,} are needed")
+    print(f"{len(parts):,} of {len(paths):,} files, {size:,} bytes")
+    return SEPARATOR.join(parts)
+
+
+def read(path: Path) -> tuple[bytes, str]:
+    """The text, and the sha256 of it."""
+    text = lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
+    return text, hashlib.sha256(text).hexdigest()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", type=Path, nargs="+")
+    parser.add_argument("--suffixes", nargs="+", default=[".rst", ".md", ".txt", ".c", ".h", ".cpp", ".py"])
+    parser.add_argument("--exclude", nargs="*", default=[], help="patterns of paths to leave out")
+    parser.add_argument(
+        "--bytes", type=int, default=64_000_000, help="stop when there are so many (default 64_000_000)"
+    )
+    parser.add_argument("--output", type=Path, required=True, help="the text, xz-compressed")
+    options = parser.parse_args()
+    text = make(options.folders, options.suffixes, options.exclude, options.bytes)
+    print("compressing, about a minute", flush=True)
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": DICTIONARY}]
+    packed = lzma.compress(text, check=lzma.CHECK_SHA256, filters=filters)
+    options.output.write_bytes(packed)
+    print(f"{options.output}: {len(packed):,} bytes, text sha256 {hashlib.sha256(text).hexdigest()}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""What a result has to say about where it comes from: command, device, versions."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from pathlib import Path
+
+import torch
+
+import lighthouse
+
+
+def command() -> str:
+    """The command line, paths from the root shortened to their last part."""
+    return " ".join(["python", *(os.path.basename(word) if word.startswith("/") else word for word in sys.argv)])
+
+
+def device_name(device: str) -> str:
+    return torch.cuda.get_device_name() if device == "cuda" else f"{processor()}, {torch.get_num_threads()} threads"
+
+
+def processor() -> str:
+    for text in Path("/proc/cpuinfo").read_text().splitlines():
+        if text.startswith("model name"):
+            return text.split(":")[1].strip()
+    return platform.processor()
+
+
+def versions(device: str) -> dict[str, str]:
+    found = {
+        "lighthouse": lighthouse.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    if device == "cuda":
+        found["cuda"] = torch.version.cuda
+        found["cudnn"] = str(torch.backends.cudnn.version())
+    return found
