@@ -74,11 +74,6 @@ def evaluation_steps(side: str, options) -> set[int]:
     return {*range(0, switch, options.curve), *range(switch, steps, options.every), steps}
 
 
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
 def loss_of(model: Model, batch, attention) -> torch.Tensor:
     with torch.autocast(batch[0].device.type, torch.bfloat16):
         return model(*batch, attention)
@@ -119,7 +114,7 @@ def train(side: str, text: Text, options, others_weights: str | None, save) -> N
 
     evaluations = evaluation_steps(side, options)
     seconds, since, training_loss = 0.0, 0, torch.zeros((), device=options.device)
-    synchronize(options.device)
+    setting.synchronize(options.device)
     start = time.perf_counter()
     for step in range(options.steps):
         for group in optimizer.param_groups:
@@ -132,7 +127,7 @@ def train(side: str, text: Text, options, others_weights: str | None, save) -> N
         training_loss += loss.detach()
         if step + 1 not in evaluations:
             continue
-        synchronize(options.device)
+        setting.synchronize(options.device)
         spent = time.perf_counter() - start
         seconds, steps = seconds + spent, step + 1 - since
         row = {
@@ -152,7 +147,7 @@ def train(side: str, text: Text, options, others_weights: str | None, save) -> N
         )
         since = step + 1
         training_loss.zero_()
-        synchronize(options.device)
+        setting.synchronize(options.device)
         start = time.perf_counter()
     result["finished"] = True
     save(result)

@@ -1,4 +1,4 @@
-"""What a result has to say about where it comes from: command, device, versions."""
+"""The device that is measured, and what a result says about where it comes from: command, device, versions."""
 
 from __future__ import annotations
 
@@ -38,3 +38,8 @@ def versions(device: str) -> dict[str, str]:
         found["cuda"] = torch.version.cuda
         found["cudnn"] = str(torch.backends.cudnn.version())
     return found
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
