@@ -25,8 +25,8 @@ struct Layout {
   int64_t tokens = 0;   // per row
   int64_t entries = 0;  // per row: S
 
-  int64_t sequences() const { return rows; }
-  Sequence sequence(int64_t index) const { return {index, 0, tokens, 0, entries}; }
+  constexpr int64_t sequences() const { return rows; }
+  constexpr Sequence sequence(int64_t index) const { return {index, 0, tokens, 0, entries}; }
 };
 
 struct Plan {

@@ -2,25 +2,31 @@
 
 #include <tuple>
 
-#include "lighthouse/cpu.h"
-#include "torch/tensors.h"
+#include "torch/devices.h"
 
 namespace lighthouse::bindings {
 namespace {
-
-const TorchExecutor kExecutor;
 
 Layout layout_of(const Tensor& mask, const std::vector<int64_t>& windows, int64_t length) {
   require_choice_sizes("mask", mask);
   return {Pyramid::from_windows(windows), mask.size(0), mask.size(2), length};
 }
 
-// Mask and prefix come from outside and are addresses in effect: looked at before they are followed.
-ConstSelection checked_selection(const Layout& layout, const Tensor& mask, const Tensor& prefix) {
+template <class Device>
+ConstSelection checked_selection(const Device& device, const Layout& layout, const Tensor& mask, const Tensor& prefix) {
+  device.check("mask", mask);
+  device.check("prefix", prefix);
   const ConstSelection selection = selection_of(mask, prefix);
   require(layout.rows >= 1 && layout.tokens >= 1, "mask is empty: every size must be at least 1");
-  cpu::check_selection(layout, selection, kExecutor);
+  device.check_selection(layout, selection);
   return selection;
+}
+
+// The view of a tensor on the device that is worked on.
+template <class Device>
+View view_on(const Device& device, const char* argument, const Tensor& tensor) {
+  device.check(argument, tensor);
+  return view_of(argument, tensor);
 }
 
 std::array<int64_t, 4> resized(const Tensor& tensor, int64_t length) {
@@ -32,16 +38,21 @@ Tensor empty_scores(const Tensor& key) {
   return torch::stable::new_empty(key, sizes, ScalarType::Float);
 }
 
+template <class Device>
 std::tuple<Tensor, Tensor> score(Tensor query, Tensor key) {
-  const View query_view = view_of("query", query), key_view = view_of("key", key);
+  const Device device(query);
+  const View query_view = view_of("query", query), key_view = view_on(device, "key", key);
   Tensor query_score = empty_scores(key), key_score = empty_scores(key);
-  cpu::score(query_view, key_view, static_cast<float*>(query_score.data_ptr()),
-             static_cast<float*>(key_score.data_ptr()), kExecutor);
+  device.score(query_view, key_view, static_cast<float*>(query_score.data_ptr()),
+               static_cast<float*>(key_score.data_ptr()));
   return {query_score, key_score};
 }
 
+template <class Device>
 std::tuple<Tensor, Tensor> select(Tensor query_score, Tensor key_score, std::vector<int64_t> windows,
                                   int64_t topk_numerator, int64_t topk_denominator, bool cover_start) {
+  const Device device(query_score);
+  device.check("key_score", key_score);
   require_same_sizes("query_score", query_score, "key_score", key_score);
   const auto* query_data = data_of<float>("query_score", query_score, ScalarType::Float, "float32");
   const auto* key_data = data_of<float>("key_score", key_score, ScalarType::Float, "float32");
@@ -49,60 +60,70 @@ std::tuple<Tensor, Tensor> select(Tensor query_score, Tensor key_score, std::vec
                               topk_of(topk_numerator, topk_denominator), cover_start);
   Tensor mask = torch::stable::new_empty(query_score, query_score.sizes(), ScalarType::Byte);
   Tensor prefix = torch::stable::new_empty(query_score, query_score.sizes(), ScalarType::Int);
-  cpu::select(plan, query_data, key_data,
-              {static_cast<uint8_t*>(mask.data_ptr()), static_cast<int32_t*>(prefix.data_ptr()), query_score.size(1)},
-              kExecutor);
+  device.select(
+      plan, query_data, key_data,
+      {static_cast<uint8_t*>(mask.data_ptr()), static_cast<int32_t*>(prefix.data_ptr()), query_score.size(1)});
   return {mask, prefix};
 }
 
+template <class Device>
 std::tuple<Tensor, Tensor, Tensor> gather(Tensor query, Tensor key, Tensor value, Tensor mask, Tensor prefix,
                                           std::vector<int64_t> windows, int64_t length) {
-  const View query_view = view_of("query", query), key_view = view_of("key", key), value_view = view_of("value", value);
+  const Device device(query);
+  const View query_view = view_of("query", query), key_view = view_on(device, "key", key),
+             value_view = view_on(device, "value", value);
   const Layout layout = layout_of(mask, windows, length);
-  const ConstSelection selection = checked_selection(layout, mask, prefix);
+  const ConstSelection selection = checked_selection(device, layout, mask, prefix);
   Tensor query_sub = empty_in_order(resized(query, length), kHeadsFirst, query);
   Tensor key_sub = empty_in_order(resized(key, length), kHeadsFirst, key);
   Tensor value_sub = empty_in_order(resized(value, length), kHeadsFirst, value);
-  cpu::gather(layout, query_view, key_view, value_view, selection, view_of("query_sub", query_sub),
-              view_of("key_sub", key_sub), view_of("value_sub", value_sub), kExecutor);
+  device.gather(layout, query_view, key_view, value_view, selection, view_of("query_sub", query_sub),
+                view_of("key_sub", key_sub), view_of("value_sub", value_sub));
   return {query_sub, key_sub, value_sub};
 }
 
+template <class Device>
 std::tuple<Tensor, Tensor, Tensor> gather_backward(Tensor grad_query_sub, Tensor grad_key_sub, Tensor grad_value_sub,
                                                    Tensor mask, Tensor prefix, std::vector<int64_t> windows,
                                                    std::vector<int64_t> query_order, std::vector<int64_t> key_order,
                                                    std::vector<int64_t> value_order) {
-  const View query_view = view_of("grad_query_sub", grad_query_sub), key_view = view_of("grad_key_sub", grad_key_sub),
-             value_view = view_of("grad_value_sub", grad_value_sub);
+  const Device device(grad_query_sub);
+  const View query_view = view_of("grad_query_sub", grad_query_sub),
+             key_view = view_on(device, "grad_key_sub", grad_key_sub),
+             value_view = view_on(device, "grad_value_sub", grad_value_sub);
   const Layout layout = layout_of(mask, windows, query_view.tokens());
-  const ConstSelection selection = checked_selection(layout, mask, prefix);
+  const ConstSelection selection = checked_selection(device, layout, mask, prefix);
   const auto empty = [&](const Tensor& sub, const char* argument, const std::vector<int64_t>& order) {
     return empty_in_order(resized(sub, layout.tokens), order_of(argument, order), sub);
   };
   Tensor grad_query = empty(grad_query_sub, "query_order", query_order);
   Tensor grad_key = empty(grad_key_sub, "key_order", key_order);
   Tensor grad_value = empty(grad_value_sub, "value_order", value_order);
-  cpu::gather_backward(layout, query_view, key_view, value_view, selection, view_of("grad_query", grad_query),
-                       view_of("grad_key", grad_key), view_of("grad_value", grad_value), kExecutor);
+  device.gather_backward(layout, query_view, key_view, value_view, selection, view_of("grad_query", grad_query),
+                         view_of("grad_key", grad_key), view_of("grad_value", grad_value));
   return {grad_query, grad_key, grad_value};
 }
 
+template <class Device>
 Tensor scatter(Tensor output_sub, Tensor mask, Tensor prefix, std::vector<int64_t> windows) {
+  const Device device(output_sub);
   const View sub_view = view_of("output_sub", output_sub);
   const Layout layout = layout_of(mask, windows, sub_view.tokens());
-  const ConstSelection selection = checked_selection(layout, mask, prefix);
+  const ConstSelection selection = checked_selection(device, layout, mask, prefix);
   Tensor output = empty_in_order(resized(output_sub, layout.tokens), kTokensFirst, output_sub);
-  cpu::scatter(layout, sub_view, selection, view_of("output", output), kExecutor);
+  device.scatter(layout, sub_view, selection, view_of("output", output));
   return output;
 }
 
+template <class Device>
 Tensor scatter_backward(Tensor grad_output, Tensor mask, Tensor prefix, std::vector<int64_t> windows, int64_t length,
                         std::vector<int64_t> order) {
+  const Device device(grad_output);
   const View grad_view = view_of("grad_output", grad_output);
   const Layout layout = layout_of(mask, windows, length);
-  const ConstSelection selection = checked_selection(layout, mask, prefix);
+  const ConstSelection selection = checked_selection(device, layout, mask, prefix);
   Tensor grad_output_sub = empty_in_order(resized(grad_output, length), order_of("order", order), grad_output);
-  cpu::scatter_backward(layout, grad_view, selection, view_of("grad_output_sub", grad_output_sub), kExecutor);
+  device.scatter_backward(layout, grad_view, selection, view_of("grad_output_sub", grad_output_sub));
   return grad_output_sub;
 }
 
@@ -131,10 +152,22 @@ STABLE_TORCH_LIBRARY(lighthouse, library) {
 
 STABLE_TORCH_LIBRARY_IMPL(lighthouse, CPU, library) {
   using namespace lighthouse::bindings;
-  library.impl("score", TORCH_BOX(&score));
-  library.impl("select", TORCH_BOX(&lighthouse::bindings::select));
-  library.impl("gather", TORCH_BOX(&gather));
-  library.impl("gather_backward", TORCH_BOX(&gather_backward));
-  library.impl("scatter", TORCH_BOX(&scatter));
-  library.impl("scatter_backward", TORCH_BOX(&scatter_backward));
+  library.impl("score", TORCH_BOX(&score<Cpu>));
+  library.impl("select", TORCH_BOX(&lighthouse::bindings::select<Cpu>));
+  library.impl("gather", TORCH_BOX(&gather<Cpu>));
+  library.impl("gather_backward", TORCH_BOX(&gather_backward<Cpu>));
+  library.impl("scatter", TORCH_BOX(&scatter<Cpu>));
+  library.impl("scatter_backward", TORCH_BOX(&scatter_backward<Cpu>));
 }
+
+#if defined(LIGHTHOUSE_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(lighthouse, CUDA, library) {
+  using namespace lighthouse::bindings;
+  library.impl("score", TORCH_BOX(&score<Cuda>));
+  library.impl("select", TORCH_BOX(&lighthouse::bindings::select<Cuda>));
+  library.impl("gather", TORCH_BOX(&gather<Cuda>));
+  library.impl("gather_backward", TORCH_BOX(&gather_backward<Cuda>));
+  library.impl("scatter", TORCH_BOX(&scatter<Cuda>));
+  library.impl("scatter_backward", TORCH_BOX(&scatter_backward<Cuda>));
+}
+#endif

@@ -1,0 +1,122 @@
+// Scores of tokens: the largest query norm of the group, the key's norm (METHOD 2).
+// A power of two of lanes holds one row at a time and several rows of following tokens in flight; every row is read
+// once.
+
+#include <array>
+
+#include "core/check.h"
+#include "cuda/device.cuh"
+#include "lighthouse/cuda.h"
+#include "rules/picking.h"
+
+namespace lighthouse::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kTokens = 4;  // per thread, their loads in flight together
+
+template <class T>
+struct Rows {
+  const T* data;
+  int64_t row, head, token;  // strides in elements
+};
+
+template <class T>
+struct Launch {
+  Rows<T> query, key;
+  float* query_score;
+  float* key_score;
+  int64_t rows, kv_heads, tokens;
+  int group, columns;
+};
+
+// The norms of kTokens rows, `step` elements apart, of which the first `count` exist.
+template <class T, int kWidth>
+__device__ void norms(const T* first, int64_t step, int count, int columns, float (&result)[kTokens]) {
+  float sums[kTokens] = {};
+  for (int column = threadIdx.x; column < columns; column += blockDim.x) {
+    Column<T, kWidth> numbers[kTokens];
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) {
+      numbers[i] = i < count ? load<T, kWidth>(first + i * step + column * kWidth) : no_column<T, kWidth>();
+    }
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) {
+      const Sum<kWidth> wide = widened(numbers[i]);
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) sums[i] = fmaf(wide.numbers[j], wide.numbers[j], sums[i]);
+    }
+  }
+  for (int distance = blockDim.x / 2; distance > 0; distance /= 2) {
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) sums[i] += __shfl_xor_sync(0xFFFFFFFFu, sums[i], distance);
+  }
+#pragma unroll
+  for (int i = 0; i < kTokens; ++i) result[i] = sqrtf(sums[i]);
+}
+
+template <class T, int kWidth>
+__global__ void __launch_bounds__(kThreads) score_rows(const __grid_constant__ Launch<T> launch) {
+  const int64_t head = blockIdx.x;
+  const int64_t tokens_per_block = int64_t{blockDim.y} * kTokens;
+  for (int64_t row = blockIdx.z; row < launch.rows; row += gridDim.z) {
+    for (int64_t begin = blockIdx.y * tokens_per_block; begin < launch.tokens; begin += gridDim.y * tokens_per_block) {
+      // All threads of a warp go on together: the sums are exchanged.
+      const int64_t token = begin + threadIdx.y * kTokens;
+      const int count = static_cast<int>(rules::larger(0, rules::smaller(kTokens, launch.tokens - token)));
+      const T* key = launch.key.data + row * launch.key.row + head * launch.key.head + token * launch.key.token;
+      const T* query = launch.query.data + row * launch.query.row + head * launch.group * launch.query.head +
+                       token * launch.query.token;
+      float key_norms[kTokens], query_norms[kTokens];
+      norms<T, kWidth>(key, launch.key.token, count, launch.columns, key_norms);
+      norms<T, kWidth>(query, launch.query.token, count, launch.columns, query_norms);
+      for (int member = 1; member < launch.group; ++member) {
+        float more[kTokens];
+        norms<T, kWidth>(query + member * launch.query.head, launch.query.token, count, launch.columns, more);
+#pragma unroll
+        for (int i = 0; i < kTokens; ++i) query_norms[i] = rules::larger_score(query_norms[i], more[i]);
+      }
+      const int64_t out = (row * launch.kv_heads + head) * launch.tokens + token;
+#pragma unroll
+      for (int i = 0; i < kTokens; ++i) {
+        if (i < count && threadIdx.x == i % blockDim.x) {
+          launch.query_score[out + i] = query_norms[i];
+          launch.key_score[out + i] = key_norms[i];
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void score(const ConstView& query, const ConstView& key, float* query_score, float* key_score, Stream stream) {
+  check_view("query", query, query);
+  check_view("key", key, query);
+  check_heads(query.heads(), key.heads());
+  check_sizes("key", key, query.batch(), key.heads(), query.tokens());
+  require(query_score != nullptr && key_score != nullptr, "scores have no data");
+  with_column(std::array{query, key}, [&]<class T, int kWidth>(T*, std::integral_constant<int, kWidth>) {
+    const auto rows_of = [](const ConstView& view) {
+      return Rows<T>{static_cast<const T*>(view.data), view.strides[0], view.strides[1], view.strides[2]};
+    };
+    const Launch<T> launch{.query = rows_of(query),
+                           .key = rows_of(key),
+                           .query_score = query_score,
+                           .key_score = key_score,
+                           .rows = key.batch(),
+                           .kv_heads = key.heads(),
+                           .tokens = key.tokens(),
+                           .group = static_cast<int>(query.heads() / key.heads()),
+                           .columns = static_cast<int>(key.head_dim() / kWidth)};
+    unsigned lanes = 1;
+    while (lanes < 32 && static_cast<int>(lanes) < launch.columns) lanes *= 2;
+    const dim3 threads(lanes, kThreads / lanes);
+    const dim3 grid =
+        grid_over(launch.kv_heads, rules::ceil_div(launch.tokens, int64_t{threads.y} * kTokens), launch.rows);
+    score_rows<T, kWidth><<<grid, threads, 0, static_cast<cudaStream_t>(stream)>>>(launch);
+  });
+  check_launch("score");
+}
+
+}  // namespace lighthouse::cuda

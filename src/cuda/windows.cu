@@ -1,0 +1,435 @@
+// Tokens to chosen entries and back. A thread holds one column (16 bytes of a row) of one unit of tokens and walks
+// through it once: columns need nothing of one another, so there is nothing to exchange and nothing to wait for.
+// Counted in u = token + reach, units begin at multiples of their length, and every window either lies in one unit or
+// is made of whole ones.
+
+#include "cuda/windows.cuh"
+
+#include <vector>
+
+namespace lighthouse::cuda {
+namespace {
+
+constexpr int kThreads = 128;
+constexpr int kTokensPerBlock = 512;    // at most: their choice is held in shared memory
+constexpr int kRowsAhead = 4;           // loads in flight per thread
+constexpr int64_t kLongestSum = 64;     // tokens that one thread sums
+constexpr int64_t kLongestSpread = 16;  // tokens that one thread writes
+
+// Blocks that a multiprocessor holds at least, which limits a thread's registers: every level's open sum takes some.
+constexpr int blocks_that_sum(int levels) { return levels <= 2 ? 8 : levels == 3 ? 6 : 4; }
+constexpr int blocks_that_spread(int levels) { return levels <= 1 ? 8 : levels == 2 ? 6 : 4; }
+
+// One tensor of a launch; strides in elements.
+template <class T>
+struct Tensor {
+  const T* source;
+  T* target;
+  int64_t source_row, source_head, source_token;
+  int64_t target_row, target_head, target_token;
+  int heads;
+  int group;  // of its heads, so many share a choice
+};
+
+template <class T>
+struct Launch {
+  Tensor<T> tensors[kMaxTensors];
+  int heads;  // of all tensors together
+  Layout layout;
+  const uint8_t* mask;
+  const int32_t* prefix;
+  int64_t kv_heads;
+  rules::Reach reach;
+  Divisor divisors[kMaxLevels];
+  int64_t units;  // of a sequence
+  int unit;       // tokens
+  int units_per_block;
+  int inner;                // levels 1 to this one have windows that lie in one unit
+  int windows[kMaxLevels];  // of the levels up to `inner`
+  float* sums;              // of each unit, [row, head, unit, head_dim]; null where no window is longer than a unit
+};
+
+// What a block needs to know of one of its tokens.
+struct Token {
+  int32_t prefix;
+  uint8_t mask;   // 0 outside of the sequence
+  uint8_t edges;  // levels 1 to this one have a window that begins (to spread) or ends (to sum) here
+};
+
+template <class T>
+struct Block {
+  const Launch<T>& launch;
+  Tensor<T> tensor;
+  int head;         // of the tensor
+  int64_t sum_row;  // row and head among `sums`
+  Sequence sequence;
+  const uint8_t* mask;
+  const int32_t* prefix;
+
+  __device__ Block(const Launch<T>& all, int64_t index) : launch(all), sequence(all.layout.sequence(index)) {
+    int which = 0;
+    head = static_cast<int>(blockIdx.x);
+    while (head >= all.tensors[which].heads) head -= all.tensors[which++].heads;
+    tensor = all.tensors[which];
+    sum_row = index * all.heads + blockIdx.x;
+    const int64_t choice =
+        (sequence.row * all.kv_heads + head / tensor.group) * all.layout.tokens + sequence.token_offset;
+    mask = all.mask + choice;
+    prefix = all.prefix + choice;
+  }
+
+  // This thread's column of the first token, or of the first entry, of the row.
+  template <int kWidth>
+  __device__ const T* source(int64_t token_offset) const {
+    return tensor.source + sequence.row * tensor.source_row + head * tensor.source_head +
+           token_offset * tensor.source_token + threadIdx.x * kWidth;
+  }
+  template <int kWidth>
+  __device__ T* target(int64_t token_offset) const {
+    return tensor.target + sequence.row * tensor.target_row + head * tensor.target_head +
+           token_offset * tensor.target_token + threadIdx.x * kWidth;
+  }
+
+  // The place of any entry, or -1 where it is not chosen.
+  __device__ int64_t place(int level, int64_t index) const {
+    if (index < 0) return -1;
+    const int64_t last = rules::last_token(launch.layout.pyramid.windows[level], index);
+    if (last >= sequence.tokens) return -1;
+    const uint8_t bits = __ldg(mask + last);
+    return rules::is_chosen(bits, level) ? rules::place(bits, __ldg(prefix + last), level) : -1;
+  }
+
+  // Reads the choice of the tokens from `first` on. `edges_of(position, token)` counts levels.
+  template <class Edges>
+  __device__ void read_choice(Token* tokens, int64_t first, const Edges& edges_of) const {
+    __syncthreads();
+    const int count = launch.units_per_block * launch.unit;
+    for (int i = threadIdx.y * blockDim.x + threadIdx.x; i < count; i += blockDim.x * blockDim.y) {
+      const int64_t token = first + i;
+      const bool inside = 0 <= token && token < sequence.tokens;
+      tokens[i] = {inside ? __ldg(prefix + token) : 0, inside ? __ldg(mask + token) : uint8_t{0},
+                   static_cast<uint8_t>(edges_of(i, token))};
+    }
+    __syncthreads();
+  }
+};
+
+// kLevels: at least launch.inner.
+template <class T, int kWidth, int kLevels>
+__global__ void __launch_bounds__(kThreads, blocks_that_sum(kLevels))
+    sum_units(const __grid_constant__ Launch<T> launch) {
+  __shared__ Token tokens[kTokensPerBlock];
+  const int shift = static_cast<int>(launch.reach);
+  const bool at_end = launch.reach == rules::Reach::pooled;  // which token of a window holds its entry's choice
+  const int own = threadIdx.y * launch.unit;                 // this thread's first token, among the block's
+  for (int64_t index = blockIdx.z; index < launch.layout.sequences(); index += gridDim.z) {
+    const Block<T> block(launch, index);
+    T* const target = block.template target<kWidth>(0);
+    for (int64_t unit = int64_t{blockIdx.y} * launch.units_per_block; unit < launch.units;
+         unit += int64_t{gridDim.y} * launch.units_per_block) {
+      const int64_t first = unit * launch.unit - shift;
+      block.read_choice(tokens, first, [&](int i, int64_t token) {
+        if (token >= block.sequence.tokens) return 0;
+        if (!at_end && token == block.sequence.tokens - 1) return launch.inner;  // windows that the sequence cuts
+        int edges = 0;
+        while (edges < launch.inner && (i + 1) % launch.windows[edges + 1] == 0) ++edges;
+        return edges;
+      });
+      if (unit + threadIdx.y >= launch.units) continue;
+
+      Sum<kWidth> open[kLevels + 1];  // of each level's window, as far as it has been read
+      const auto close = [&](int level, int i) {
+        const Token choice = tokens[at_end ? i : i - (i - own) % launch.windows[level]];
+        if (rules::is_chosen(choice.mask, level)) {
+          store<T, kWidth>(target + rules::place(choice.mask, choice.prefix, level) * block.tensor.target_token,
+                           narrowed<T>(open[level] / launch.divisors[level]));
+        }
+      };
+      const int begin = rules::larger(own, -first);
+      const int end = rules::smaller(own + launch.unit, block.sequence.tokens - first);
+      const T* row = block.template source<kWidth>(block.sequence.token_offset + first + own);
+      for (int start = own; start < end; start += kRowsAhead) {
+        Column<T, kWidth> rows[kRowsAhead];
+#pragma unroll
+        for (int j = 0; j < kRowsAhead; ++j) {
+          rows[j] = begin <= start + j && start + j < end ? load<T, kWidth>(row) : no_column<T, kWidth>();
+          row += block.tensor.source_token;
+        }
+#pragma unroll
+        for (int j = 0; j < kRowsAhead; ++j) {
+          if (start + j >= end) break;
+          const Token token = tokens[start + j];
+          add(open[1], widened(rows[j]));
+          if (rules::is_chosen(token.mask, 0)) {
+            store<T, kWidth>(target + rules::place(token.mask, token.prefix, 0) * block.tensor.target_token, rows[j]);
+          }
+          if (token.edges == 0) continue;
+#pragma unroll
+          for (int level = 1; level <= kLevels; ++level) {
+            if (level > token.edges) break;
+            close(level, start + j);
+            if (level < kLevels && level < launch.inner) {
+              add(open[level < kLevels ? level + 1 : level], open[level]);
+              open[level] = {};
+            }
+          }
+        }
+      }
+      if (launch.sums != nullptr) {
+        float* const sums =
+            launch.sums + ((block.sum_row * launch.units + unit + threadIdx.y) * blockDim.x + threadIdx.x) * kWidth;
+#pragma unroll
+        for (int level = 1; level <= kLevels; ++level) {
+          if (level == rules::larger(1, launch.inner)) {
+#pragma unroll
+            for (int i = 0; i < kWidth; ++i) sums[i] = open[level].numbers[i];
+          }
+        }
+      }
+    }
+  }
+}
+
+// A level with windows longer than a unit: each is the sum of those one level below, kept where its first unit was.
+template <class T, int kWidth>
+__global__ void __launch_bounds__(kThreads) sum_level(const __grid_constant__ Launch<T> launch, int level,
+                                                      int64_t units_per_child, int64_t children, int64_t windows) {
+  for (int64_t index = blockIdx.z; index < launch.layout.sequences(); index += gridDim.z) {
+    const Block<T> block(launch, index);
+    for (int64_t window = int64_t{blockIdx.y} * blockDim.y + threadIdx.y; window < windows;
+         window += int64_t{gridDim.y} * blockDim.y) {
+      const int64_t first = window * children * units_per_child;
+      float* const sums = launch.sums + (block.sum_row * launch.units * blockDim.x + threadIdx.x) * kWidth;
+      Sum<kWidth> sum;
+      for (int64_t child = 0; child < children; ++child) {
+        const int64_t unit = first + child * units_per_child;
+        if (unit >= launch.units) break;
+        Sum<kWidth> part;
+#pragma unroll
+        for (int i = 0; i < kWidth; ++i) part.numbers[i] = sums[unit * blockDim.x * kWidth + i];
+        add(sum, part);
+      }
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) sums[first * blockDim.x * kWidth + i] = sum.numbers[i];
+      const int64_t place = block.place(level, window - static_cast<int>(launch.reach));
+      if (place >= 0) {
+        store<T, kWidth>(block.template target<kWidth>(0) + place * block.tensor.target_token,
+                         narrowed<T>(sum / launch.divisors[level]));
+      }
+    }
+  }
+}
+
+// kLevels: at least launch.inner.
+template <class T, int kWidth, int kLevels>
+__global__ void __launch_bounds__(kThreads, blocks_that_spread(kLevels))
+    spread_units(const __grid_constant__ Launch<T> launch) {
+  __shared__ Token tokens[kTokensPerBlock];
+  const int shift = static_cast<int>(launch.reach);
+  const bool at_end = launch.reach == rules::Reach::pooled;
+  const int own = threadIdx.y * launch.unit;
+  const Pyramid& pyramid = launch.layout.pyramid;
+  for (int64_t index = blockIdx.z; index < launch.layout.sequences(); index += gridDim.z) {
+    const Block<T> block(launch, index);
+    const T* const source = block.template source<kWidth>(0);
+    for (int64_t unit = int64_t{blockIdx.y} * launch.units_per_block; unit < launch.units;
+         unit += int64_t{gridDim.y} * launch.units_per_block) {
+      const int64_t first = unit * launch.unit - shift;
+      block.read_choice(tokens, first, [&](int i, int64_t) {
+        int edges = 0;
+        while (edges < launch.inner && i % launch.windows[edges + 1] == 0) ++edges;
+        return edges;
+      });
+      if (unit + threadIdx.y >= launch.units) continue;
+
+      const auto entry = [&](const Token& choice, int level) {
+        return load<T, kWidth>(source + rules::place(choice.mask, choice.prefix, level) * block.tensor.source_token);
+      };
+      const int begin = rules::larger(own, -first);
+      const int end = rules::smaller(own + launch.unit, block.sequence.tokens - first);
+
+      Sum<kWidth> above[kLevels + 2];  // of the entries of this level and all coarser ones that reach the token
+      for (int level = pyramid.levels - 1; level > launch.inner; --level) {
+        const int64_t at =
+            block.place(level, rules::entry_reaching(launch.reach, pyramid.windows[level], first + begin));
+        if (at >= 0) {
+          add(above[kLevels + 1],
+              widened(load<T, kWidth>(source + at * block.tensor.source_token)) / launch.divisors[level]);
+        }
+      }
+#pragma unroll
+      for (int level = kLevels; level >= 1; --level) above[level] = above[level + 1];
+      Column<T, kWidth> coarse = narrowed<T>(above[1]);  // what a token gets that is not chosen itself
+
+      T* row = block.template target<kWidth>(block.sequence.token_offset + first + own);
+      for (int start = own; start < end; start += kRowsAhead) {
+        Column<T, kWidth> rows[kRowsAhead];
+#pragma unroll
+        for (int j = 0; j < kRowsAhead; ++j) {
+          if (start + j < end && rules::is_chosen(tokens[start + j].mask, 0)) rows[j] = entry(tokens[start + j], 0);
+        }
+#pragma unroll
+        for (int j = 0; j < kRowsAhead; ++j) {
+          if (start + j >= end) break;
+          const Token token = tokens[start + j];
+          if (token.edges > 0) {
+            Column<T, kWidth> entries[kLevels + 1];
+            bool chosen[kLevels + 1];
+#pragma unroll
+            for (int level = kLevels; level >= 1; --level) {
+              if (level > token.edges) continue;
+              const Token holder = tokens[at_end ? start + j + launch.windows[level] - 1 : start + j];
+              chosen[level] = rules::is_chosen(holder.mask, level);
+              if (chosen[level]) entries[level] = entry(holder, level);
+            }
+#pragma unroll
+            for (int level = kLevels; level >= 1; --level) {
+              if (level > token.edges) continue;
+              above[level] = above[level + 1];
+              if (chosen[level]) add(above[level], widened(entries[level]) / launch.divisors[level]);
+            }
+            coarse = narrowed<T>(above[1]);
+          }
+          if (rules::is_chosen(token.mask, 0)) {
+            Sum<kWidth> sum = above[1];
+            add(sum, widened(rows[j]));
+            store<T, kWidth>(row, narrowed<T>(sum));
+          } else if (begin <= start + j) {
+            store<T, kWidth>(row, coarse);
+          }
+          row += block.tensor.target_token;
+        }
+      }
+    }
+  }
+}
+
+// How a sequence is cut into units of at most `longest` tokens.
+struct Cut {
+  int64_t unit;  // tokens
+  int inner;     // levels 1 to this one have windows that lie in one unit
+};
+
+Cut cut_into_units(const Pyramid& pyramid, int64_t longest) {
+  int inner = 0;
+  while (inner + 1 < pyramid.levels && pyramid.windows[static_cast<size_t>(inner + 1)] <= longest) ++inner;
+  if (inner > 0) return {pyramid.windows[static_cast<size_t>(inner)], inner};
+  if (pyramid.levels == 1) return {longest, 0};
+  int64_t unit = longest;
+  while (pyramid.windows[1] % unit != 0) --unit;
+  return {unit, 0};
+}
+
+int64_t units_of(const Layout& layout, WindowRule rule, int64_t unit) {
+  return rules::ceil_div(layout.tokens + static_cast<int64_t>(rule.reach), unit);
+}
+
+template <class T>
+Launch<T> make_launch(const Layout& layout, WindowRule rule, const Cut& cut, const Pair* pairs, int count,
+                      const ConstSelection& selection, int64_t columns) {
+  Launch<T> launch{};
+  launch.layout = layout;
+  launch.mask = selection.mask;
+  launch.prefix = selection.prefix;
+  launch.kv_heads = selection.kv_heads;
+  launch.reach = rule.reach;
+  launch.unit = static_cast<int>(cut.unit);
+  launch.units = units_of(layout, rule, cut.unit);
+  launch.units_per_block = static_cast<int>(std::min(kThreads / columns, kTokensPerBlock / cut.unit));
+  launch.inner = cut.inner;
+  for (int level = 0; level < layout.pyramid.levels; ++level) {
+    const int64_t window = layout.pyramid.windows[static_cast<size_t>(level)];
+    if (level <= cut.inner) launch.windows[level] = static_cast<int>(window);
+    if (rule.mean) launch.divisors[level] = divisor_of(window);
+  }
+  for (int i = 0; i < count; ++i) {
+    const ConstView& source = pairs[i].source;
+    const View& target = pairs[i].target;
+    launch.tensors[i] = {static_cast<const T*>(source.data),
+                         static_cast<T*>(target.data),
+                         source.strides[0],
+                         source.strides[1],
+                         source.strides[2],
+                         target.strides[0],
+                         target.strides[1],
+                         target.strides[2],
+                         static_cast<int>(source.heads()),
+                         static_cast<int>(source.heads() / selection.kv_heads)};
+    launch.heads += launch.tensors[i].heads;
+  }
+  return launch;
+}
+
+template <class T>
+dim3 grid_of(const Launch<T>& launch) {
+  return grid_over(launch.heads, rules::ceil_div(launch.units, launch.units_per_block), launch.layout.sequences());
+}
+
+// Calls function with the smallest of the compiled numbers of levels that holds `levels`.
+template <int kLevels, int... kMore, class Function>
+void with_levels(int levels, const Function& function) {
+  if constexpr (sizeof...(kMore) > 0) {
+    if (levels > kLevels) return with_levels<kMore...>(levels, function);
+  }
+  function(std::integral_constant<int, kLevels>());
+}
+
+std::vector<ConstView> views_of(const Pair* pairs, int count) {
+  std::vector<ConstView> views;
+  for (int i = 0; i < count; ++i) views.insert(views.end(), {pairs[i].source, pairs[i].target});
+  return views;
+}
+
+}  // namespace
+
+int64_t sum_workspace(const Layout& layout, WindowRule rule, int64_t heads, int64_t head_dim) {
+  const Cut cut = cut_into_units(layout.pyramid, kLongestSum);
+  if (cut.inner + 1 >= layout.pyramid.levels) return 0;
+  return layout.rows * heads * units_of(layout, rule, cut.unit) * head_dim * static_cast<int64_t>(sizeof(float));
+}
+
+void sum_windows(const Layout& layout, WindowRule rule, const Pair* pairs, int count, const ConstSelection& selection,
+                 const Workspace& workspace, Stream stream) {
+  const auto queue = static_cast<cudaStream_t>(stream);
+  const Pyramid& pyramid = layout.pyramid;
+  const Cut cut = cut_into_units(pyramid, kLongestSum);
+  with_column(views_of(pairs, count), [&]<class T, int kWidth>(T*, std::integral_constant<int, kWidth>) {
+    const int64_t head_dim = pairs[0].source.head_dim();
+    auto launch = make_launch<T>(layout, rule, cut, pairs, count, selection, head_dim / kWidth);
+    if (const int64_t needed = sum_workspace(layout, rule, launch.heads, head_dim); needed > 0) {
+      require(workspace.bytes >= needed, "workspace of ", workspace.bytes, " bytes: ", needed, " are needed");
+      launch.sums = static_cast<float*>(workspace.data);
+    }
+    const dim3 threads(static_cast<unsigned>(head_dim / kWidth), static_cast<unsigned>(launch.units_per_block));
+    with_levels<1, 2, 3, 6>(cut.inner, [&]<int kLevels>(std::integral_constant<int, kLevels>) {
+      sum_units<T, kWidth, kLevels><<<grid_of(launch), threads, 0, queue>>>(launch);
+    });
+    check_launch("sum_units");
+    int64_t finer = cut.unit;
+    for (int level = cut.inner + 1; level < pyramid.levels; ++level) {
+      const int64_t window = pyramid.windows[static_cast<size_t>(level)];
+      const int64_t windows = units_of(layout, rule, window);
+      const dim3 grid = grid_over(launch.heads, rules::ceil_div(windows, threads.y), layout.sequences());
+      sum_level<T, kWidth><<<grid, threads, 0, queue>>>(launch, level, finer / cut.unit, window / finer, windows);
+      check_launch("sum_level");
+      finer = window;
+    }
+  });
+}
+
+void spread_windows(const Layout& layout, WindowRule rule, const Pair* pairs, int count,
+                    const ConstSelection& selection, Stream stream) {
+  const auto queue = static_cast<cudaStream_t>(stream);
+  const Cut cut = cut_into_units(layout.pyramid, kLongestSpread);
+  with_column(views_of(pairs, count), [&]<class T, int kWidth>(T*, std::integral_constant<int, kWidth>) {
+    const int64_t columns = pairs[0].source.head_dim() / kWidth;
+    const auto launch = make_launch<T>(layout, rule, cut, pairs, count, selection, columns);
+    const dim3 threads(static_cast<unsigned>(columns), static_cast<unsigned>(launch.units_per_block));
+    with_levels<1, 2, 4>(cut.inner, [&]<int kLevels>(std::integral_constant<int, kLevels>) {
+      spread_units<T, kWidth, kLevels><<<grid_of(launch), threads, 0, queue>>>(launch);
+    });
+    check_launch("spread_units");
+  });
+}
+
+}  // namespace lighthouse::cuda
