@@ -1,26 +1,30 @@
 """One attention layer, forward and backward: dense against Lighthouse, time and peak memory.
 
-    python bench/layer.py --tokens 2048 8192 32768 --dtype float32 --threads 2 --json layer.json --plot layer.png
+    python bench/layer.py --json layer.json --plot layer.png
+    python bench/layer.py --tokens 98304 262144                          # on a GPU: cuDNN's attention is "dense"
+    python bench/layer.py --device cpu --tokens 2048 8192 --dtype float32 --threads 2
 
-Each length: the result is checked, then both sides are timed in turn in the same process. "inner" is the attention of
-the sub-sequence alone, the most that this method can save; "beside" is the part of Lighthouse's time that is not inner.
+First a result is checked, then at each length both sides are timed in turn in the same process. "Inner" is the
+attention of the sub-sequence alone, the most that this method can save; "beside inner" is the rest of Lighthouse's
+time. On a GPU everything up to 131,072 tokens is timed a second time as a CUDA graph, which has no launch costs. Each
+operator is timed alone, too, beside the bytes that it must move; on a GPU always in a graph.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
-import platform
-import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import setting
 import torch
-import torch.nn.functional as F
+from sides import check, dense, leaves
+from timing import copy_speed, graph_seconds, median_seconds, peak_bytes
+from torch.nn.attention import SDPBackend
 
 import lighthouse
 from lighthouse.attention import SubSequences, causal_sdpa
@@ -28,37 +32,26 @@ from lighthouse.operators import memory_order
 from lighthouse.settings import check_pool_ratios, check_select_topk
 
 MIB = 1024 * 1024
+GRAPH_TOKENS = 131_072  # beyond, launches are nothing beside the work
 
-
-def median_seconds(run, *, repeats: int, budget: float) -> float:
-    """Median of up to `repeats` timed calls after a warm-up; the first call alone where it takes half the budget."""
-    start = time.perf_counter()
-    run()
-    first = time.perf_counter() - start
-    if first > budget / 2:
-        return first
-    times = []
-    while len(times) < repeats and sum(times) < budget:
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
-def resident(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}")
-
-
-def peak_bytes(run) -> int:
-    """The most memory that one call holds beyond what was there before it."""
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-    before = resident("VmRSS")
-    run()
-    return resident("VmHWM") - before
+DEFAULTS = {
+    "cpu": {
+        "tokens": [2048, 4096, 8192, 16_384, 32_768],
+        "dtype": ["float32", "bfloat16"],
+        "heads": 4,
+        "head_dim": 64,
+        "repeats": 5,
+        "budget": 30.0,
+    },
+    "cuda": {
+        "tokens": [4096, 8192, 32_768, 98_304, 262_144, 524_288, 1_048_576],
+        "dtype": ["bfloat16"],
+        "heads": 8,
+        "head_dim": 128,
+        "repeats": 20,
+        "budget": 4.0,
+    },
+}
 
 
 def peak_in_own_process(side, tokens, options, dtype_name) -> tuple[int, float]:
@@ -68,214 +61,211 @@ def peak_in_own_process(side, tokens, options, dtype_name) -> tuple[int, float]:
     """
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     command = [sys.executable, __file__, "--peak", side, "--tokens", str(tokens), "--dtype", dtype_name]
-    for name in ("heads", "kv_heads", "head_dim", "threads", "select_topk"):
+    for name in ("device", "heads", "kv_heads", "head_dim", "threads", "select_topk"):
         command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
     command += ["--pool-ratios", *map(str, options.pool_ratios)]
     printed = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.split()
     return int(printed[0]), float(printed[1])
 
 
-def leaves(tokens, heads, kv_heads, head_dim, dtype):
-    """Query, key and value as Transformers passes them, and the output's gradient: [B, N, H, D] in memory."""
-    generator = torch.Generator().manual_seed(tokens)
+def peak(side, tokens, options, dtype) -> tuple[int, float]:
+    """Peak bytes of one call and its seconds, here. As in a model, the output is used by what follows and not held."""
+    inputs, grad = leaves(tokens, options.heads, options.kv_heads, options.head_dim, dtype, options.device)
+    attention = {"dense": dense, "lighthouse": ours(options)}[side]
 
-    def rand(count):
-        x = torch.randn(1, tokens, count, head_dim, generator=generator).to(dtype)
-        return x.transpose(1, 2)
+    def run(tensors, gradient):
+        torch.autograd.grad((attention(*tensors) * gradient).sum(), tensors)
 
-    return [rand(count).requires_grad_() for count in (heads, kv_heads, kv_heads)], rand(heads)
-
-
-def forward_backward(attention, inputs, grad):
-    def run():
-        for tensor in inputs:
-            tensor.grad = None
-        attention(*inputs).backward(grad)
-
-    return run
+    few = [tensor.detach()[:, :, :64].requires_grad_() for tensor in inputs]
+    run(few, grad[:, :, :64])  # what is set up once is not the layer's
+    start = time.perf_counter()
+    found = peak_bytes(lambda: run(inputs, grad), options.device)
+    return found, time.perf_counter() - start
 
 
-def forward_backward_in_a_model(attention, inputs, grad):
-    """As in a model, the output is used by what follows and not held: what memory is measured with."""
+def ours(options):
+    def attention(query, key, value):
+        return lighthouse.attention(query, key, value, pool_ratios=options.pool_ratios, select_topk=options.select_topk)
 
-    def run():
-        for tensor in inputs:
-            tensor.grad = None
-        (attention(*inputs) * grad).sum().backward()
-
-    return run
+    return attention
 
 
-def check(dtype, pool_ratios, select_topk) -> float:
-    """Largest error of output and gradients against the float64 oracle, relative to dense attention's own error.
+def times(attention, inputs, grad, options) -> dict:
+    """Seconds of forward and backward and of the forward pass alone; as CUDA graphs where launches matter."""
 
-    Exits where it is more than twice that: what is wrong is not timed.
-    """
-    inputs, grad = leaves(1500, 4, 2, 64, dtype)
-    windows, topk = check_pool_ratios(pool_ratios), check_select_topk(select_topk)
-    ours = lighthouse.attention(*inputs, pool_ratios=pool_ratios, select_topk=select_topk)
-    ours.backward(grad)
-    scores = torch.ops.lighthouse.score(*(tensor.detach() for tensor in inputs[:2]))
-    wide = [tensor.detach().double().contiguous() for tensor in inputs]
-    args = (*wide, *scores, windows, *topk, True, 0.0)
-    true = [
-        torch.ops.lighthouse.reference_attention(*args),
-        *torch.ops.lighthouse.reference_attention_backward(*args, grad.double().contiguous()),
-    ]
-    mine = [ours.detach(), *(tensor.grad for tensor in inputs)]
+    def both():
+        torch.autograd.grad(attention(*inputs), inputs, grad)
 
-    wide = [tensor.requires_grad_() for tensor in wide]
-    dense_wide = F.scaled_dot_product_attention(*wide, is_causal=True, enable_gqa=True)
-    dense_wide.backward(grad.double())
-    plain = [tensor.detach().requires_grad_() for tensor in inputs]
-    dense = F.scaled_dot_product_attention(*plain, is_causal=True, enable_gqa=True)
-    dense.backward(grad)
+    @torch.no_grad()
+    def forward():
+        attention(*inputs)
 
-    def error(a, b):
-        return ((a.double() - b).norm() / b.norm()).item()
-
-    allowed = max(
-        error(a, b)
-        for a, b in zip(
-            [dense.detach(), *(t.grad for t in plain)], [dense_wide.detach(), *(t.grad for t in wide)], strict=True
-        )
-    )
-    worst = max(error(a, b) for a, b in zip(mine, true, strict=True))
-    if not worst <= 2 * allowed + 1e-6:
-        sys.exit(f"error {worst:.2e} against the oracle where dense attention has {allowed:.2e}: not timed")
-    return worst / allowed
+    limits = {"repeats": options.repeats, "budget": options.budget}
+    found = {}
+    for name, run in (("seconds", both), ("forward_seconds", forward)):
+        found[name] = median_seconds(run, options.device, **limits)
+        if options.device == "cuda" and inputs[0].shape[2] <= GRAPH_TOKENS:
+            found[f"graph_{name}"] = graph_seconds(run, **limits)
+    return found
 
 
-def copy_speed(threads: int) -> float:
-    """Bytes per second, read and written, of a copy far larger than the caches."""
-    source = torch.ones(64 * MIB, dtype=torch.float32)
-    target = torch.empty_like(source)
-    seconds = median_seconds(lambda: target.copy_(source), repeats=5, budget=10)
-    return 2 * source.numel() * 4 / seconds
-
-
-def verbs(inputs, grad, windows, topk, length, repeats) -> dict:
+def operators(inputs, grad, inner, options) -> dict:
     """Each operator alone: seconds, and the bytes that it must move."""
+    windows, topk = check_pool_ratios(options.pool_ratios), check_select_topk(options.select_topk)
     query, key, value = (tensor.detach() for tensor in inputs)
-    size = query.element_size()
-    whole = [tensor.numel() * size for tensor in (query, key, value)]
-    part = [b * length // query.shape[2] for b in whole]
-    choice_bytes = key.shape[1] * key.shape[2] * 5
     ops = torch.ops.lighthouse
     scores = ops.score(query, key)
     mask, prefix = ops.select(*scores, windows, *topk, True)
+    length = sub_length(query.shape[2], options)
     subs = ops.gather(query, key, value, mask, prefix, windows, length)
+    output = inner(*subs)
     orders = [memory_order(tensor) for tensor in (query, key, value)]
+
+    whole, part = ([tensor.nbytes for tensor in tensors] for tensors in ((query, key, value), subs))
+    choice = mask.nbytes + prefix.nbytes
     calls = {
-        "score": (lambda: ops.score(query, key), whole[0] + whole[1]),
-        "select": (lambda: ops.select(*scores, windows, *topk, True), 8 * scores[0].numel() + choice_bytes),
+        "score": (lambda: ops.score(query, key), whole[0] + whole[1] + 2 * scores[0].nbytes),
+        "select": (lambda: ops.select(*scores, windows, *topk, True), 2 * scores[0].nbytes + choice),
         "gather": (
             lambda: ops.gather(query, key, value, mask, prefix, windows, length),
-            sum(whole) + sum(part) + choice_bytes,
+            sum(whole) + sum(part) + choice,
         ),
-        "scatter": (lambda: ops.scatter(subs[0], mask, prefix, windows), whole[0] + part[0] + choice_bytes),
+        "scatter": (lambda: ops.scatter(output, mask, prefix, windows), whole[0] + part[0] + choice),
         "scatter_backward": (
-            lambda: ops.scatter_backward(grad, mask, prefix, windows, length, orders[0]),
-            whole[0] + part[0] + choice_bytes,
+            lambda: ops.scatter_backward(grad, mask, prefix, windows, length, memory_order(output)),
+            whole[0] + part[0] + choice,
         ),
         "gather_backward": (
             lambda: ops.gather_backward(*subs, mask, prefix, windows, *orders),
-            sum(whole) + sum(part) + choice_bytes,
+            sum(whole) + sum(part) + choice,
         ),
     }
-    return {
-        name: {"seconds": median_seconds(call, repeats=repeats, budget=10), "bytes": moved}
-        for name, (call, moved) in calls.items()
-    }
+
+    def seconds(call):
+        if options.device == "cuda":
+            return graph_seconds(call, calls=10, repeats=options.repeats, budget=1)
+        return median_seconds(call, "cpu", repeats=options.repeats, budget=10)
+
+    with torch.no_grad():
+        return {name: {"seconds": seconds(call), "bytes": moved} for name, (call, moved) in calls.items()}
 
 
-def sides(options):
-    """Dense attention and ours, of query, key and value."""
-
-    def dense(query, key, value):
-        grouped = options.heads != options.kv_heads
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
-
-    def ours(query, key, value):
-        return lighthouse.attention(query, key, value, pool_ratios=options.pool_ratios, select_topk=options.select_topk)
-
-    return dense, ours
+def sub_length(tokens: int, options) -> int:
+    return lighthouse.plan(tokens, pool_ratios=options.pool_ratios, select_topk=options.select_topk).length
 
 
-def print_peak(options) -> None:
-    inputs, grad = leaves(
-        options.tokens[0], options.heads, options.kv_heads, options.head_dim, getattr(torch, options.dtype[0])
-    )
-    attention = sides(options)[("dense", "lighthouse").index(options.peak)]
-    few = [tensor.detach()[:, :, :64].requires_grad_() for tensor in inputs]
-    forward_backward_in_a_model(attention, few, grad[:, :, :64])()  # what is set up once is not the layer's
-    start = time.perf_counter()
-    peak = peak_bytes(forward_backward_in_a_model(attention, inputs, grad))
-    print(peak, time.perf_counter() - start)
+def check_finite(tokens: int, inputs, grad, options) -> None:
+    """`check` compares a short sequence; at this length at least nothing may be missing."""
+    output = ours(options)(*inputs)
+    for tensor in (output, *torch.autograd.grad(output, inputs, grad)):
+        if not tensor.isfinite().all():
+            sys.exit(f"{tokens:,} tokens: the output or a gradient is not finite: not timed")
 
 
 def measure(tokens, options, dtype) -> dict:
-    inputs, grad = leaves(tokens, options.heads, options.kv_heads, options.head_dim, dtype)
-    windows, topk = check_pool_ratios(options.pool_ratios), check_select_topk(options.select_topk)
-    plan = lighthouse.plan(tokens, pool_ratios=options.pool_ratios, select_topk=options.select_topk)
-    dense, ours = sides(options)
-    short, short_grad = leaves(plan.length, options.heads, options.kv_heads, options.head_dim, dtype)
-    short = [tensor.detach().contiguous().requires_grad_() for tensor in short]  # as gather lays them out
-    layout = SubSequences(1, plan.length)
+    on_gpu = options.device == "cuda"
+    inputs, grad = leaves(tokens, options.heads, options.kv_heads, options.head_dim, dtype, options.device)
+    length = sub_length(tokens, options)
+    layout = SubSequences(1, length)
 
     def inner(query, key, value):
         return causal_sdpa(query, key, value, scale=None, dropout_p=0.0, layout=layout)
 
-    timing = {"repeats": options.repeats, "budget": options.budget}
-    row = {"tokens": tokens, "dtype": str(dtype).removeprefix("torch."), "length": plan.length}
+    # As gather lays the inputs out, and the gradient like the output, which is what scatter_backward does.
+    short = leaves(length, options.heads, options.kv_heads, options.head_dim, dtype, options.device)[0]
+    short = [tensor.detach().contiguous().requires_grad_() for tensor in short]
+    short_grad = torch.randn_like(inner(*short).detach())
+
+    row = {"tokens": tokens, "dtype": str(dtype).removeprefix("torch."), "length": length}
+    row["inner_backend"] = SDPBackend(
+        torch._fused_sdp_choice(*short, None, 0.0, True, scale=None, enable_gqa=options.heads != options.kv_heads)
+    ).name
+    if on_gpu:
+        check_finite(tokens, inputs, grad, options)
     for name, attention, tensors, gradient in (
-        ("lighthouse", ours, inputs, grad),
+        ("lighthouse", ours(options), inputs, grad),
         ("inner", inner, short, short_grad),
         ("dense", dense, inputs, grad),
     ):
-        if name != "inner":
-            row[f"{name}_peak_bytes"], once = peak_in_own_process(name, tokens, options, row["dtype"])
-        if name == "dense" and once > 2 * options.budget:
-            row["dense_seconds"] = once
-            continue
-        run = forward_backward(attention, tensors, gradient)
-        row[f"{name}_seconds"] = median_seconds(run, **timing)
-        with torch.no_grad():
-            row[f"{name}_forward_seconds"] = median_seconds(lambda: attention(*tensors), **timing)  # noqa: B023
-        for tensor in tensors:
-            tensor.grad = None
-    row["times_dense"] = row["dense_seconds"] / row["lighthouse_seconds"]
-    row["beside"] = 1 - row["inner_seconds"] / row["lighthouse_seconds"]
-    row["verbs"] = verbs(inputs, grad, windows, topk, plan.length, options.repeats)
+        print(f"  {tokens:,} tokens: {name}", file=sys.stderr, flush=True)
+        try:
+            once = 0.0
+            if name != "inner":
+                of_side = peak if on_gpu else peak_in_own_process
+                row[f"{name}_peak_bytes"], once = of_side(name, tokens, options, dtype if on_gpu else row["dtype"])
+            if name == "dense" and not on_gpu and once > 2 * options.budget:
+                row["dense_seconds"] = once
+                continue
+            row |= {f"{name}_{what}": value for what, value in times(attention, tensors, gradient, options).items()}
+        except torch.OutOfMemoryError:
+            print(f"{tokens:,} tokens: {name} does not fit into the memory", flush=True)
+    print(f"  {tokens:,} tokens: each operator", file=sys.stderr, flush=True)
+    row["operators"] = operators(inputs, grad, inner, options)
+    derive(row)
     return row
 
 
-HEADER = (
-    f"{'tokens':>8} {'dense s':>10} {'lighthouse s':>13} {'inner s':>10} {'times':>7} {'beside':>7}"
-    f" {'dense MiB':>10} {'ours MiB':>9}"
-)
+def derive(row: dict) -> None:
+    """What is said about the times: of eager mode, and of CUDA graphs where there are any."""
+    for kind in ("", "graph_"):
+        found = [row.get(f"{name}_{kind}seconds") for name in ("dense", "lighthouse", "inner")]
+        if all(found):
+            row[f"{kind}times_dense"] = found[0] / found[1]
+        if all(found[1:]):
+            row[f"{kind}beside_inner_seconds"] = found[1] - found[2]
+    if "dense_peak_bytes" in row and "lighthouse_peak_bytes" in row:
+        row["peak_of_dense"] = row["lighthouse_peak_bytes"] / row["dense_peak_bytes"]
 
 
-def line(row) -> str:
-    return (
-        f"{row['tokens']:>8,} {row['dense_seconds']:>10.4f} {row['lighthouse_seconds']:>13.4f}"
-        f" {row['inner_seconds']:>10.4f} {row['times_dense']:>7.2f} {row['beside']:>7.1%}"
-        f" {row['dense_peak_bytes'] / MIB:>10.1f} {row['lighthouse_peak_bytes'] / MIB:>9.1f}"
-    )
+def ms(seconds: float) -> str:
+    return f"{1e3 * seconds:,.2f} ms"
 
 
-def markdown(rows) -> str:
-    lines = [
-        "| tokens | dense | Lighthouse | inner alone | times dense | beside inner | peak dense | peak Lighthouse |",
-        "|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    lines += [
-        f"| {r['tokens']:,} | {r['dense_seconds']:.3f} s | {r['lighthouse_seconds']:.3f} s |"
-        f" {r['inner_seconds']:.3f} s |"
-        f" {r['times_dense']:.2f} | {r['beside']:.1%} | {r['dense_peak_bytes'] / MIB:,.0f} MiB |"
-        f" {r['lighthouse_peak_bytes'] / MIB:,.0f} MiB |"
-        for r in rows
-    ]
+def mib(size: float) -> str:
+    return f"{size / MIB:,.1f} MiB"
+
+
+COLUMNS = [
+    ("tokens", "tokens", "{:,}".format),
+    ("dense", "dense_seconds", ms),
+    ("Lighthouse", "lighthouse_seconds", ms),
+    ("inner alone", "inner_seconds", ms),
+    ("times dense", "times_dense", "{:.2f}".format),
+    ("beside inner", "beside_inner_seconds", ms),
+    ("forward: dense", "dense_forward_seconds", ms),
+    ("Lighthouse", "lighthouse_forward_seconds", ms),
+    ("graph: dense", "dense_graph_seconds", ms),
+    ("Lighthouse", "lighthouse_graph_seconds", ms),
+    ("times dense", "graph_times_dense", "{:.2f}".format),
+    ("beside inner", "graph_beside_inner_seconds", ms),
+    ("peak: dense", "dense_peak_bytes", mib),
+    ("Lighthouse", "lighthouse_peak_bytes", mib),
+    ("of dense's", "peak_of_dense", "{:.2f}".format),
+]
+
+
+def columns(device: str) -> list:
+    return [column for column in COLUMNS if device == "cuda" or "graph" not in column[1]]
+
+
+def header(device: str) -> str:
+    names = [name for name, _, _ in columns(device)]
+    return "| " + " | ".join(names) + " |\n|" + "---:|" * len(names)
+
+
+def line(row: dict, device: str) -> str:
+    cells = [form(row[name]) if name in row else "-" for _, name, form in columns(device)]
+    return "| " + " | ".join(cells) + " |"
+
+
+def operator_table(row: dict, copied: float) -> str:
+    lines = ["| operator | bytes moved | time | GB/s | of a copy |", "|---|---:|---:|---:|---:|"]
+    for name, found in row["operators"].items():
+        speed = found["bytes"] / found["seconds"]
+        lines.append(
+            f"| `{name}` | {found['bytes'] / 1e6:,.1f} MB | {1e3 * found['seconds']:,.3f} ms | {speed / 1e9:,.1f}"
+            f" | {speed / copied:.0%} |"
+        )
     return "\n".join(lines)
 
 
@@ -285,91 +275,101 @@ def plot(results, path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
-    styles = {"dense": ("tab:gray", "o", "dense"), "lighthouse": ("tab:orange", "s", "Lighthouse")}
-    for dtype, dash in (("float32", "-"), ("bfloat16", "--")):
+    figure, axes = plt.subplots(1, 3, figsize=(14, 4), constrained_layout=True)
+    sides = {"dense": ("tab:gray", "o", "dense"), "lighthouse": ("tab:orange", "s", "Lighthouse")}
+    dtypes = list(dict.fromkeys(row["dtype"] for row in results["rows"]))
+    for dtype, dash in zip(dtypes, ("-", "--", ":"), strict=False):
         rows = [row for row in results["rows"] if row["dtype"] == dtype]
-        if not rows:
-            continue
-        tokens = [row["tokens"] for row in rows]
-        for side, (color, marker, label) in styles.items():
-            text = f"{label}, {dtype}"
-            axes[0].plot(tokens, [r[f"{side}_seconds"] for r in rows], dash, color=color, marker=marker, label=text)
-            memory = [r[f"{side}_peak_bytes"] / MIB for r in rows]
-            axes[1].plot(tokens, memory, dash, color=color, marker=marker, label=text)
-    for axis, title, unit in ((axes[0], "time", "seconds"), (axes[1], "peak memory beyond the inputs", "MiB")):
-        axis.set(yscale="log", xlabel="tokens", ylabel=unit, title=title)
+
+        def draw(axis, name, scale=1.0, dash=dash, rows=rows, **style):
+            points = [(row["tokens"], row[name] * scale) for row in rows if name in row]
+            if points:
+                axis.plot(*zip(*points, strict=True), dash, **style)
+
+        for side, (color, marker, label) in sides.items():
+            style = {"color": color, "marker": marker, "label": f"{label}, {dtype}"}
+            draw(axes[0], f"{side}_seconds", 1e3, **style)
+            draw(axes[2], f"{side}_peak_bytes", 1 / MIB, **style)
+        draw(axes[1], "times_dense", color="tab:orange", marker="s", label=f"eager, {dtype}")
+        draw(axes[1], "graph_times_dense", color="tab:blue", marker="^", label=f"CUDA graph, {dtype}")
+    titles = ("time", "ms"), ("times as fast as dense", ""), ("peak memory beyond the inputs", "MiB")
+    for axis, (title, unit) in zip(axes, titles, strict=True):
+        axis.set(yscale="log" if unit else "linear", xlabel="tokens", ylabel=unit, title=title)
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter(lambda tokens, _: f"{tokens:,.0f}")
         axis.tick_params(axis="x", labelrotation=30)
         axis.grid(alpha=0.3)
         axis.legend()
-    figure.suptitle("One attention layer, forward and backward")
+    axes[1].axhline(1, color="tab:gray", linewidth=1)
+    figure.suptitle(f"One attention layer, forward and backward, on {results['device']}")
     figure.savefig(path, dpi=120)
 
 
-def machine() -> str:
-    for text in Path("/proc/cpuinfo").read_text().splitlines():
-        if text.startswith("model name"):
-            return text.split(":")[1].strip()
-    return platform.processor()
-
-
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 4096, 8192, 16_384, 32_768])
-    parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
-    parser.add_argument("--heads", type=int, default=4, help="query heads (default 4)")
+    parser.add_argument("--device", choices=list(DEFAULTS), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--tokens", type=int, nargs="+", help="default: 2,048 to 32,768; on a GPU 4,096 to 1,048,576")
+    parser.add_argument(
+        "--dtype",
+        nargs="+",
+        choices=["float32", "bfloat16", "float16"],
+        help="default: float32 and bfloat16; on a GPU bfloat16",
+    )
+    parser.add_argument("--heads", type=int, help="query heads (default 4; on a GPU 8)")
     parser.add_argument("--kv-heads", type=int, help="key-value heads (default: as many)")
-    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--head-dim", type=int, help="default 64; on a GPU 128")
     parser.add_argument("--pool-ratios", type=float, nargs="*", default=[1 / 4, 1 / 16])
     parser.add_argument("--select-topk", type=lambda t: int(t) if t.isdigit() else float(t), default=1 / 64)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=5, help="timed calls of each side at most (default 5)")
-    parser.add_argument("--budget", type=float, default=30, help="seconds for each side's calls, about (default 30)")
-    parser.add_argument("--json", type=Path, help="write the results there")
+    parser.add_argument("--threads", type=int, default=2, help="of the CPU (default 2)")
+    parser.add_argument("--repeats", type=int, help="timed calls of each side at most (default 5; on a GPU 20)")
+    parser.add_argument("--budget", type=float, help="seconds for each side's calls, about (default 30; on a GPU 4)")
+    parser.add_argument("--json", type=Path, help="write the results there, after each length")
     parser.add_argument("--plot", type=Path, help="draw time and memory against length there (PNG)")
     parser.add_argument("--peak", choices=["dense", "lighthouse"], help="only print this side's peak memory in bytes")
     options = parser.parse_args()
+    for name, value in DEFAULTS[options.device].items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
     options.kv_heads = options.kv_heads or options.heads
+    return options
+
+
+def main() -> None:
+    options = arguments()
     torch.set_num_threads(options.threads)
     if options.peak:
-        print_peak(options)
+        print(*peak(options.peak, options.tokens[0], options, getattr(torch, options.dtype[0])))
         return
 
-    copied = copy_speed(options.threads)
+    copied = copy_speed(options.device)
     results = {
-        "command": " ".join(["python", *sys.argv]),
-        "device": f"{machine()}, {options.threads} threads",
-        "versions": {
-            "lighthouse": lighthouse.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
+        "command": setting.command(),
+        "device": setting.device_name(options.device),
+        "versions": setting.versions(options.device),
+        "settings": {
+            name: getattr(options, name) for name in ("heads", "kv_heads", "head_dim", "pool_ratios", "select_topk")
         },
         "copy_bytes_per_second": copied,
         "error_of_dense": {},
         "rows": [],
     }
-    print(f"{results['device']}; torch {torch.__version__}; a copy moves {copied / 1e9:.1f} GB/s")
+    print(f"{results['device']}; torch {torch.__version__}; a copy moves {copied / 1e9:,.1f} GB/s")
     for dtype_name in options.dtype:
         dtype = getattr(torch, dtype_name)
-        error = results["error_of_dense"][dtype_name] = check(dtype, options.pool_ratios, options.select_topk)
-        print(f"\n{dtype_name}: error against float64 is {error:.2f} of dense attention's\n{HEADER}", flush=True)
-        rows = []
+        settings = {"pool_ratios": options.pool_ratios, "select_topk": options.select_topk}
+        error = check(dtype, options.device, head_dim=options.head_dim, **settings)
+        results["error_of_dense"][dtype_name] = error
+        print(f"\n{dtype_name}: error against float64 is {error:.2f} of dense attention's\n\n{header(options.device)}")
         for tokens in options.tokens:
-            rows.append(measure(tokens, options, dtype))
-            print(line(rows[-1]), flush=True)
-            results["rows"] = [r for r in results["rows"] if r not in rows] + rows
+            row = measure(tokens, options, dtype)
+            print(line(row, options.device), flush=True)
+            results["rows"].append(row)
             if options.json:  # after each row: a long run that is stopped keeps what it has
                 options.json.write_text(json.dumps(results, indent=1) + "\n")
-        print("\n" + markdown(rows))
-        last = rows[-1]
-        print(f"\n{last['tokens']:,} tokens, each operator alone:")
-        for name, verb in last["verbs"].items():
-            speed = verb["bytes"] / verb["seconds"]
-            print(
-                f"  {name:18} {verb['seconds'] * 1e3:8.2f} ms {speed / 1e9:6.1f} GB/s {speed / copied:6.1%} of a copy"
-            )
+            if options.device == "cuda":
+                torch.cuda.empty_cache()  # what one length has left in pieces is in the way of the next
+    for row in results["rows"]:
+        print(f"\n{row['tokens']:,} tokens, {row['dtype']}, each operator alone:\n\n{operator_table(row, copied)}")
     if options.plot:
         plot(results, options.plot)
         print(f"\n{options.plot}")
