@@ -10,7 +10,9 @@ model = model.unwrap()
 from importlib.metadata import PackageNotFoundError, version
 
 from lighthouse._library import NativeLibraryError
-from lighthouse.attention import SubSequences, attention
+from lighthouse.attention import attention
+from lighthouse.checkpointing import checkpoint_contexts
+from lighthouse.inner import SubSequences, inner_backend
 from lighthouse.plan import Plan, plan
 from lighthouse.selection import Selection, select
 from lighthouse.wrapper import LighthouseWrapper, unwrap
@@ -27,6 +29,8 @@ __all__ = [
     "Selection",
     "SubSequences",
     "attention",
+    "checkpoint_contexts",
+    "inner_backend",
     "plan",
     "select",
     "unwrap",

@@ -2,39 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from lighthouse.inner import InnerAttention, SubSequences, causal_sdpa
 from lighthouse.inputs import check_qkv, check_scores
+from lighthouse.operators import choose, gather, scatter
 from lighthouse.plan import sub_length
-from lighthouse.selection import choose
 from lighthouse.settings import POOL_RATIOS, SELECT_TOPK, check_pool_ratios, check_select_topk
-
-
-class SubSequences(NamedTuple):
-    """How the short sequences lie in an inner attention's tensors: `count` rows of `length` entries, each causal."""
-
-    count: int
-    length: int
-
-
-InnerAttention = Callable[..., Tensor]
-"""`inner(query, key, value, *, scale, dropout_p, layout) -> output`: plain causal attention on query `[B, Hq, S, D]`,
-key and value `[B, Hkv, S, D]`; output like query; `layout` is a `SubSequences`."""
-
-
-def causal_sdpa(
-    query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, dropout_p: float, layout: SubSequences
-) -> Tensor:
-    """The default inner attention: PyTorch's own, causal, with grouped heads."""
-    grouped = True if query.shape[1] != key.shape[1] else False  # noqa: SIM210 - a plain bool also while tracing
-    return F.scaled_dot_product_attention(
-        query, key, value, dropout_p=dropout_p, is_causal=True, scale=scale, enable_gqa=grouped
-    )
 
 
 def sub_sequence_attention(
@@ -58,7 +34,7 @@ def sub_sequence_attention(
 
     length = sub_length(query.shape[2], windows, topk)
     mask, prefix = choose(query, key, windows, topk, scores, bool(cover_start))
-    query_sub, key_sub, value_sub = torch.ops.lighthouse.gather(query, key, value, mask, prefix, windows, length)
+    query_sub, key_sub, value_sub = gather(query, key, value, mask, prefix, windows, length)
     output_sub = (inner or causal_sdpa)(
         query_sub, key_sub, value_sub, scale=scale, dropout_p=dropout_p, layout=SubSequences(query.shape[0], length)
     )
@@ -71,7 +47,7 @@ def sub_sequence_attention(
         )
     if output_sub.stride(-1) != 1:
         output_sub = output_sub.contiguous()
-    return torch.ops.lighthouse.scatter(output_sub, mask, prefix, windows)
+    return scatter(output_sub, mask, prefix, windows)
 
 
 def attention(

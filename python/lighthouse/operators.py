@@ -13,6 +13,8 @@ import lighthouse
 from lighthouse import _library
 
 LIBRARY_PATH = _library.load(lighthouse.__path__)
+_OPERATORS = torch.ops.lighthouse
+CHOICE = (_OPERATORS.score.default, _OPERATORS.select.default)  # what checkpointing never does twice
 
 HEADS_FIRST = (0, 1, 2, 3)
 TOKENS_FIRST = (0, 2, 1, 3)
@@ -20,7 +22,8 @@ TOKENS_FIRST = (0, 2, 1, 3)
 
 def memory_order(tensor: Tensor) -> list[int]:
     """The tensor's dimensions from the slowest in memory to the fastest, the head dimension last."""
-    return [*sorted(range(3), key=lambda i: -tensor.stride(i)), 3]
+    strides = tensor.stride()
+    return [*sorted(range(3), key=lambda i: -strides[i]), 3]
 
 
 def with_unit_stride(tensor: Tensor) -> Tensor:
@@ -72,15 +75,12 @@ def _(grad_output, mask, prefix, windows, length, order):
 
 
 # Gradients. Every verb is linear, so each one's gradient is the other of its pair, to any order; scores and the choice
-# have none. Only mask and prefix are kept.
+# have none. Only mask and prefix are kept. Each formula is used twice: registered, for torch.compile, and by the
+# functions below for eager mode, where what `register_autograd` generates costs 5 to 20 microseconds a call.
 
 
 def _no_gradient(ctx, inputs, output):
     ctx.mark_non_differentiable(*output)
-
-
-torch.library.register_autograd("lighthouse::score", lambda ctx, *_: (None,) * 2, setup_context=_no_gradient)
-torch.library.register_autograd("lighthouse::select", lambda ctx, *_: (None,) * 6, setup_context=_no_gradient)
 
 
 def _gather_setup(ctx, inputs, output):
@@ -91,11 +91,8 @@ def _gather_setup(ctx, inputs, output):
 
 def _gather_backward(ctx, *grads):
     grads = [with_unit_stride(grad) for grad in grads]
-    grads = torch.ops.lighthouse.gather_backward(*grads, *ctx.saved_tensors, ctx.windows, *ctx.orders)
+    grads = _in_backward(_OPERATORS.gather_backward, *grads, *ctx.saved_tensors, ctx.windows, *ctx.orders)
     return *grads, None, None, None, None
-
-
-torch.library.register_autograd("lighthouse::gather", _gather_backward, setup_context=_gather_setup)
 
 
 def _gather_backward_setup(ctx, inputs, output):
@@ -106,12 +103,7 @@ def _gather_backward_setup(ctx, inputs, output):
 
 def _gather_backward_backward(ctx, *grads):
     grads = [with_unit_stride(grad) for grad in grads]
-    return *torch.ops.lighthouse.gather(*grads, *ctx.saved_tensors, ctx.windows, ctx.length), *[None] * 6
-
-
-torch.library.register_autograd(
-    "lighthouse::gather_backward", _gather_backward_backward, setup_context=_gather_backward_setup
-)
+    return *_OPERATORS.gather(*grads, *ctx.saved_tensors, ctx.windows, ctx.length), *[None] * 6
 
 
 def _scatter_setup(ctx, inputs, output):
@@ -121,13 +113,10 @@ def _scatter_setup(ctx, inputs, output):
 
 
 def _scatter_backward(ctx, grad):
-    grad_sub = torch.ops.lighthouse.scatter_backward(
-        with_unit_stride(grad), *ctx.saved_tensors, ctx.windows, ctx.length, ctx.order
+    grad_sub = _in_backward(
+        _OPERATORS.scatter_backward, with_unit_stride(grad), *ctx.saved_tensors, ctx.windows, ctx.length, ctx.order
     )
     return grad_sub, None, None, None
-
-
-torch.library.register_autograd("lighthouse::scatter", _scatter_backward, setup_context=_scatter_setup)
 
 
 def _scatter_backward_setup(ctx, inputs, output):
@@ -136,9 +125,80 @@ def _scatter_backward_setup(ctx, inputs, output):
 
 
 def _scatter_backward_backward(ctx, grad):
-    return torch.ops.lighthouse.scatter(with_unit_stride(grad), *ctx.saved_tensors, ctx.windows), *[None] * 5
+    return _OPERATORS.scatter(with_unit_stride(grad), *ctx.saved_tensors, ctx.windows), *[None] * 5
 
 
-torch.library.register_autograd(
-    "lighthouse::scatter_backward", _scatter_backward_backward, setup_context=_scatter_backward_setup
-)
+for _name, _backward, _setup in (
+    ("score", lambda ctx, *_: (None,) * 2, _no_gradient),
+    ("select", lambda ctx, *_: (None,) * 6, _no_gradient),
+    ("gather", _gather_backward, _gather_setup),
+    ("gather_backward", _gather_backward_backward, _gather_backward_setup),
+    ("scatter", _scatter_backward, _scatter_setup),
+    ("scatter_backward", _scatter_backward_backward, _scatter_backward_setup),
+):
+    torch.library.register_autograd(f"lighthouse::{_name}", _backward, setup_context=_setup)
+
+
+# The operators as `lighthouse.attention` calls them.
+
+
+def _traced() -> bool:
+    """Whether something looks through autograd: the registered operators alone are transparent to it."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def _without_gradient(operator, *inputs):
+    """Past the operator's autograd function, which would record nothing here but takes its time."""
+    if _traced():
+        return operator(*inputs)
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*inputs)
+
+
+def _in_backward(operator, *inputs):
+    """With a gradient of its own where the caller asked for one (`create_graph`)."""
+    return operator(*inputs) if torch.is_grad_enabled() else _without_gradient(operator, *inputs)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):  # one with setup_context takes 20 microseconds more
+        output = _without_gradient(_OPERATORS.gather, *inputs)
+        _gather_setup(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_gather_backward)
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _without_gradient(_OPERATORS.scatter, *inputs)
+        _scatter_setup(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_scatter_backward)
+
+
+def choose(
+    query: Tensor,
+    key: Tensor,
+    windows: tuple[int, ...],
+    topk: tuple[int, int],
+    scores: tuple[Tensor, Tensor] | None,
+    cover_start: bool,
+) -> tuple[Tensor, Tensor]:
+    """Mask and prefix for inputs and settings that have been checked; by the norms where `scores` is None."""
+    if scores is None:
+        scores = _without_gradient(_OPERATORS.score, query.detach(), key.detach())
+    return _without_gradient(_OPERATORS.select, *scores, windows, *topk, cover_start)
+
+
+def gather(*inputs) -> tuple[Tensor, Tensor, Tensor]:
+    """`torch.ops.lighthouse.gather` with its gradient."""
+    return _OPERATORS.gather(*inputs) if _traced() else _Gather.apply(*inputs)
+
+
+def scatter(*inputs) -> Tensor:
+    """`torch.ops.lighthouse.scatter` with its gradient."""
+    return _OPERATORS.scatter(*inputs) if _traced() else _Scatter.apply(*inputs)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from lighthouse.inputs import check_qk, check_scores
+from lighthouse.operators import choose
 from lighthouse.plan import sub_length
 from lighthouse.settings import POOL_RATIOS, SELECT_TOPK, check_pool_ratios, check_select_topk
 
@@ -39,24 +39,6 @@ class Selection:
             for level, window in enumerate(self.windows)
             if bits >> level & 1
         ]
-
-
-def token_scores(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    """Norms of query and key per token, `[B, Hkv, N]` float32; a group's largest for the query. No gradient."""
-    return torch.ops.lighthouse.score(query.detach(), key.detach())
-
-
-def choose(
-    query: Tensor,
-    key: Tensor,
-    windows: tuple[int, ...],
-    topk: tuple[int, int],
-    scores: tuple[Tensor, Tensor] | None,
-    cover_start: bool,
-) -> tuple[Tensor, Tensor]:
-    """Mask and prefix for inputs and settings that have been checked."""
-    query_score, key_score = token_scores(query, key) if scores is None else scores
-    return torch.ops.lighthouse.select(query_score, key_score, windows, *topk, cover_start)
 
 
 def select(

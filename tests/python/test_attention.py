@@ -7,10 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lighthouse
 from cases import dense, rand_qkv
+from lighthouse import operators
 from lighthouse.settings import check_pool_ratios, check_select_topk
 
 # STYLE's rule: what the same dtype costs in plain torch, twice over.
@@ -117,6 +119,40 @@ def test_gradcheck():
     scores = torch.ops.lighthouse.score(query.detach(), key.detach())  # the choice stays while inputs are nudged
     call = lambda *qkv: lighthouse.attention(*qkv, select_topk=2, scores=scores)  # noqa: E731
     torch.autograd.gradcheck(call, (query, key, value))
+
+
+def test_gradgradcheck():
+    """A gradient of a gradient goes through the registered operators; PyTorch's math backend has one too."""
+    query, key, value = (t.requires_grad_() for t in rand_qkv(40, query_heads=2, kv_heads=1, head_dim=4))
+    scores = torch.ops.lighthouse.score(query.detach(), key.detach())
+    call = lambda *qkv: lighthouse.attention(*qkv, select_topk=2, scores=scores)  # noqa: E731
+    with sdpa_kernel(SDPBackend.MATH):
+        torch.autograd.gradgradcheck(call, (query, key, value), fast_mode=True)
+
+
+def test_eager_mode_gives_the_registered_operators_bits():
+    query, key, value = (t.requires_grad_() for t in rand_qkv(700, query_heads=4, kv_heads=2, layout="tokens"))
+    windows, topk = (1, 4, 16), (1, 64)
+    choice = torch.ops.lighthouse.select(*torch.ops.lighthouse.score(query, key), windows, *topk, True)
+    assert all(map(torch.equal, operators.choose(query, key, windows, topk, None, True), choice))
+    length = lighthouse.plan(700).length
+    for verb, inputs in (
+        ("gather", (query, key, value, *choice, windows, length)),
+        ("scatter", (query[:, :, :length].contiguous(), *choice, windows)),
+    ):
+        results = []
+        for call in (getattr(operators, verb), getattr(torch.ops.lighthouse, verb)):
+            outputs = call(*inputs)
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            grads = torch.autograd.grad(outputs, inputs[: len(outputs)], [output.detach() for output in outputs])
+            results.append((*outputs, *grads))
+        assert all(map(torch.equal, *results))
+
+
+def test_no_gradient_is_recorded_for_the_choice():
+    query, key, _ = (t.requires_grad_() for t in rand_qkv(100))
+    selection = lighthouse.select(query, key)
+    assert not selection.mask.requires_grad and not selection.prefix.requires_grad
 
 
 def test_one_level_is_dense_attention():
