@@ -126,9 +126,10 @@ def LighthouseWrapper(
     packed documents, masks of other shapes, sliding windows, soft-capping, attention sinks, sequences longer than the
     model's `max_position_embeddings`, tensors on a device that this build has no kernels for.
 
-    Under gradient checkpointing with `use_reentrant=False` a change of attention between a forward and its backward, by
-    the switch or another forward, makes the backward a CheckpointError. While Lighthouse is enabled, training with
-    reentrant checkpointing is an error.
+    Gradient checkpointing keeps the choice of each layer: the backward never chooses again
+    (`lighthouse.checkpoint_contexts`). With `use_reentrant=False` a change of attention between a forward and its
+    backward, by the switch or another forward, makes the backward a RuntimeError. While Lighthouse is enabled,
+    training with reentrant checkpointing is an error.
 
     Args:
         model: `LlamaModel` or `LlamaForCausalLM` of Transformers. A bare `LlamaModel` gets its input embedding as

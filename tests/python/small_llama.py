@@ -72,10 +72,10 @@ def plain(model_class=LlamaForCausalLM, seed=0, **changes):
     return model_class(config(**changes)).train()
 
 
-def wrapped(model_class=LlamaForCausalLM, seed=0, spy=None, **settings):
-    """A wrapped model of the same weights as `plain` with that seed."""
-    changes = settings.pop("config", {})
-    return LighthouseWrapper(plain(model_class, seed, **changes), **{**SETTINGS, "inner": spy, **settings})
+def wrapped(model_class=LlamaForCausalLM, seed=0, spy=None, change=lambda model: model, **settings):
+    """A wrapped model of the same weights as `plain` with that seed; `change` is done to it before it is wrapped."""
+    model = change(plain(model_class, seed, **settings.pop("config", {})))
+    return LighthouseWrapper(model, **{**SETTINGS, "inner": spy, **settings})
 
 
 def ids(rows=2, tokens=TOKENS, seed=1) -> torch.Tensor:

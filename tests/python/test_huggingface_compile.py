@@ -170,5 +170,5 @@ def test_a_change_between_forward_and_backward_is_loud_under_checkpointing(chang
     model.gradient_checkpointing_enable({"use_reentrant": False})
     loss = model({"input_ids": ids()}).loss
     change(model)
-    with pytest.raises(torch.utils.checkpoint.CheckpointError):
+    with pytest.raises(RuntimeError, match="checkpoint"):
         loss.backward()

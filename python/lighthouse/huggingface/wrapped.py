@@ -3,7 +3,7 @@
 Each forward is decided once, here: Lighthouse acts, or the plain model runs with its own attention and masks. The
 decision is the attention's name in the model's configuration. It is left standing after the forward, because gradient
 checkpointing runs the layers again in the backward and has to find the same name. Where another call has changed it in
-between, `use_reentrant=False` raises torch's CheckpointError; reentrant checkpointing would give wrong gradients in
+between, `use_reentrant=False` raises torch's RuntimeError; reentrant checkpointing would give wrong gradients in
 silence, and is refused.
 
 Two configurations: the model's, a copy of its own since the one it came with may be shared with other models, and the
@@ -28,6 +28,7 @@ from lighthouse.class_swap import Swapped, swap, unswap
 from lighthouse.huggingface import checks
 from lighthouse.huggingface.architectures import Architecture, architecture_of
 from lighthouse.huggingface.attention_interface import NAME, dense_name
+from lighthouse.huggingface.checkpointing import forget_choices, keep_choices
 from lighthouse.huggingface.loss import IGNORE_INDEX, OutputLayer, next_token_loss
 from lighthouse.inputs import check_device
 from lighthouse.wrapper import LighthouseSettings
@@ -91,6 +92,7 @@ class WrappedModel(Swapped):
         for module in self.modules():
             if isinstance(module, OutputLayer):
                 unswap(module)
+        forget_choices(self)
         self.loss_type = state.loss_type
         del self._lighthouse
         unswap(self)
@@ -111,7 +113,7 @@ class WrappedModel(Swapped):
         """Switches Lighthouse off or on, in place, and returns the model; parameters and optimizer are untouched.
 
         While it is off the model trains with its plain attention and masks; the loss stays as it was set. Under
-        gradient checkpointing a switch between a forward and its backward makes the backward a CheckpointError.
+        gradient checkpointing a switch between a forward and its backward makes the backward a RuntimeError.
         Raises `ValueError` where it would be switched on under reentrant checkpointing.
         """
         if not isinstance(enabled, bool):
@@ -150,6 +152,10 @@ class WrappedModel(Swapped):
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
         state.former = self.config._attn_implementation
         self._settle()
+
+    def _set_gradient_checkpointing(self, *args, **kwargs) -> None:
+        super()._set_gradient_checkpointing(*args, **kwargs)
+        keep_choices(self)
 
     def _settle(self) -> None:
         """Names the attention that the next forward is expected to need, so that compiled code finds it named."""
@@ -337,6 +343,7 @@ def wrap(model: PreTrainedModel, settings: LighthouseSettings) -> PreTrainedMode
     )
     # Trainer counts the predicted tokens by this: a bare model would be given one too many per sequence.
     model.loss_type = "ForCausalLM"
+    keep_choices(model)
     model._settle()
     return model
 

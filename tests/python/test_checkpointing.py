@@ -1,0 +1,146 @@
+"""Activation checkpointing: the choice is made once, eager and compiled, full and selective, with the same bits."""
+
+import functools
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint
+
+import lighthouse
+from cases import rand_qkv
+from small_llama import LIGHTHOUSE_LAYERS, MODELS, ids, one_thread, plain, wrapped  # noqa: F401
+
+MM = torch.ops.aten.mm.default
+
+
+class Calls(TorchDispatchMode):
+    """Counts the calls of every operator, those of compiled code too."""
+
+    @classmethod
+    def ignore_compile_internals(cls):
+        return True
+
+    def __init__(self):
+        super().__init__()
+        self.of = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.of[func] = self.of.get(func, 0) + 1
+        return func(*args, **(kwargs or {}))
+
+    def __getitem__(self, name):
+        return self.of.get(getattr(torch.ops.lighthouse, name).default, 0)
+
+
+def save_products(context, operator, *args, **kwargs):
+    return CheckpointPolicy.MUST_SAVE if operator == MM else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+CONTEXTS = {
+    "full": lighthouse.checkpoint_contexts,
+    "selective_by_a_list": functools.partial(lighthouse.checkpoint_contexts, [MM]),
+    "selective_by_a_policy": functools.partial(lighthouse.checkpoint_contexts, save_products),
+}
+
+
+class Layer(torch.nn.Module):
+    """Two key-value heads for four query heads, and products before and behind the attention."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv = torch.nn.Linear(32, 64, bias=False)
+        self.out = torch.nn.Linear(32, 32, bias=False)
+
+    def forward(self, x):
+        query, key, value = self.qkv(x).unflatten(-1, (8, 8)).transpose(1, 2).split((4, 2, 2), dim=1)
+        attended = lighthouse.attention(query, key, value, select_topk=5)
+        return x + self.out(attended.transpose(1, 2).flatten(2)).relu()
+
+
+def gradients(call, x):
+    layer = Layer()
+    x = x.clone().requires_grad_()
+    call(layer, x).square().sum().backward()
+    return [x.grad, *(parameter.grad for parameter in layer.parameters())]
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("name", CONTEXTS)
+def test_the_choice_is_made_once(name, compiled):
+    x = torch.randn(1, 300, 32, generator=torch.Generator().manual_seed(1))
+
+    def call(layer, x):
+        return checkpoint(layer, x, use_reentrant=False, context_fn=CONTEXTS[name])
+
+    def plain_call(layer, x):
+        return layer(x)
+
+    if compiled:
+        call, plain_call = (torch.compile(f, fullgraph=True, backend="aot_eager") for f in (call, plain_call))
+    with Calls() as plain_calls:
+        expected = gradients(plain_call, x)
+    with Calls() as calls:
+        found = gradients(call, x)
+    assert (calls["score"], calls["select"], calls["gather"]) == (1, 1, 2)
+    assert calls.of[MM] == plain_calls.of[MM] if name != "full" else calls.of[MM] > plain_calls.of[MM]
+    for mine, theirs in zip(found, expected, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_without_the_contexts_it_would_be_made_twice():
+    query, key, value = (tensor.requires_grad_() for tensor in rand_qkv(300, dtype=torch.float32))
+    with Calls() as calls:
+        checkpoint(lighthouse.attention, query, key, value, use_reentrant=False).sum().backward()
+    assert calls["select"] == 2
+
+
+def enabled(model, arguments=None):
+    model.gradient_checkpointing_enable(arguments)
+    return model
+
+
+WRAPPED = {
+    "after_wrapping": lambda model_class: enabled(wrapped(model_class)),
+    "after_wrapping_said": lambda model_class: enabled(wrapped(model_class), {"use_reentrant": False}),
+    "before_wrapping": lambda model_class: wrapped(model_class, change=lambda m: enabled(m, {"use_reentrant": False})),
+}
+
+
+def assert_keeps_its_choices(model, other, through=lambda model: model):
+    def run(model):
+        through(model)({"input_ids": ids()}).loss.backward()
+        return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+    expected = run(other)
+    with Calls() as calls:
+        found = run(model)
+    assert calls["select"] == calls["score"] == LIGHTHOUSE_LAYERS
+    assert calls["gather"] == 2 * LIGHTHOUSE_LAYERS
+    for parameter, gradient in expected.items():
+        assert torch.equal(found[parameter], gradient), parameter
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+@pytest.mark.parametrize("model_class", MODELS)
+def test_a_wrapped_model_keeps_its_choices(model_class, name):
+    assert_keeps_its_choices(WRAPPED[name](model_class), wrapped(model_class))
+
+
+def test_a_wrapped_model_keeps_its_choices_compiled():
+    through = functools.partial(torch.compile, fullgraph=True, backend="aot_eager")
+    assert_keeps_its_choices(enabled(wrapped()), wrapped(), through)
+
+
+def test_a_context_of_the_users_own_stays():
+    own = functools.partial(lighthouse.checkpoint_contexts, [MM])
+    model = enabled(wrapped(), {"use_reentrant": False, "context_fn": own})
+    assert model.model.layers[1]._gradient_checkpointing_func.keywords["context_fn"] is own
+
+
+def test_unwrapping_leaves_plain_checkpointing():
+    model = enabled(wrapped(), {"use_reentrant": False}).unwrap()
+    never = enabled(plain(), {"use_reentrant": False})
+    for mine, plains in zip(model.model.layers, never.model.layers, strict=True):
+        assert mine._gradient_checkpointing_func.keywords == plains._gradient_checkpointing_func.keywords
