@@ -134,6 +134,11 @@ def new_model(shape: Shape, tokens: int, *, seed: int, device: str, dtype: torch
     return model
 
 
+def compiled_graphs() -> int:
+    """How many graphs torch.compile has made so far."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
 def new_optimizer(model: Model, learning_rate: float) -> torch.optim.Optimizer:
     """Fused AdamW; only matrices decay, embedding and output matrix among them."""
     matrices = [p for p in model.parameters() if p.ndim == 2]
