@@ -7,22 +7,12 @@ import logging
 import torch
 from torch import Tensor
 
+from lighthouse.devices import check_device, check_on_cuda
 from lighthouse.operators import with_unit_stride
 
 logger = logging.getLogger("lighthouse")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def check_device(name: str, device: torch.device) -> None:
-    """The kernels run there. Raises ValueError."""
-    if device.type == "cuda":
-        raise ValueError(
-            f"{name} is on {device}, and this build of lighthouse has no CUDA kernels: move the tensors to the CPU, or "
-            "train dense on the GPU"
-        )
-    if device.type not in ("cpu", "meta"):
-        raise ValueError(f"{name} is on {device}: only CPU tensors can be taken")
 
 
 def _check_tensor(name: str, tensor: Tensor) -> None:
@@ -34,10 +24,11 @@ def _check_tensor(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} has shape {list(tensor.shape)}: every size must be at least 1")
     if tensor.dtype not in DTYPES:
         raise ValueError(f"{name} has dtype {tensor.dtype}: float32, bfloat16, float16 or float64 is needed")
-    check_device(name, tensor.device)
 
 
 def _check_against_query(name: str, tensor: Tensor, query: Tensor) -> None:
+    if tensor.shape == query.shape and tensor.dtype == query.dtype and tensor.device == query.device:
+        return  # the usual case costs least
     for what, mine, others in (
         ("dtype", tensor.dtype, query.dtype),
         ("device", tensor.device, query.device),
@@ -77,6 +68,9 @@ def _autocast(tensor: Tensor) -> Tensor:
 def check_qk(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     """Query and key as the operators take them. Raises ValueError or TypeError."""
     _check_tensor("query", query)
+    check_device("query", query.device)
+    if query.is_cuda:
+        check_on_cuda("query", query.dtype, query.shape[3])
     _check_tensor("key", key)
     query, key = _autocast(query), _autocast(key)
     _check_against_query("key", key, query)

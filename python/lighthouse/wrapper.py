@@ -14,9 +14,9 @@ from dataclasses import dataclass, field, replace
 from lighthouse.plan import sub_length
 from lighthouse.settings import POOL_RATIOS, SELECT_TOPK, check_pool_ratios, check_select_topk
 
-# From this many tokens on, one layer's forward and backward is faster than dense attention: the shortest length that
-# was measured (bench/README.md). Other devices have no kernels yet.
-MIN_TOKENS = {"cpu": 512}
+# From this many tokens on, one layer's forward and backward is faster than dense attention: on a CPU the shortest
+# length that was measured (bench/README.md), on CUDA where launching the kernels no longer decides.
+MIN_TOKENS = {"cpu": 512, "cuda": 8192}
 
 # Above this share of the tokens the sub-sequence is so long that gathering and writing back cost what is saved.
 MAX_SHARE = 0.6
@@ -142,7 +142,7 @@ def LighthouseWrapper(
             Lighthouse are not comparable with dense ones (METHOD 8).
         loss: "chunked", which never holds the logits, or "model" for the model's own loss and its logits.
         min_tokens: sequences shorter than this, in tokens, run dense; by default the length measured for the device:
-            512 on a CPU.
+            512 on a CPU, 8,192 on CUDA.
         max_share: sequences whose sub-sequence is longer than this share of the tokens run dense.
 
     Returns:

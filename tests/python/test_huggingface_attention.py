@@ -432,8 +432,9 @@ def test_dynamic_rope_has_no_limit():
     assert torch.isfinite(model({"input_ids": ids(tokens=LIMIT + 1)}).loss)
 
 
-def test_a_device_without_kernels_is_refused_before_any_layer():
+def test_a_device_without_kernels_is_refused_before_any_layer(monkeypatch):
     """A fake tensor stands for the GPU that is not needed to see the error."""
+    monkeypatch.setattr(lighthouse.devices, "has_cuda_kernels", lambda: False)
     model = wrapped(min_tokens=TOKENS)
     model.model.embed_tokens.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
     with FakeTensorMode():

@@ -25,12 +25,12 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lighthouse.class_swap import Swapped, swap, unswap
+from lighthouse.devices import check_device
 from lighthouse.huggingface import checks
 from lighthouse.huggingface.architectures import Architecture, architecture_of
 from lighthouse.huggingface.attention_interface import NAME, dense_name
 from lighthouse.huggingface.checkpointing import forget_choices, keep_choices
 from lighthouse.huggingface.loss import IGNORE_INDEX, OutputLayer, next_token_loss
-from lighthouse.inputs import check_device
 from lighthouse.wrapper import LighthouseSettings
 
 logger = logging.getLogger("lighthouse")

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
 
+import torch
 from transformers import TrainingArguments
 
 from lighthouse.training.model import SIZES
@@ -135,6 +136,9 @@ class TrainingOptions(TrainingArguments):
     save_steps: float = field(default=0.1, metadata={"help": "Steps between checkpoints, or below 1 a share."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
     report_to: str | None = field(default="tensorboard", metadata={"help": "Where logs go: tensorboard, none, ..."})
+    bf16: bool = field(
+        default=torch.cuda.is_available(), metadata={"help": "bfloat16 autocast, by default where there is a GPU."}
+    )
     seed: int = field(default=42, metadata={"help": "Of the weights, the order of the text and what is held out."})
 
     def __post_init__(self):
