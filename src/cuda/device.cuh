@@ -176,7 +176,14 @@ __device__ inline Column<T, kWidth> load(const T* pointer) {
 
 template <class T, int kWidth>
 __device__ inline void store(T* pointer, const Column<T, kWidth>& column) {
-  *reinterpret_cast<Column<T, kWidth>*>(pointer) = column;
+  if constexpr (sizeof(T) * kWidth == 16) {
+    // Known to be global memory: what is held of shared memory need not be read again after it.
+    int4 raw;
+    memcpy(&raw, &column, sizeof raw);
+    __stcg(reinterpret_cast<int4*>(pointer), raw);
+  } else {
+    *reinterpret_cast<Column<T, kWidth>*>(pointer) = column;
+  }
 }
 
 // Blocks over [rows, pieces, heads]. Heads are the fastest, so that blocks that run together share stretches of

@@ -17,7 +17,7 @@ constexpr int64_t kLongestSum = 64;     // tokens that one thread sums
 constexpr int64_t kLongestSpread = 16;  // tokens that one thread writes
 
 // Blocks that a multiprocessor holds at least, which limits a thread's registers: every level's open sum takes some.
-constexpr int blocks_that_sum(int levels) { return levels <= 2 ? 8 : levels == 3 ? 6 : 4; }
+constexpr int blocks_that_sum(int levels) { return levels <= 2 ? 7 : levels == 3 ? 6 : 4; }
 constexpr int blocks_that_spread(int levels) { return levels <= 1 ? 8 : levels == 2 ? 6 : 4; }
 
 // One tensor of a launch; strides in elements.
@@ -150,15 +150,17 @@ __global__ void __launch_bounds__(kThreads, blocks_that_sum(kLevels))
       const T* row = block.template source<kWidth>(block.sequence.token_offset + first + own);
       for (int start = own; start < end; start += kRowsAhead) {
         Column<T, kWidth> rows[kRowsAhead];
+        Token batch[kRowsAhead];
 #pragma unroll
         for (int j = 0; j < kRowsAhead; ++j) {
+          if (start + j < end) batch[j] = tokens[start + j];
           rows[j] = begin <= start + j && start + j < end ? load<T, kWidth>(row) : no_column<T, kWidth>();
           row += block.tensor.source_token;
         }
 #pragma unroll
         for (int j = 0; j < kRowsAhead; ++j) {
           if (start + j >= end) break;
-          const Token token = tokens[start + j];
+          const Token token = batch[j];
           add(open[1], widened(rows[j]));
           if (rules::is_chosen(token.mask, 0)) {
             store<T, kWidth>(target + rules::place(token.mask, token.prefix, 0) * block.tensor.target_token, rows[j]);
@@ -264,14 +266,17 @@ __global__ void __launch_bounds__(kThreads, blocks_that_spread(kLevels))
       T* row = block.template target<kWidth>(block.sequence.token_offset + first + own);
       for (int start = own; start < end; start += kRowsAhead) {
         Column<T, kWidth> rows[kRowsAhead];
+        Token batch[kRowsAhead];
 #pragma unroll
         for (int j = 0; j < kRowsAhead; ++j) {
-          if (start + j < end && rules::is_chosen(tokens[start + j].mask, 0)) rows[j] = entry(tokens[start + j], 0);
+          if (start + j >= end) break;
+          batch[j] = tokens[start + j];
+          if (rules::is_chosen(batch[j].mask, 0)) rows[j] = entry(batch[j], 0);
         }
 #pragma unroll
         for (int j = 0; j < kRowsAhead; ++j) {
           if (start + j >= end) break;
-          const Token token = tokens[start + j];
+          const Token token = batch[j];
           if (token.edges > 0) {
             Column<T, kWidth> entries[kLevels + 1];
             bool chosen[kLevels + 1];
