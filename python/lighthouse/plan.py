@@ -26,22 +26,32 @@ class StratumKind(NamedTuple):
     budget: int
 
 
+# Of lengths that may be symbolic. Dynamo traces the plain functions; where a SymInt itself is at hand, they would
+# compare it and so specialise.
+def _larger(a, b):
+    return torch.sym_max(a, b) if isinstance(a, torch.SymInt) or isinstance(b, torch.SymInt) else max(a, b)
+
+
+def _smaller(a, b):
+    return torch.sym_min(a, b) if isinstance(a, torch.SymInt) or isinstance(b, torch.SymInt) else min(a, b)
+
+
 def parents_per_level(tokens, topk: tuple[int, int]):
     """k of a sequence of `tokens`, which may be symbolic."""
     numerator, denominator = topk
-    return numerator if denominator == 0 else torch.sym_max(1, tokens * numerator // denominator)
+    return numerator if denominator == 0 else _larger(1, tokens * numerator // denominator)
 
 
 def stratum_kinds(tokens, windows: Sequence[int], topk: tuple[int, int]) -> list[StratumKind]:
     """The kinds of strata in order; one of the middle two is always empty. `tokens` may be symbolic."""
     entries, parents = tokens // windows[-1], parents_per_level(tokens, topk)
-    count = torch.sym_max(1, (parents + PARENTS_PER_STRATUM - 1) // PARENTS_PER_STRATUM)
+    count = _larger(1, (parents + PARENTS_PER_STRATUM - 1) // PARENTS_PER_STRATUM)
     more_entries, more_budget = entries % count, parents % count  # so many strata have one more
     return [
-        StratumKind(torch.sym_min(more_entries, more_budget), entries // count + 1, parents // count + 1),
-        StratumKind(torch.sym_max(more_entries - more_budget, 0), entries // count + 1, parents // count),
-        StratumKind(torch.sym_max(more_budget - more_entries, 0), entries // count, parents // count + 1),
-        StratumKind(count - torch.sym_max(more_entries, more_budget), entries // count, parents // count),
+        StratumKind(_smaller(more_entries, more_budget), entries // count + 1, parents // count + 1),
+        StratumKind(_larger(more_entries - more_budget, 0), entries // count + 1, parents // count),
+        StratumKind(_larger(more_budget - more_entries, 0), entries // count, parents // count + 1),
+        StratumKind(count - _larger(more_entries, more_budget), entries // count, parents // count),
     ]
 
 
@@ -59,7 +69,7 @@ def chosen_per_level(tokens, windows: Sequence[int], topk: tuple[int, int]) -> l
             in_stratum = kind.entries
             chosen[-1] = chosen[-1] + kind.count * in_stratum
             for level in range(len(ratios) - 1, -1, -1):
-                in_stratum = torch.sym_min(kind.budget, in_stratum) * ratios[level]
+                in_stratum = _smaller(kind.budget, in_stratum) * ratios[level]
                 chosen[level] = chosen[level] + kind.count * in_stratum
     chosen[0] = chosen[0] + tokens % windows[-1]  # the tail
     return chosen
