@@ -151,8 +151,19 @@ def _without_gradient(operator, *inputs):
     """Past the operator's autograd function, which would record nothing here but takes its time."""
     if _traced():
         return operator(*inputs)
-    with torch._C._AutoDispatchBelowAutograd():
-        return operator(*inputs)
+    try:
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*inputs)
+    except RuntimeError as error:
+        if is_out_of_memory(str(error), inputs[0].is_cuda):
+            raise torch.OutOfMemoryError(str(error)) from error
+        raise
+
+
+def is_out_of_memory(message: str, on_cuda: bool) -> bool:
+    """Whether an operator failed for want of GPU memory. The stable ABI knows one kind of error, and before torch 2.15
+    not its words, which are on stderr then; callers that catch `torch.OutOfMemoryError` should find it."""
+    return on_cuda and ("out of memory" in message or "aoti_torch_empty" in message)
 
 
 def _in_backward(operator, *inputs):

@@ -47,14 +47,14 @@ CONTEXTS = {
 class Layer(torch.nn.Module):
     """Two key-value heads for four query heads, and products before and behind the attention."""
 
-    def __init__(self):
+    def __init__(self, width=32):
         super().__init__()
         torch.manual_seed(0)
-        self.qkv = torch.nn.Linear(32, 64, bias=False)
-        self.out = torch.nn.Linear(32, 32, bias=False)
+        self.qkv = torch.nn.Linear(width, 2 * width, bias=False)
+        self.out = torch.nn.Linear(width, width, bias=False)
 
     def forward(self, x):
-        query, key, value = self.qkv(x).unflatten(-1, (8, 8)).transpose(1, 2).split((4, 2, 2), dim=1)
+        query, key, value = self.qkv(x).unflatten(-1, (8, -1)).transpose(1, 2).split((4, 2, 2), dim=1)
         attended = lighthouse.attention(query, key, value, select_topk=5)
         return x + self.out(attended.transpose(1, 2).flatten(2)).relu()
 

@@ -66,6 +66,17 @@ def test_other_lengths_compile_without_a_break():
         torch.testing.assert_close(compiled({"input_ids": ids(tokens=tokens)}).loss, expected)
 
 
+def test_any_length_is_compiled_once():
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    model = wrapped(config=ONE_LAYER)
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for tokens in (64, 80, 97):
+        batch = ids(tokens=tokens)
+        torch._dynamo.mark_dynamic(batch, 1)
+        compiled({"input_ids": batch}).loss.backward()
+    assert counter.frame_count == 1
+
+
 def test_compiled_evaluation_is_the_plain_model():
     spy = Spy()
     model, never = wrapped(spy=spy, config=ONE_LAYER).eval(), plain(**ONE_LAYER).eval()

@@ -108,6 +108,19 @@ def test_the_operators_check_again(change, message):
         torch.ops.lighthouse.gather(*change(detached))
 
 
+@pytest.mark.parametrize(
+    "message, on_cuda, out_of_memory",
+    [
+        ("CUDA out of memory. Tried to allocate 2 GiB (originally from aoti_torch_empty_strided(...)", True, True),
+        ("aoti_torch_empty_strided(4, sizes.data(), ...) API call failed at tensors.h, line 114", True, True),
+        ("CUDA error: no kernel image is available for execution on the device", True, False),
+        ("DefaultCPUAllocator: can't allocate memory (originally from aoti_torch_empty_strided(...)", False, False),
+    ],
+)
+def test_want_of_gpu_memory_is_known_by_its_words(message, on_cuda, out_of_memory):
+    assert operators.is_out_of_memory(message, on_cuda) == out_of_memory
+
+
 def test_the_library_needs_only_torchs_stable_functions():
     """Every symbol it leaves undefined and that torch would resolve is one of the C functions of the stable ABI."""
     listing = subprocess.run(

@@ -36,8 +36,10 @@ class OutputLayer(Swapped):
         logits_of = self._product if isinstance(self, nn.Embedding) else super().forward
         step = max(CHUNK_TOKENS, CHUNK_LOGITS // self.weight.shape[0])
         total = hidden.new_zeros((), dtype=torch.float32)
-        for start in range(0, hidden.shape[0], step):
-            stretch = slice(start, start + step)
+        start, tokens = 0, hidden.shape[0]
+        while start < tokens:  # a range() would compile once for every number of tokens, not only of stretches
+            stretch = slice(start, start + step if start + step < tokens else tokens)
+            start += step
             total = total + checkpoint(
                 _summed_loss,
                 logits_of,
