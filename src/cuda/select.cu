@@ -41,13 +41,26 @@ class Counter {
   __device__ explicit Counter(int* slots) : slots_(slots) {}
 
   __device__ int sum(int own) {
-    own = __reduce_add_sync(kAllLanes, own);
-    if (threadIdx.x % 32 == 0) slots_[threadIdx.x / 32] = own;
-    __syncthreads();
+    int total[1] = {own};
+    sums(total);
+    return total[0];
+  }
+
+  // Several sums at once, in place.
+  template <int kCount>
+  __device__ void sums(int (&values)[kCount]) {
+    static_assert(kCount <= kSums);
     const int lane = threadIdx.x % 32;
-    const int total = __reduce_add_sync(kAllLanes, lane < kWarps ? slots_[lane] : 0);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      values[i] = __reduce_add_sync(kAllLanes, values[i]);
+      if (lane == 0) slots_[i * kWarps + threadIdx.x / 32] = values[i];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kCount; ++i)
+      values[i] = __reduce_add_sync(kAllLanes, lane < kWarps ? slots_[i * kWarps + lane] : 0);
     turn();
-    return total;
   }
 
   // The sum of the threads before this one; `total` is everyone's.
@@ -74,26 +87,27 @@ class Counter {
     any_of = __reduce_or_sync(kAllLanes, any_of);
     if (threadIdx.x % 32 == 0) {
       slots_[threadIdx.x / 32] = static_cast<int>(all_of);
-      slots_[threadIdx.x / 32 + 2 * kWarps] = static_cast<int>(any_of);
+      slots_[threadIdx.x / 32 + kWarps] = static_cast<int>(any_of);
     }
     __syncthreads();
     const int lane = threadIdx.x % 32;
     *common = __reduce_and_sync(kAllLanes, lane < kWarps ? static_cast<uint32_t>(slots_[lane]) : ~0u);
-    any_of = __reduce_or_sync(kAllLanes, lane < kWarps ? static_cast<uint32_t>(slots_[lane + 2 * kWarps]) : 0u);
+    any_of = __reduce_or_sync(kAllLanes, lane < kWarps ? static_cast<uint32_t>(slots_[lane + kWarps]) : 0u);
     turn();
     return any_of ^ *common;
   }
 
-  static constexpr int kSlots = 4 * kWarps;
+  static constexpr int kSums = 3;
+  static constexpr int kSlots = 2 * kSums * kWarps;
 
  private:
   __device__ void turn() {
-    offset_ = kWarps - offset_;
-    slots_ += offset_ == 0 ? -kWarps : kWarps;
+    slots_ += second_ ? -kSums * kWarps : kSums * kWarps;
+    second_ = !second_;
   }
 
   int* slots_;
-  int offset_ = 0;
+  bool second_ = false;
 };
 
 struct Candidates {
@@ -106,37 +120,52 @@ struct Candidates {
 // Takes the first `wanted` of the candidates not taken yet, in picking order.
 __device__ void pick(const uint32_t* keys, const Candidates& candidates, int wanted, Counter& counter) {
   if (wanted == 0) return;
-  const auto counted = [&](auto&& condition) {
-    int own = 0;
-    for (int i = threadIdx.x; i < candidates.count; i += kThreads) own += !candidates.taken[i] && condition(keys[i]);
-    return counter.sum(own);
+  // Most often a thread has one candidate, and keeps it.
+  const int mine = static_cast<int>(threadIdx.x);
+  const bool open = mine < candidates.count && !candidates.taken[mine];
+  const uint32_t own = open ? keys[mine] : 0;
+  const auto for_each_open = [&](auto&& function) {
+    if (open) function(own);
+    for (int i = mine + kThreads; i < candidates.count; i += kThreads) {
+      if (!candidates.taken[i]) function(keys[i]);
+    }
   };
-  // The highest threshold that enough candidates reach. Scores are near one another: the bits that all share are not
-  // searched.
+
+  // The highest threshold that enough candidates reach, two bits at a time. Scores are near one another: the bits that
+  // all share are not searched.
   uint32_t all_of = ~0u, any_of = 0, common;
-  for (int i = threadIdx.x; i < candidates.count; i += kThreads) {
-    if (candidates.taken[i]) continue;
-    all_of &= keys[i];
-    any_of |= keys[i];
-  }
+  for_each_open([&](uint32_t key) {
+    all_of &= key;
+    any_of |= key;
+  });
   const uint32_t differing = counter.differing(all_of, any_of, &common);
-  const int highest = 31 - __clz(static_cast<int>(differing));  // -1: all are equal
-  uint32_t threshold = highest < 0 ? common : common & ~((2u << highest) - 1u);
-  for (int bit = highest; bit >= 0; --bit) {
-    const uint32_t higher = threshold | 1u << bit;
-    const int reached = counted([&](uint32_t key) { return key >= higher; });
-    if (reached >= wanted) threshold = higher;
-    if (reached == wanted) break;
+  int bits = 32 - __clz(static_cast<int>(differing));
+  bits += bits % 2;
+  uint32_t threshold = bits == 32 ? 0 : common & ~((1u << bits) - 1u);
+  for (int shift = bits - 2; shift >= 0; shift -= 2) {
+    int reached[3] = {};
+    for_each_open([&](uint32_t key) {
+#pragma unroll
+      for (uint32_t i = 0; i < 3; ++i) reached[i] += key >= threshold + ((i + 1) << shift);
+    });
+    counter.sums(reached);
+    // Fewer reach a higher one.
+    const int step = (reached[0] >= wanted) + (reached[1] >= wanted) + (reached[2] >= wanted);
+    threshold += static_cast<uint32_t>(step) << shift;
+    if ((step == 1 ? reached[0] : step == 2 ? reached[1] : reached[2]) == wanted) break;
   }
+
   // All above it, and of those that equal it the first ones.
-  int equal_wanted = wanted - counted([&](uint32_t key) { return key > threshold; });
+  int above = 0;
+  for_each_open([&](uint32_t key) { above += key > threshold; });
+  int equal_wanted = wanted - counter.sum(above);
   for (int first = 0; first < candidates.count; first += kThreads) {
-    const int i = first + static_cast<int>(threadIdx.x);
-    const bool open = i < candidates.count && !candidates.taken[i];
-    const bool equal = open && keys[i] == threshold;
+    const int i = first + mine;
+    const bool still_open = i < candidates.count && !candidates.taken[i];
+    const bool equal = still_open && keys[i] == threshold;
     int equals;
     const int before = counter.before(equal, &equals);
-    if ((open && keys[i] > threshold) || (equal && before < equal_wanted)) candidates.taken[i] = 1;
+    if ((still_open && keys[i] > threshold) || (equal && before < equal_wanted)) candidates.taken[i] = 1;
     equal_wanted -= equals;
   }
   __syncthreads();
