@@ -1,6 +1,6 @@
 // The choice (METHOD 3 and 4): equal to the oracle's, entry by entry, on odd lengths, odd settings and odd scores, and
 // keeping what METHOD promises.
-#include "support.h"
+#include "device.h"
 
 namespace lighthouse::test {
 namespace {
@@ -11,11 +11,10 @@ struct Selected {
 };
 
 Selected run_select(const Plan& plan, int64_t kv_heads, const std::vector<float>& query_score,
-                    const std::vector<float>& key_score, const Executor& executor) {
+                    const std::vector<float>& key_score, const Device& device) {
   const size_t size = query_score.size();
   Selected result{std::vector<uint8_t>(size, 0xff), std::vector<int32_t>(size, -1)};  // poison
-  cpu::select(plan, query_score.data(), key_score.data(), {result.mask.data(), result.prefix.data(), kv_heads},
-              executor);
+  device.select(plan, query_score.data(), key_score.data(), {result.mask.data(), result.prefix.data(), kv_heads});
   return result;
 }
 
@@ -68,8 +67,8 @@ void expect_promises(const Plan& plan, const std::vector<Entry>& entries, const 
 }
 
 void expect_oracle(const Plan& plan, int64_t kv_heads, const std::vector<float>& query_score,
-                   const std::vector<float>& key_score, const Executor& executor) {
-  const Selected selected = run_select(plan, kv_heads, query_score, key_score, executor);
+                   const std::vector<float>& key_score, const Device& device) {
+  const Selected selected = run_select(plan, kv_heads, query_score, key_score, device);
   for (int64_t kv = 0; kv < plan.layout.rows * kv_heads; ++kv) {
     SCOPED_TRACE("row and head " + std::to_string(kv));
     const int64_t start = kv * plan.layout.tokens;
@@ -92,11 +91,10 @@ struct Case : Named {
   int64_t kv_heads = 1;
 };
 
-class Select : public testing::TestWithParam<Case> {};
+class Select : public DeviceTable<Case> {};
 
 TEST_P(Select, EqualsTheOracleForAllKindsOfScores) {
-  const Case& c = GetParam();
-  const ThreadExecutor executor(2);
+  const Case& c = row();
   Random random(3);
   for (const bool cover_start : {true, false}) {
     const Plan plan = make_plan(c.rows, c.tokens, pyramid(c.windows), c.topk, cover_start);
@@ -105,7 +103,7 @@ TEST_P(Select, EqualsTheOracleForAllKindsOfScores) {
       const int64_t count = c.rows * c.kv_heads * c.tokens;
       const std::vector<float> query_score = make_scores(kind, count, random);
       const std::vector<float> key_score = make_scores(kind, count, random);
-      expect_oracle(plan, c.kv_heads, query_score, key_score, executor);
+      expect_oracle(plan, c.kv_heads, query_score, key_score, device());
     }
   }
 }
@@ -154,11 +152,13 @@ const Case kSelectCases[] = {
     {"share_too_small_for_one", 200, {1, 4, 16}, TopK::share(1, 65536)},
 };
 
-INSTANTIATE_TEST_SUITE_P(Cases, Select, testing::ValuesIn(kSelectCases), case_name);
+INSTANTIATE_TEST_SUITE_P(Cases, Select, on_each(devices(), kSelectCases), on_device_name);
+
+class SelectOnDevice : public DeviceTest {};
+INSTANTIATE_TEST_SUITE_P(Devices, SelectOnDevice, testing::ValuesIn(devices()), device_name);
 
 // Many small settings at random: what no table thinks of.
-TEST(SelectAtRandom, EqualsTheOracle) {
-  const ThreadExecutor executor(1);
+TEST_P(SelectOnDevice, EqualsTheOracleAtRandom) {
   Random random(4);
   for (int round = 0; round < 1500; ++round) {
     std::vector<int64_t> windows{1};
@@ -176,7 +176,7 @@ TEST(SelectAtRandom, EqualsTheOracle) {
     const std::vector<float> query_score = make_scores(kind(), rows * kv_heads * tokens, random);
     const std::vector<float> key_score = make_scores(kind(), rows * kv_heads * tokens, random);
     SCOPED_TRACE(plan.str());
-    expect_oracle(plan, kv_heads, query_score, key_score, executor);
+    expect_oracle(plan, kv_heads, query_score, key_score, device());
     if (testing::Test::HasFailure()) {
       break;
     }
@@ -188,26 +188,25 @@ TEST(SelectThreads, HaveTheSameBits) {
   const Plan plan = make_plan(2, 5003, pyramid({1, 4, 16}), TopK::count(300));
   const std::vector<float> query_score = make_scores(ScoreKind::few_values, int64_t{2} * 3 * 5003, random);
   const std::vector<float> key_score = make_scores(ScoreKind::random, int64_t{2} * 3 * 5003, random);
-  const Selected one = run_select(plan, 3, query_score, key_score, ThreadExecutor(1));
+  const Selected one = run_select(plan, 3, query_score, key_score, CpuDevice(ThreadExecutor(1)));
   for (const auto& [name, executor] : executors()) {
-    const Selected other = run_select(plan, 3, query_score, key_score, *executor);
+    const Selected other = run_select(plan, 3, query_score, key_score, CpuDevice(*executor));
     EXPECT_EQ(one.mask, other.mask) << name;
     EXPECT_EQ(one.prefix, other.prefix) << name;
   }
 }
 
 // A token's choice depends on nothing but its own row and head.
-TEST(SelectRows, AreIndependent) {
+TEST_P(SelectOnDevice, KeepsRowsAndHeadsIndependent) {
   Random random(6);
-  const ThreadExecutor executor(2);
   const Plan plan = make_plan(2, 500, pyramid({1, 4, 16}), TopK::count(5));
   const std::vector<float> query_score = make_scores(ScoreKind::random, 2 * 2 * 500, random);
   std::vector<float> key_score = make_scores(ScoreKind::random, 2 * 2 * 500, random);
-  const Selected before = run_select(plan, 2, query_score, key_score, executor);
+  const Selected before = run_select(plan, 2, query_score, key_score, device());
   for (size_t i = 1000; i < 1500; ++i) {
     key_score[i] = -key_score[i];  // row 1, head 0
   }
-  const Selected after = run_select(plan, 2, query_score, key_score, executor);
+  const Selected after = run_select(plan, 2, query_score, key_score, device());
   for (const auto& [first, last] : {std::pair<int64_t, int64_t>{0, 1000}, {1500, 2000}}) {
     EXPECT_TRUE(std::equal(before.mask.begin() + first, before.mask.begin() + last, after.mask.begin() + first));
   }

@@ -141,8 +141,8 @@ inline double load(DType dtype, const std::byte* from) {
 enum class Memory {
   packed,
   transposed,  // [batch, tokens, heads, head_dim] in memory
-  sliced,      // a slice of a longer head_dim, starting at its second element
-  gaps,        // room left between tokens, heads and batches
+  sliced,      // a slice of a longer head_dim, starting at its second element: the address alone is unaligned
+  gaps,        // room left between tokens, heads and batches: the strides alone are unaligned
   far,         // strides that take every offset past 2^31 elements; of address space only, few pages are touched
 };
 
@@ -151,36 +151,45 @@ inline const char* name(Memory memory) {
   return kNames[static_cast<size_t>(memory)];
 }
 
-// Owns a tensor's memory. Starts as poison: every byte 0xff, which reads as NaN in each dtype.
-class Tensor {
- public:
-  Tensor(DType dtype, Sizes sizes, Memory memory = Memory::packed) : memory_(memory) {
+// Where a tensor's elements lie, counted from the start of its memory.
+struct Placement {
+  std::array<int64_t, 4> strides;
+  int64_t start = 0;
+  int64_t span = 0;  // elements from the memory's start to the last one's end
+
+  Placement(const Sizes& sizes, Memory memory) : strides(contiguous_strides(sizes)) {
     const auto [batch, heads, tokens, dim] = sizes;
-    view_.dtype = dtype;
-    view_.sizes = sizes;
-    view_.strides = contiguous_strides(sizes);
-    int64_t start = 0;
     if (memory == Memory::transposed) {
-      view_.strides = {tokens * heads * dim, dim, heads * dim, 1};
+      strides = {tokens * heads * dim, dim, heads * dim, 1};
     } else if (memory == Memory::sliced) {
-      const int64_t row = dim + 3;
-      view_.strides = {heads * tokens * row, tokens * row, row, 1};
+      const int64_t row = dim + 8;
+      strides = {heads * tokens * row, tokens * row, row, 1};
       start = 1;
     } else if (memory == Memory::gaps) {
       const int64_t token = dim + 5;
       const int64_t head = tokens * token + 7;
-      view_.strides = {heads * head + 11, head, token, 1};
-      start = 3;
+      strides = {heads * head + 11, head, token, 1};
     } else if (memory == Memory::far) {
       const int64_t token = (int64_t{1} << 31) / tokens + 64;  // the last token alone is past 2^31
       const int64_t head = tokens * token + 32;
-      view_.strides = {heads * head + 16, head, token, 1};
+      strides = {heads * head + 16, head, token, 1};
     }
-    int64_t span = start + 1;
+    span = start + 1;
     for (size_t i = 0; i < 4; ++i) {
-      span += (sizes[i] - 1) * view_.strides[i];
+      span += (sizes[i] - 1) * strides[i];
     }
-    bytes_ = static_cast<size_t>(span * size_of(dtype));
+  }
+};
+
+// Owns a tensor's memory. Starts as poison: every byte 0xff, which reads as NaN in each dtype.
+class Tensor {
+ public:
+  Tensor(DType dtype, Sizes sizes, Memory memory = Memory::packed) : memory_(memory) {
+    const Placement placement(sizes, memory);
+    view_.dtype = dtype;
+    view_.sizes = sizes;
+    view_.strides = placement.strides;
+    bytes_ = static_cast<size_t>(placement.span * size_of(dtype));
     if (memory == Memory::far) {
       void* pages = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
       if (pages == MAP_FAILED) {
@@ -191,7 +200,7 @@ class Tensor {
       storage_ = {new std::byte[bytes_], [](std::byte* p) { delete[] p; }};
       std::memset(storage_.get(), 0xff, bytes_);
     }
-    view_.data = storage_.get() + start * size_of(dtype);
+    view_.data = storage_.get() + placement.start * size_of(dtype);
   }
 
   Tensor(DType dtype, Sizes sizes, Memory memory, const Values& values) : Tensor(dtype, sizes, memory) {

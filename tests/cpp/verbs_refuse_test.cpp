@@ -1,0 +1,154 @@
+// What score, gather, scatter and the gradients refuse, and select: by name, before anything is written or enqueued.
+#include "device.h"
+
+namespace lighthouse::test {
+namespace {
+
+// Arguments that are right until a case breaks one of them.
+struct Call {
+  static constexpr DType kDType = DType::float32;
+  Layout layout = make_plan(2, 40, pyramid({1, 4, 16}), TopK::count(1)).layout;
+  Tensor q{kDType, {2, 4, 40, 8}}, k{kDType, {2, 2, 40, 8}}, v{kDType, {2, 2, 40, 8}};
+  Tensor q_sub{kDType, {2, 4, layout.entries, 8}}, k_sub{kDType, {2, 2, layout.entries, 8}},
+      v_sub{kDType, {2, 2, layout.entries, 8}};
+  View query = q, key = k, value = v, query_sub = q_sub, key_sub = k_sub, value_sub = v_sub;
+  std::vector<uint8_t> mask = std::vector<uint8_t>(2 * 2 * 40, 1);
+  std::vector<int32_t> prefix = std::vector<int32_t>(2 * 2 * 40, 0);
+  std::vector<float> query_score = std::vector<float>(2 * 2 * 40, 0), key_score = query_score;
+  float* query_scores = query_score.data();
+  float* key_scores = key_score.data();
+  Selection selection{mask.data(), prefix.data(), 2};
+};
+
+struct RefusedCall : Named {
+  std::function<void(Call&)> spoil;
+  std::vector<std::string_view> words;
+};
+
+void score(const Device& device, const Call& c) { device.score(c.query, c.key, c.query_scores, c.key_scores); }
+void gather(const Device& device, const Call& c) {
+  device.gather(c.layout, c.query, c.key, c.value, c.selection, c.query_sub, c.key_sub, c.value_sub);
+}
+void gather_backward(const Device& device, const Call& c) {
+  device.gather_backward(c.layout, c.query_sub, c.key_sub, c.value_sub, c.selection, c.query, c.key, c.value);
+}
+void scatter(const Device& device, const Call& c) { device.scatter(c.layout, c.query_sub, c.selection, c.query); }
+void scatter_backward(const Device& device, const Call& c) {
+  device.scatter_backward(c.layout, c.query, c.selection, c.query_sub);
+}
+
+void expect_call_refused(const OnDevice<RefusedCall>& on, void (*verb)(const Device&, const Call&)) {
+  Call call;
+  on.row.spoil(call);
+  expect_refused([&] { verb(*on.device, call); }, on.row.words);
+  // Before anything is written.
+  for (const Tensor* tensor : {&call.q, &call.k, &call.v, &call.q_sub, &call.k_sub, &call.v_sub}) {
+    const std::vector<std::byte> bits = tensor->bits();
+    EXPECT_TRUE(std::all_of(bits.begin(), bits.end(), [](std::byte b) { return b == std::byte{0xff}; }));
+  }
+}
+
+class ScoreRefuses : public DeviceTable<RefusedCall> {};
+TEST_P(ScoreRefuses, BadInput) { expect_call_refused(GetParam(), score); }
+
+const RefusedCall kScoreRefusesCases[] = {
+    {"key_of_another_dtype", [](Call& c) { c.key.dtype = DType::float64; }, {"key", "float64", "float32"}},
+    {"key_of_another_head_dim", [](Call& c) { c.key.sizes[3] = 4; }, {"key", "head_dim", "4", "8"}},
+    {"key_of_another_length", [](Call& c) { c.key.sizes[2] = 39; }, {"key", "39", "40"}},
+    {"key_of_another_batch", [](Call& c) { c.key.sizes[0] = 1; }, {"key", "1", "2"}},
+    {"heads_that_do_not_divide", [](Call& c) { c.key.sizes[1] = 3; }, {"key has 3 heads, query 4", "multiple"}},
+    {"more_key_heads_than_query_heads",
+     [](Call& c) { c.query.sizes[1] = 1; },
+     {"key has 2 heads, query 1", "multiple"}},
+    {"no_key_heads", [](Call& c) { c.key.sizes[1] = 0; }, {"key", "empty"}},
+    {"no_tokens", [](Call& c) { c.query.sizes[2] = 0; }, {"query", "empty"}},
+    {"no_rows", [](Call& c) { c.query.sizes[0] = 0; }, {"query", "empty"}},
+    {"no_head_dim", [](Call& c) { c.query.sizes[3] = 0; }, {"query", "empty"}},
+    {"last_stride_of_two", [](Call& c) { c.query.strides[3] = 2; }, {"query", "stride 2", "copy"}},
+    {"query_without_data", [](Call& c) { c.query.data = nullptr; }, {"query", "no data"}},
+    {"scores_without_data", [](Call& c) { c.key_scores = nullptr; }, {"score", "no data"}},
+};
+
+INSTANTIATE_TEST_SUITE_P(Cases, ScoreRefuses, on_each(refusing_devices(), kScoreRefusesCases), on_device_name);
+
+class BothDirectionsRefuse : public DeviceTable<RefusedCall> {};
+TEST_P(BothDirectionsRefuse, BadInputToGather) { expect_call_refused(GetParam(), gather); }
+TEST_P(BothDirectionsRefuse, BadInputToGatherBackward) { expect_call_refused(GetParam(), gather_backward); }
+
+const RefusedCall kBothDirectionsRefuseCases[] = {
+    {"value_of_another_dtype", [](Call& c) { c.value.dtype = DType::bfloat16; }, {"value", "bfloat16"}},
+    {"sub_of_another_dtype", [](Call& c) { c.key_sub.dtype = DType::float16; }, {"key_sub", "float16"}},
+    {"key_of_another_head_dim", [](Call& c) { c.key.sizes[3] = 4; }, {"key", "head_dim 4"}},
+    {"sub_of_another_head_dim", [](Call& c) { c.value_sub.sizes[3] = 4; }, {"value_sub", "head_dim 4"}},
+    {"query_of_another_length", [](Call& c) { c.query.sizes[2] = 39; }, {"query", "39", "40"}},
+    {"query_of_other_rows", [](Call& c) { c.query.sizes[0] = 1; }, {"query", "1", "2"}},
+    {"sub_of_another_length", [](Call& c) { --c.query_sub.sizes[2]; }, {"query_sub"}},
+    {"sub_of_other_heads", [](Call& c) { c.query_sub.sizes[1] = 2; }, {"query_sub", "2", "4"}},
+    {"key_of_fewer_heads_than_were_chosen_for",
+     [](Call& c) { c.key.sizes[1] = c.key_sub.sizes[1] = 1; },
+     {"key", "heads"}},
+    {"key_of_more_heads_than_were_chosen_for",
+     [](Call& c) {
+       c.key = c.query;
+       c.key_sub = c.query_sub;
+     },
+     {"key", "4", "2"}},
+    {"value_of_more_heads_than_were_chosen_for",
+     [](Call& c) {
+       c.value = c.query;
+       c.value_sub = c.query_sub;
+     },
+     {"value", "4", "2"}},
+    {"heads_that_do_not_divide",
+     [](Call& c) { c.query.sizes[1] = c.query_sub.sizes[1] = 3; },
+     {"2 heads", "3", "multiple"}},
+    {"no_chosen_heads", [](Call& c) { c.selection.kv_heads = 0; }, {"heads"}},
+    {"last_stride_of_two", [](Call& c) { c.value_sub.strides[3] = 2; }, {"value_sub", "stride 2"}},
+    {"no_mask", [](Call& c) { c.selection.mask = nullptr; }, {"selection"}},
+    {"no_prefix", [](Call& c) { c.selection.prefix = nullptr; }, {"selection"}},
+    {"key_without_data", [](Call& c) { c.key.data = nullptr; }, {"key", "no data"}},
+};
+
+INSTANTIATE_TEST_SUITE_P(Cases, BothDirectionsRefuse, on_each(refusing_devices(), kBothDirectionsRefuseCases),
+                         on_device_name);
+
+class WriteBackRefuses : public DeviceTable<RefusedCall> {};
+TEST_P(WriteBackRefuses, BadInputToScatter) { expect_call_refused(GetParam(), scatter); }
+TEST_P(WriteBackRefuses, BadInputToScatterBackward) { expect_call_refused(GetParam(), scatter_backward); }
+
+const RefusedCall kWriteBackRefusesCases[] = {
+    {"another_dtype", [](Call& c) { c.query_sub.dtype = DType::bfloat16; }, {"output", "bfloat16"}},
+    {"another_head_dim", [](Call& c) { c.query.sizes[3] = 4; }, {"output", "head_dim"}},
+    {"another_length", [](Call& c) { c.query.sizes[2] = 39; }, {"output", "39", "40"}},
+    {"another_sub_length", [](Call& c) { --c.query_sub.sizes[2]; }, {"output_sub"}},
+    {"other_rows", [](Call& c) { c.query_sub.sizes[0] = 1; }, {"output_sub"}},
+    {"other_heads", [](Call& c) { c.query_sub.sizes[1] = 2; }, {"output_sub"}},
+    {"heads_that_do_not_divide", [](Call& c) { c.query.sizes[1] = c.query_sub.sizes[1] = 3; }, {"multiple"}},
+    {"last_stride_of_two", [](Call& c) { c.query.strides[3] = 2; }, {"output", "stride 2"}},
+    {"no_mask", [](Call& c) { c.selection.mask = nullptr; }, {"selection"}},
+    {"no_data", [](Call& c) { c.query_sub.data = nullptr; }, {"output_sub", "no data"}},
+};
+
+INSTANTIATE_TEST_SUITE_P(Cases, WriteBackRefuses, on_each(refusing_devices(), kWriteBackRefusesCases), on_device_name);
+
+class SelectRefuses : public DeviceTable<RefusedCall> {};
+
+TEST_P(SelectRefuses, BadInput) {
+  const Plan plan = make_plan(2, 40, pyramid({1, 4, 16}), TopK::count(1));
+  Call call;
+  row().spoil(call);
+  expect_refused([&] { device().select(plan, call.query_scores, call.key_scores, call.selection); }, row().words);
+}
+
+const RefusedCall kSelectRefusesCases[] = {
+    {"no_heads", [](Call& c) { c.selection.kv_heads = 0; }, {"kv_heads=0"}},
+    {"no_query_scores", [](Call& c) { c.query_scores = nullptr; }, {"scores", "no data"}},
+    {"no_key_scores", [](Call& c) { c.key_scores = nullptr; }, {"scores", "no data"}},
+    {"no_mask", [](Call& c) { c.selection.mask = nullptr; }, {"selection", "no data"}},
+    {"no_prefix", [](Call& c) { c.selection.prefix = nullptr; }, {"selection", "no data"}},
+};
+
+INSTANTIATE_TEST_SUITE_P(Cases, SelectRefuses, on_each(refusing_devices(), kSelectRefusesCases), on_device_name);
+
+}  // namespace
+}  // namespace lighthouse::test
