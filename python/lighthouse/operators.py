@@ -156,7 +156,7 @@ def _without_gradient(operator, *inputs):
             return operator(*inputs)
     except RuntimeError as error:
         if is_out_of_memory(str(error), inputs[0].is_cuda):
-            raise torch.OutOfMemoryError(str(error)) from error
+            raise torch.OutOfMemoryError(f"CUDA out of memory. {operator.__name__}: {error}") from error
         raise
 
 

@@ -83,7 +83,8 @@ def compare_verbs(device, inputs, layout, windows, topk, cover_start):
         for mine, theirs, true in zip(found[name], plain[name], exact[name], strict=True):
             assert_as_good(mine, theirs, true.double())
     for mine, tensor in zip(found["gather_backward"], there, strict=True):
-        assert operators.memory_order(mine) == operators.memory_order(tensor)
+        orders = [[i for i in operators.memory_order(t) if t.shape[i] > 1] for t in (mine, tensor)]
+        assert orders[0] == orders[1]
     again = verbs(device, *there, windows, topk, cover_start, scores=plain["score"])
     for name, results in found.items():
         assert all(map(torch.equal, results, again[name])), f"{name} gave other bits the second time"
