@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import sys
 from pathlib import Path
 
@@ -28,9 +29,17 @@ def processor() -> str:
     return platform.processor()
 
 
+def lighthouse_version() -> str:
+    """The package's, also where its sources are used without an installation."""
+    if not lighthouse.__version__.startswith("0+"):
+        return lighthouse.__version__
+    project = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    return re.search(r'^version = "(.+)"', project, re.MULTILINE)[1]
+
+
 def versions(device: str) -> dict[str, str]:
     found = {
-        "lighthouse": lighthouse.__version__,
+        "lighthouse": lighthouse_version(),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }

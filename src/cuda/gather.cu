@@ -15,6 +15,8 @@ void gather(const Layout& layout, const ConstView& query, const ConstView& key, 
   check_pair("query", query, "query_sub", query_sub, query, layout, selection);
   check_pair("key", key, "key_sub", key_sub, query, layout, selection);
   check_pair("value", value, "value_sub", value_sub, query, layout, selection);
+  check_sizes("key", key, layout.rows, selection.kv_heads, layout.tokens);
+  check_sizes("value", value, layout.rows, selection.kv_heads, layout.tokens);
   const Pair pairs[] = {{query, query_sub}, {key, key_sub}, {value, value_sub}};
   sum_windows(layout, kPooling, pairs, 3, selection, workspace, stream);
 }
@@ -25,6 +27,8 @@ void gather_backward(const Layout& layout, const ConstView& grad_query_sub, cons
   check_pair("grad_query", grad_query, "grad_query_sub", grad_query_sub, grad_query, layout, selection);
   check_pair("grad_key", grad_key, "grad_key_sub", grad_key_sub, grad_query, layout, selection);
   check_pair("grad_value", grad_value, "grad_value_sub", grad_value_sub, grad_query, layout, selection);
+  check_sizes("grad_key", grad_key, layout.rows, selection.kv_heads, layout.tokens);
+  check_sizes("grad_value", grad_value, layout.rows, selection.kv_heads, layout.tokens);
   const Pair pairs[] = {{grad_query_sub, grad_query}, {grad_key_sub, grad_key}, {grad_value_sub, grad_value}};
   spread_windows(layout, kPooling, pairs, 3, selection, stream);
 }

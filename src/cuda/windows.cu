@@ -10,13 +10,15 @@
 namespace lighthouse::cuda {
 namespace {
 
-constexpr int kThreads = 128;
+// Threads of a block: at least the columns of the longest row, 256 where a column is one number.
+constexpr int threads_of(int width) { return width == 1 ? 256 : 128; }
 constexpr int kTokensPerBlock = 512;    // at most: their choice is held in shared memory
 constexpr int kRowsAhead = 4;           // loads in flight per thread
 constexpr int64_t kLongestSum = 64;     // tokens that one thread sums
 constexpr int64_t kLongestSpread = 16;  // tokens that one thread writes
 
-// Blocks that a multiprocessor holds at least, which limits a thread's registers: every level's open sum takes some.
+// Blocks of 128 threads that a multiprocessor holds at least, which limits a thread's registers: every level's open sum
+// takes some.
 constexpr int blocks_that_sum(int levels) { return levels <= 2 ? 7 : levels == 3 ? 6 : 4; }
 constexpr int blocks_that_spread(int levels) { return levels <= 1 ? 8 : levels == 2 ? 6 : 4; }
 
@@ -116,7 +118,7 @@ struct Block {
 
 // kLevels: at least launch.inner.
 template <class T, int kWidth, int kLevels>
-__global__ void __launch_bounds__(kThreads, blocks_that_sum(kLevels))
+__global__ void __launch_bounds__(threads_of(kWidth), blocks_that_sum(kLevels) * 128 / threads_of(kWidth))
     sum_units(const __grid_constant__ Launch<T> launch) {
   __shared__ Token tokens[kTokensPerBlock];
   const int shift = static_cast<int>(launch.reach);
@@ -194,8 +196,9 @@ __global__ void __launch_bounds__(kThreads, blocks_that_sum(kLevels))
 
 // A level with windows longer than a unit: each is the sum of those one level below, kept where its first unit was.
 template <class T, int kWidth>
-__global__ void __launch_bounds__(kThreads) sum_level(const __grid_constant__ Launch<T> launch, int level,
-                                                      int64_t units_per_child, int64_t children, int64_t windows) {
+__global__ void __launch_bounds__(threads_of(kWidth))
+    sum_level(const __grid_constant__ Launch<T> launch, int level, int64_t units_per_child, int64_t children,
+              int64_t windows) {
   for (int64_t index = blockIdx.z; index < launch.layout.sequences(); index += gridDim.z) {
     const Block<T> block(launch, index);
     for (int64_t window = int64_t{blockIdx.y} * blockDim.y + threadIdx.y; window < windows;
@@ -224,7 +227,7 @@ __global__ void __launch_bounds__(kThreads) sum_level(const __grid_constant__ La
 
 // kLevels: at least launch.inner.
 template <class T, int kWidth, int kLevels>
-__global__ void __launch_bounds__(kThreads, blocks_that_spread(kLevels))
+__global__ void __launch_bounds__(threads_of(kWidth), blocks_that_spread(kLevels) * 128 / threads_of(kWidth))
     spread_units(const __grid_constant__ Launch<T> launch) {
   __shared__ Token tokens[kTokensPerBlock];
   const int shift = static_cast<int>(launch.reach);
@@ -329,9 +332,10 @@ int64_t units_of(const Layout& layout, WindowRule rule, int64_t unit) {
   return rules::ceil_div(layout.tokens + static_cast<int64_t>(rule.reach), unit);
 }
 
-template <class T>
+template <class T, int kWidth>
 Launch<T> make_launch(const Layout& layout, WindowRule rule, const Cut& cut, const Pair* pairs, int count,
-                      const ConstSelection& selection, int64_t columns) {
+                      const ConstSelection& selection) {
+  const int64_t columns = pairs[0].source.head_dim() / kWidth;
   Launch<T> launch{};
   launch.layout = layout;
   launch.mask = selection.mask;
@@ -340,7 +344,7 @@ Launch<T> make_launch(const Layout& layout, WindowRule rule, const Cut& cut, con
   launch.reach = rule.reach;
   launch.unit = static_cast<int>(cut.unit);
   launch.units = units_of(layout, rule, cut.unit);
-  launch.units_per_block = static_cast<int>(std::min(kThreads / columns, kTokensPerBlock / cut.unit));
+  launch.units_per_block = static_cast<int>(std::min(threads_of(kWidth) / columns, kTokensPerBlock / cut.unit));
   launch.inner = cut.inner;
   for (int level = 0; level < layout.pyramid.levels; ++level) {
     const int64_t window = layout.pyramid.windows[static_cast<size_t>(level)];
@@ -400,7 +404,7 @@ void sum_windows(const Layout& layout, WindowRule rule, const Pair* pairs, int c
   const Cut cut = cut_into_units(pyramid, kLongestSum);
   with_column(views_of(pairs, count), [&]<class T, int kWidth>(T*, std::integral_constant<int, kWidth>) {
     const int64_t head_dim = pairs[0].source.head_dim();
-    auto launch = make_launch<T>(layout, rule, cut, pairs, count, selection, head_dim / kWidth);
+    auto launch = make_launch<T, kWidth>(layout, rule, cut, pairs, count, selection);
     if (const int64_t needed = sum_workspace(layout, rule, launch.heads, head_dim); needed > 0) {
       require(workspace.bytes >= needed, "workspace of ", workspace.bytes, " bytes: ", needed, " are needed");
       launch.sums = static_cast<float*>(workspace.data);
@@ -428,7 +432,7 @@ void spread_windows(const Layout& layout, WindowRule rule, const Pair* pairs, in
   const Cut cut = cut_into_units(layout.pyramid, kLongestSpread);
   with_column(views_of(pairs, count), [&]<class T, int kWidth>(T*, std::integral_constant<int, kWidth>) {
     const int64_t columns = pairs[0].source.head_dim() / kWidth;
-    const auto launch = make_launch<T>(layout, rule, cut, pairs, count, selection, columns);
+    const auto launch = make_launch<T, kWidth>(layout, rule, cut, pairs, count, selection);
     const dim3 threads(static_cast<unsigned>(columns), static_cast<unsigned>(launch.units_per_block));
     with_levels<1, 2, 4>(cut.inner, [&]<int kLevels>(std::integral_constant<int, kLevels>) {
       spread_units<T, kWidth, kLevels><<<grid_of(launch), threads, 0, queue>>>(launch);

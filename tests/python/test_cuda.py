@@ -390,6 +390,7 @@ def test_a_users_choice_is_obeyed(cuda, backend):
 
 def test_the_choice_is_logged(cuda, caplog):
     inner._backend.cache_clear()
+    inner._say_if_math.cache_clear()
     inputs = leaves(cuda, 300, dtype=torch.float32)
     with caplog.at_level("DEBUG", logger="lighthouse"):
         lighthouse.attention(*inputs)
