@@ -415,10 +415,10 @@ def test_gradients_of_the_inner_attention_are_right_at_odd_lengths(cuda, head_di
         exact = forward_backward(dense, wide)
         with sdpa_kernel(SDPBackend.MATH):
             plain = forward_backward(dense, inputs)
-        for mine, theirs, true in zip(
-            forward_backward(lambda *qkv: lighthouse.attention(*qkv, pool_ratios=()), inputs), plain, exact, strict=True
-        ):
-            assert error(mine, true.detach()) <= FACTOR * error(theirs, true.detach()) + 1e-2
+        found = forward_backward(lambda *qkv: lighthouse.attention(*qkv, pool_ratios=()), inputs)
+        allowed = 1e-2 * max(true.norm() for true in exact)  # of one token the gradients of query and key are zero
+        for mine, theirs, true in zip(found, plain, exact, strict=True):
+            assert (mine - true).norm() <= FACTOR * (theirs - true).norm() + allowed
 
 
 # Compiled and checkpointed
@@ -462,32 +462,31 @@ def test_compiled_into_cuda_graphs(cuda):
     assert_close(found, expected)
 
 
-# In bfloat16 compiled code rounds otherwise before the choice, so that some entries are others.
-MODES = {"default": (torch.float32, 1e-3), "reduce-overhead": (torch.bfloat16, 0.1)}
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_a_wrapped_llama_compiled(cuda, mode):
-    dtype, allowed = MODES[mode]
-    changes = {"num_hidden_layers": 1, "hidden_size": 128, "max_position_embeddings": 4096}
+@pytest.mark.parametrize(("mode", "dtype"), [("default", torch.float32), ("reduce-overhead", torch.bfloat16)])
+def test_a_wrapped_llama_compiled(cuda, mode, dtype):
+    """Every token is another: equal ones have equal scores, and rounding then decides which of them is chosen."""
+    changes = {"num_hidden_layers": 1, "hidden_size": 128, "max_position_embeddings": 4096, "vocab_size": 4096}
     model = wrapped(config=changes, select_topk=1 / 16).to(cuda, dtype)
+    exact = wrapped(config=changes, select_topk=1 / 16).to(cuda)
     counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
     compiled = torch.compile(model, fullgraph=True, **({"backend": counter} if mode == "default" else {"mode": mode}))
 
-    def gradients(call, tokens, steps=1):
+    def gradients(call, module, tokens, steps=1):
         for _ in range(steps):
             torch.compiler.cudagraph_mark_step_begin()
-            model.zero_grad()
-            batch = ids(rows=1, tokens=tokens).to(cuda)
+            module.zero_grad()
+            batch = torch.randperm(4096, generator=torch.Generator().manual_seed(1))[None, :tokens].to(cuda)
             if mode == "default":
                 torch._dynamo.mark_dynamic(batch, 1)
             loss = call({"input_ids": batch}).loss
             loss.backward()
-        return [loss.detach().clone(), *(parameter.grad.clone() for parameter in model.parameters())]
+        return [loss.detach().clone(), *(parameter.grad.clone() for parameter in module.parameters())]
 
     for tokens in (1024, 1536, 1000) if mode == "default" else (1024,):
-        expected = gradients(model, tokens)
-        assert_close(gradients(compiled, tokens, steps=3), expected, allowed)
+        expected = gradients(exact, exact, tokens)
+        found, plain = gradients(compiled, model, tokens, steps=3), gradients(model, model, tokens)
+        for mine, eager, true in zip(found, plain, expected, strict=True):
+            assert error(mine, true.double()) <= FACTOR * error(eager, true.double()) + 1e-3
     assert counter.frame_count == (mode == "default"), "compiled once, whatever the length"
 
 
