@@ -52,6 +52,16 @@ SIZES = {
 }
 
 
+def check_model(name: str, context: int) -> int:
+    """Raises `ValueError` for a model that is not known or not made for so long a context; else its layers."""
+    if name not in SIZES:
+        raise ValueError(f"model={name!r}: there is {', '.join(SIZES)}")
+    size = SIZES[name]
+    if context > size.max_context:
+        raise ValueError(f"context={context}: model {name!r} allows at most {size.max_context} tokens")
+    return size.layers
+
+
 def new_model(name: str, context: int, seed: int) -> LlamaForCausalLM:
     """A Llama of that size with fresh weights, which depend on `seed` alone.
 

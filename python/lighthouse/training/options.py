@@ -13,7 +13,7 @@ from fractions import Fraction
 import torch
 from transformers import TrainingArguments
 
-from lighthouse.training.model import SIZES
+from lighthouse.training.model import SIZES, check_model
 from lighthouse.wrapper import LighthouseSettings
 
 
@@ -23,7 +23,14 @@ class ModelOptions:
 
     _argument_group_name = "model"
 
-    model: str = field(default="tiny", metadata={"help": "Size of the Llama: " + "; ".join(map(str, SIZES.values()))})
+    model: str = field(
+        default="tiny",
+        metadata={
+            "help": "Size of the Llama: " + "; ".join(map(str, SIZES.values())) + ". Or a Hugging Face configuration "
+            "of one: a config.json, or a folder that has it.",
+            "metavar": "SIZE|CONFIG",
+        },
+    )
     context: int = field(default=8192, metadata={"help": "Tokens in a sequence, in training and evaluation."})
 
 
@@ -33,17 +40,40 @@ class DataOptions:
 
     _argument_group_name = "data"
 
-    data: str | None = field(
+    data: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Folder of text files (UTF-8, searched to the bottom). By default the sources of the running "
-            "Python's standard library. Files are joined with an end mark and cut to the context.",
-            "metavar": "FOLDER",
+            "help": "Files, folders (searched to the bottom) and patterns such as 'books/**/*.txt.xz': UTF-8 text, "
+            "also compressed with gzip, bzip2, xz or zstd. A file is a document. By default the sources of the running "
+            "Python's standard library.",
+            "metavar": "PATH",
+        },
+    )
+    dataset: str | None = field(
+        default=None,
+        metadata={
+            "help": "Instead of --data: what datasets.load_dataset takes: a name on the Hub, a folder, or json, "
+            "parquet, csv with --data as its files. A row is a document.",
+            "metavar": "NAME",
+        },
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
+    dataset_split: str = field(default="train", metadata={"help": "Split of the dataset."})
+    text_column: str = field(default="text", metadata={"help": "Column of the dataset that holds the text."})
+    stream: bool = field(
+        default=False,
+        metadata={"help": "Read the dataset while training, and cut no copy of it first: for what no disk here holds."},
+    )
+    tokenizer: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder or name of a Hugging Face tokenizer with an end mark. By default bytes.",
+            "metavar": "NAME",
         },
     )
     held_out: int = field(
         default=16,
-        metadata={"help": "Contexts of held-out text in each evaluation. Whole files are held out, a tenth at most."},
+        metadata={"help": "Contexts of held-out text in each evaluation. Documents are held out, a tenth at most."},
     )
 
 
@@ -55,6 +85,13 @@ class LighthouseOptions:
 
     share: float = field(
         default=0.6, metadata={"help": "Share of the steps that use Lighthouse, 0 to 1; the others are dense."}
+    )
+    switch_step: int | None = field(
+        default=None, metadata={"help": "Instead of --share: the number of steps that use Lighthouse."}
+    )
+    switch_tokens: int | None = field(
+        default=None,
+        metadata={"help": "Instead of --share: Lighthouse until so many tokens were trained on, in whole steps."},
     )
     pool_ratios: list[str] = field(
         default_factory=lambda: ["1/4", "1/16"],
@@ -69,41 +106,70 @@ class LighthouseOptions:
         metadata={"help": "Layers at each end that stay dense. By default a sixth of them, at least 1, at most 2."},
     )
     dense_only: bool = field(default=False, metadata={"help": "Train the plain model, for comparison."})
+    lighthouse_only: bool = field(
+        default=False,
+        metadata={"help": "Lighthouse in every step, for comparison: such a model is not ready for dense attention."},
+    )
 
 
 @dataclass(kw_only=True)
 class PretrainOptions(ModelOptions, DataOptions, LighthouseOptions):
     """All of a run but what the Trainer itself is told (`TrainingOptions`).
 
-    `pool_ratios` and `select_topk` may be numbers too; text such as "1/64" is turned into them.
+    `pool_ratios` and `select_topk` may be numbers too; text such as "1/64" is turned into them. `data` may be one path.
 
     Raises `ValueError` or `TypeError` naming the option and the rule.
     """
 
     def __post_init__(self):
-        if self.model not in SIZES:
-            raise ValueError(f"model={self.model!r}: there is {', '.join(SIZES)}")
-        size = SIZES[self.model]
+        if isinstance(self.data, str):
+            self.data = [self.data]
         if self.context < 2:
             raise ValueError(f"context={self.context}: at least 2 tokens are needed")
-        if self.context > size.max_context:
-            raise ValueError(f"context={self.context}: model {self.model!r} allows at most {size.max_context} tokens")
         if self.held_out < 1:
             raise ValueError(f"held_out={self.held_out}: at least one context is needed")
-        if not (math.isfinite(self.share) and 0 <= self.share <= 1):
-            raise ValueError(f"share={self.share}: a share of the steps, 0 to 1, is needed")
+        self._check_switch()
         self.pool_ratios = [_number("pool_ratios", ratio) for ratio in self.pool_ratios]
         self.select_topk = _number("select_topk", self.select_topk)
         settings = LighthouseSettings(
             pool_ratios=self.pool_ratios, select_topk=self.select_topk, dense_layers=self.dense_layers
         )
-        if not self.dense_only and self.share > 0:
-            self.dense_layers = settings.for_layers(size.layers).dense_layers
+        layers = check_model(self.model, self.context)
+        if self.uses_lighthouse:
+            self.dense_layers = settings.for_layers(layers).dense_layers
+
+    def _check_switch(self) -> None:
+        if not (math.isfinite(self.share) and 0 <= self.share <= 1):
+            raise ValueError(f"share={self.share}: a share of the steps, 0 to 1, is needed")
+        for name in ("switch_step", "switch_tokens"):
+            if getattr(self, name) is not None and getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: a number from 0 on is needed")
+        given = [name for name in ("switch_step", "switch_tokens") if getattr(self, name) is not None]
+        given += [name for name in ("dense_only", "lighthouse_only") if getattr(self, name)]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)}: only one of them can say when Lighthouse is used")
 
     @property
     def uses_lighthouse(self) -> bool:
         """Whether any step may use Lighthouse."""
-        return not self.dense_only and self.share > 0
+        if self.dense_only:
+            return False
+        for steps in (self.switch_step, self.switch_tokens):
+            if steps is not None:
+                return steps > 0
+        return self.lighthouse_only or self.share > 0
+
+    def lighthouse_steps(self, steps: int, tokens_per_step: int) -> int:
+        """How many of a run's `steps` use Lighthouse; they are the first."""
+        if not self.uses_lighthouse:
+            return 0
+        if self.lighthouse_only:
+            return steps
+        if self.switch_step is not None:
+            return min(steps, self.switch_step)
+        if self.switch_tokens is not None:
+            return min(steps, -(-self.switch_tokens // tokens_per_step))
+        return round(self.share * steps)
 
 
 @dataclass(kw_only=True)

@@ -66,9 +66,7 @@ class Run:
     @property
     def tokens_per_step(self) -> int:
         """Of one optimizer step, on all devices."""
-        training = self.training
-        rows = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
-        return rows * self.options.context
+        return tokens_per_step(self.options, self.training)
 
     def settings(self) -> dict:
         """What decides the outcome, as it is kept in the run's folder and compared on resuming."""
@@ -193,6 +191,11 @@ class _Trainer(Trainer):
         super().log(logs, start_time)
 
 
+def tokens_per_step(options: PretrainOptions, training: TrainingOptions) -> int:
+    rows = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+    return rows * options.context
+
+
 def pretrain(options: PretrainOptions | None = None, training: TrainingOptions | None = None) -> PretrainResult:
     """Pre-trains a Llama from scratch, first with Lighthouse and then dense, and saves the plain model.
 
@@ -220,9 +223,10 @@ def prepare(options: PretrainOptions | None = None, training: TrainingOptions | 
     """
     options, training = options or PretrainOptions(), training or TrainingOptions()
     earlier, checkpoint = _what_is_there(training)
-    corpus = data.find_corpus(options.data, context=options.context, held_out=options.held_out, seed=training.seed)
-    switch_step = round(options.share * training.max_steps) if options.uses_lighthouse else 0
-    if earlier is not None and options.uses_lighthouse:
+    folder = options.data[0] if options.data else None
+    corpus = data.find_corpus(folder, context=options.context, held_out=options.held_out, seed=training.seed)
+    switch_step = options.lighthouse_steps(training.max_steps, tokens_per_step(options, training))
+    if earlier is not None and options.uses_lighthouse and not options.lighthouse_only:
         switch_step = earlier["switch_step"]  # it stays where it was when the number of steps changes
     run = Run(options, training, corpus, switch_step, checkpoint)
     if earlier is not None:
