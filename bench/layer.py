@@ -23,7 +23,7 @@ from pathlib import Path
 import setting
 import torch
 from sides import check, dense, leaves
-from timing import copy_speed, graph_seconds, median_seconds, peak_bytes
+from timing import alternating_seconds, captured, copy_speed, median_seconds, peak_bytes
 from torch.nn.attention import SDPBackend
 
 import lighthouse
@@ -90,22 +90,33 @@ def ours(options):
     return attention
 
 
-def times(attention, inputs, grad, options) -> dict:
-    """Seconds of forward and backward and of the forward pass alone; as CUDA graphs where launches matter."""
+def times(sides: dict, options) -> dict:
+    """Seconds of forward and backward and of the forward pass alone; as CUDA graphs where launches matter.
 
-    def both():
-        torch.autograd.grad(attention(*inputs), inputs, grad)
+    `sides` are attentions, inputs and gradients by name. They are called in turn, for the difference between them.
+    """
 
-    @torch.no_grad()
-    def forward():
-        attention(*inputs)
+    def both(attention, inputs, grad):
+        return lambda: torch.autograd.grad(attention(*inputs), inputs, grad)
+
+    def forward(attention, inputs, grad):
+        def run():
+            with torch.no_grad():
+                attention(*inputs)
+
+        return run
 
     limits = {"repeats": options.repeats, "budget": options.budget}
+    short = all(inputs[0].shape[2] <= GRAPH_TOKENS for _, inputs, _ in sides.values())
     found = {}
-    for name, run in (("seconds", both), ("forward_seconds", forward)):
-        found[name] = median_seconds(run, options.device, **limits)
-        if options.device == "cuda" and inputs[0].shape[2] <= GRAPH_TOKENS:
-            found[f"graph_{name}"] = graph_seconds(run, **limits)
+    for what, make in (("seconds", both), ("forward_seconds", forward)):
+        runs = [make(*side) for side in sides.values()]
+        kinds = {what: runs}
+        if options.device == "cuda" and short:
+            kinds[f"graph_{what}"] = [captured(run) for run in runs]
+        for kind, calls in kinds.items():
+            measured = alternating_seconds(calls, options.device, **limits)
+            found |= {f"{name}_{kind}": seconds for name, seconds in zip(sides, measured, strict=True)}
     return found
 
 
@@ -143,7 +154,7 @@ def operators(inputs, grad, inner, options) -> dict:
 
     def seconds(call):
         if options.device == "cuda":
-            return graph_seconds(call, calls=10, repeats=options.repeats, budget=1)
+            return median_seconds(captured(call, calls=10), "cuda", repeats=options.repeats, budget=1) / 10
         return median_seconds(call, "cpu", repeats=options.repeats, budget=10)
 
     with torch.no_grad():
@@ -182,23 +193,23 @@ def measure(tokens, options, dtype) -> dict:
     ).name
     if on_gpu:
         check_finite(tokens, inputs, grad, options)
-    for name, attention, tensors, gradient in (
-        ("lighthouse", ours(options), inputs, grad),
-        ("inner", inner, short, short_grad),
-        ("dense", dense, inputs, grad),
-    ):
-        print(f"  {tokens:,} tokens: {name}", file=sys.stderr, flush=True)
+    sides = {
+        "lighthouse": (ours(options), inputs, grad),
+        "inner": (inner, short, short_grad),
+        "dense": (dense, inputs, grad),
+    }
+    for names in (("lighthouse", "inner"), ("dense",)):
+        print(f"  {tokens:,} tokens: {' and '.join(names)}", file=sys.stderr, flush=True)
         try:
-            once = 0.0
-            if name != "inner":
-                of_side = peak if on_gpu else peak_in_own_process
-                row[f"{name}_peak_bytes"], once = of_side(name, tokens, options, dtype if on_gpu else row["dtype"])
-            if name == "dense" and not on_gpu and once > 2 * options.budget:
+            of_side = peak if on_gpu else peak_in_own_process
+            memory, once = of_side(names[0], tokens, options, dtype if on_gpu else row["dtype"])
+            row[f"{names[0]}_peak_bytes"] = memory
+            if names == ("dense",) and not on_gpu and once > 2 * options.budget:
                 row["dense_seconds"] = once
                 continue
-            row |= {f"{name}_{what}": value for what, value in times(attention, tensors, gradient, options).items()}
+            row |= times({name: sides[name] for name in names}, options)
         except torch.OutOfMemoryError:
-            print(f"{tokens:,} tokens: {name} does not fit into the memory", flush=True)
+            print(f"{tokens:,} tokens: {names[0]} does not fit into the memory", flush=True)
     print(f"  {tokens:,} tokens: each operator", file=sys.stderr, flush=True)
     row["operators"] = operators(inputs, grad, inner, options)
     derive(row)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -18,35 +19,49 @@ def median_seconds(run: Callable, device: str, *, repeats: int, budget: float) -
     On a GPU calls are queued one behind the other, as in training: what the CPU needs to launch them counts only where
     the GPU waits for it.
     """
-    synchronize(device)
-    start = time.perf_counter()
-    run()
-    synchronize(device)
-    first = time.perf_counter() - start
-    if first > budget / 2:
-        return first
-    if device == "cuda":
-        return statistics.median(_event_seconds(run, max(1, min(repeats, int(budget / first)))))
-    times = []
-    while len(times) < repeats and sum(times) < budget:
+    return alternating_seconds([run], device, repeats=repeats, budget=budget)[0]
+
+
+def alternating_seconds(runs: Sequence[Callable], device: str, *, repeats: int, budget: float) -> list[float]:
+    """The same of several calls made in turn, for differences between them: clocks change with heat and with time."""
+    first = []
+    for run in runs:
+        synchronize(device)
         start = time.perf_counter()
         run()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+        synchronize(device)
+        first.append(time.perf_counter() - start)
+    if sum(first) > budget / 2:
+        return first
+    if device == "cuda":
+        times = _event_seconds(runs, max(1, min(repeats, int(budget / sum(first)))))
+    else:
+        times = []
+        start = time.perf_counter()
+        while len(times) < repeats and time.perf_counter() - start < budget:
+            times.append([_seconds(run) for run in runs])
+    return [statistics.median(each) for each in zip(*times, strict=True)]
 
 
-def _event_seconds(run: Callable, count: int) -> list[float]:
-    pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
-    for start, end in pairs:
-        start.record()
-        run()
-        end.record()
+def _seconds(run: Callable) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def _event_seconds(runs: Sequence[Callable], rounds: int) -> list[list[float]]:
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(len(runs) + 1)] for _ in range(rounds)]
+    for marks in events:
+        marks[0].record()
+        for run, mark in zip(runs, marks[1:], strict=True):
+            run()
+            mark.record()
     torch.cuda.synchronize()
-    return [start.elapsed_time(end) / 1e3 for start, end in pairs]
+    return [[a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(marks)] for marks in events]
 
 
-def graph_seconds(run: Callable, *, calls: int = 1, repeats: int, budget: float) -> float:
-    """The same of a CUDA graph of `calls` calls, per call: the GPU's own time, whatever the launches cost."""
+def captured(run: Callable, *, calls: int = 1) -> Callable:
+    """Replays a CUDA graph of `calls` calls: the GPU's own time, whatever the launches cost."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # what is set up on a first call cannot be captured
@@ -56,7 +71,7 @@ def graph_seconds(run: Callable, *, calls: int = 1, repeats: int, budget: float)
     with torch.cuda.graph(graph):
         for _ in range(calls):
             run()
-    return median_seconds(graph.replay, "cuda", repeats=repeats, budget=budget) / calls
+    return graph.replay
 
 
 def copy_speed(device: str) -> float:
