@@ -89,6 +89,21 @@ def test_the_demo_compares_two_runs(tmp_path, capsys):
     assert said.replace("\n", "").rstrip().endswith(str(out / "two-stage" / "model"))
 
 
+def test_options_from_files_and_from_the_command_line(tmp_path, capsys):
+    text, out = write_text(tmp_path / "text"), tmp_path / "run"
+    (tmp_path / "a.yaml").write_text("max_steps: 9\nshare: 1.0\nlearning_rate: 0.5\n")
+    (tmp_path / "b.json").write_text(json.dumps({"max_steps": 5, "data": str(text), "seed": 3}))
+    files = ["--config", str(tmp_path / "a.yaml"), "--config", str(tmp_path / "b.json")]
+    assert main(["pretrain", *files, *SMALL, "--output_dir", str(out), "--learning_rate=0.25"]) == 0
+    settings = json.loads((out / "results.json").read_text())["settings"]
+    assert (settings["share"], settings["learning_rate"], settings["seed"]) == (1.0, 0.25, 3)
+    assert json.loads((out / "results.json").read_text())["steps"] == 3
+    capsys.readouterr()
+    (tmp_path / "a.yaml").write_text("contxt: 9\n")
+    assert main(["pretrain", *files, *SMALL]) == 2
+    assert "a.yaml': there is no option 'contxt'; nearest: 'context'" in capsys.readouterr().err
+
+
 WRONG = [
     ("unknown_option", ["--nonsense", "1"], "--nonsense"),
     ("share", ["--share", "2"], "share=2.0"),
@@ -97,6 +112,8 @@ WRONG = [
     ("context", ["--model", "nano", "--context", "1000000"], "allows at most"),
     ("ratios", ["--pool_ratios", "1/2", "1/3"], "pool_ratios[1]"),
     ("topk", ["--select_topk", "many"], "select_topk=many"),
+    ("no_config", ["--config", "no.yaml"], "config='no.yaml' does not exist"),
+    ("two_switches", ["--switch_step", "3", "--dense_only"], "switch_step and dense_only: only one of them"),
     ("dense_demo", ["--demo", "--dense_only"], "a comparison needs steps with Lighthouse"),
 ]
 

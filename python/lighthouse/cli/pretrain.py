@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
+from torch.distributed import DistNetworkError
 from transformers import HfArgumentParser
 from transformers.utils.logging import disable_progress_bar
 
@@ -22,6 +24,7 @@ from lighthouse.training import (
     PretrainResult,
     Run,
     TrainingOptions,
+    configuration,
     demo_defaults,
     prepare,
     prepare_both,
@@ -33,10 +36,12 @@ examples:
   lighthouse pretrain                                   the standard library's sources, 1,000 steps
   lighthouse pretrain --demo                            dense and two-stage, compared, in minutes
   lighthouse pretrain --data books --model small --context 32768 --steps 5000 --share 0.6 --output_dir runs/books
-  lighthouse pretrain --output_dir runs/books --data books ... --resume
+  lighthouse pretrain --config runs/books/config.yaml --resume
+  torchrun --nproc_per_node 8 -m lighthouse.cli pretrain --config books.yaml --fsdp full_shard --output_dir runs/books
 """
 
 PICTURE = "comparison.png"
+GENERAL = ("-h", "--help-all", "--config", "--demo")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -49,9 +54,16 @@ def main(arguments: Sequence[str]) -> int:
     logging.basicConfig(format="%(message)s")
     disable_progress_bar()  # of writing model files; the training's own bar is another
     try:
+        for name in reversed(configuration.names_in(arguments)):
+            arguments = configuration.as_arguments(configuration.read(name), parser, f"config={name!r}") + arguments
         model, data, lighthouse, training, _ = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
         options = PretrainOptions(**asdict(model), **asdict(data), **asdict(lighthouse))
         runs = prepare_both(options, training) if demo else prepare(options, training)
+    except DistNetworkError as error:
+        port = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        print(f"lighthouse pretrain: error: the processes could not meet at {port}: {error}", file=sys.stderr)
+        print("another port: torchrun --master_port, or MASTER_PORT in the environment", file=sys.stderr)
+        return 2
     except (ValueError, TypeError, OSError) as error:
         print(f"lighthouse pretrain: error: {error}", file=sys.stderr)
         return 2
@@ -106,6 +118,13 @@ def _parser(whole_help: bool) -> HfArgumentParser:
     general.add_argument("-h", "--help", action="help", help="this help")
     general.add_argument("--help-all", action="help", help="with every option of Transformers' TrainingArguments")
     general.add_argument(
+        "--config",
+        action="append",
+        metavar="FILE",
+        help="YAML or JSON with options by the same names; what the command line says wins, and of several files the "
+        "last. Every run writes its own, config.yaml, into its folder.",
+    )
+    general.add_argument(
         "--demo",
         action="store_true",
         help="two small runs from the same weights, dense and two-stage, compared; other options still count",
@@ -113,7 +132,7 @@ def _parser(whole_help: bool) -> HfArgumentParser:
     if not whole_help:
         shown = field_names(ModelOptions, DataOptions, LighthouseOptions, TrainingOptions)
         for action in parser._actions:
-            if action.dest not in shown and action.option_strings[0] not in ("-h", "--help-all", "--demo"):
+            if action.dest not in shown and action.option_strings[0] not in GENERAL:
                 action.help = argparse.SUPPRESS
     return parser
 
