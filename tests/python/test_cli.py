@@ -52,7 +52,7 @@ def test_help_groups_the_options_and_has_examples(capsys):
         "nano (",
     ):
         assert part in text
-    assert "--adafactor" not in text and "--fsdp" not in text
+    assert "--adafactor" not in text and "--fsdp_config" not in text
 
 
 def test_whole_help_has_every_option_of_the_trainer(capsys):
