@@ -6,15 +6,15 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainingArguments
 
-from lighthouse.training import PretrainResult, prepare, pretrain, pretrain_both
+from lighthouse.training import PretrainResult, checkpoints, prepare, pretrain, pretrain_both
 from lighthouse.training import run as run_module
-from lighthouse.training.callbacks import Record, SwitchToDense
 from lighthouse.training.model import new_model
 from training_runs import CONTEXT, options, training, write_text
 
@@ -61,12 +61,19 @@ def _step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.split("-")[1])
 
 
-SWITCHES = [("six_tenths", 0.6, 3), ("never", 1.0, 5), ("one_step", 0.2, 1)]
+SWITCHES = [
+    ("six_tenths", {"share": 0.6}, 3),
+    ("never", {"share": 1.0}, 5),
+    ("one_step", {"share": 0.2}, 1),
+    ("behind_a_step", {"switch_step": 2}, 2),
+    ("behind_a_number_of_tokens", {"switch_tokens": 3 * CONTEXT + 1}, 4),
+    ("lighthouse_alone", {"lighthouse_only": True}, 5),
+]
 
 
-@pytest.mark.parametrize("share, switch_step", [s[1:] for s in SWITCHES], ids=[s[0] for s in SWITCHES])
-def test_lighthouse_runs_in_the_first_steps_and_no_others(tmp_path, text, seen, share, switch_step):
-    result = pretrain(options(text, share=share), training(tmp_path))
+@pytest.mark.parametrize("how, switch_step", [s[1:] for s in SWITCHES], ids=[s[0] for s in SWITCHES])
+def test_lighthouse_runs_in_the_first_steps_and_no_others(tmp_path, text, seen, how, switch_step):
+    result = pretrain(options(text, **how), training(tmp_path))
     assert seen == [(step, step <= switch_step) for step in range(1, 6)]
     assert result.switch_step == switch_step
     assert {name: stage.steps for name, stage in result.stages.items()} == {
@@ -101,9 +108,9 @@ def test_the_record(tmp_path, text):
     assert PretrainResult.load(tmp_path / "results.json") == result
 
 
-def test_the_held_out_loss_is_the_plain_models(tmp_path, text):
-    result = pretrain(options(text), training(tmp_path))
-    run = prepare(options(text), training(tmp_path / "other"))
+def plain_loss(folder: Path, text: Path, result: PretrainResult) -> float:
+    """The held-out loss of the saved model, by Transformers alone."""
+    run = prepare(options(text), training(folder / "other"))
     model = AutoModelForCausalLM.from_pretrained(result.model_folder).eval()
     _, rows = run_module.data.rows_of(run.corpus)
     losses = []
@@ -111,7 +118,12 @@ def test_the_held_out_loss_is_the_plain_models(tmp_path, text):
         ids = torch.as_tensor(row["input_ids"]).long()[None]
         with torch.no_grad():
             losses.append(model(input_ids=ids, labels=ids).loss.item())
-    assert result.loss == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    return sum(losses) / len(losses)
+
+
+def test_the_held_out_loss_is_the_plain_models(tmp_path, text):
+    result = pretrain(options(text), training(tmp_path))
+    assert result.loss == pytest.approx(plain_loss(tmp_path, text, result), rel=1e-5)
 
 
 @pytest.mark.parametrize("at", [2, 3, 4], ids=["before_the_switch", "at_the_switch", "behind_the_switch"])
@@ -134,11 +146,32 @@ def test_resuming_gives_the_same_losses(tmp_path, text, seen, at):
     assert {name: stage.steps for name, stage in resumed.stages.items()} == {"lighthouse": 3, "dense": 2}
 
 
-def test_more_steps_on_resuming_leave_the_switch_where_it_was(tmp_path, text, seen):
-    pretrain(options(text), training(tmp_path, save_strategy="steps", save_steps=1))
+LATER = [
+    ("a_share", {"share": 0.6}, [False] * 3),
+    ("a_step_that_was_reached", {"switch_step": 3}, [False] * 3),
+    ("a_step_beyond_the_first_end", {"switch_step": 7}, [True, True, False]),
+    ("tokens_beyond_the_first_end", {"switch_tokens": 6 * CONTEXT - 1}, [True, False, False]),
+    ("never", {"lighthouse_only": True}, [True] * 3),
+]
+
+
+@pytest.mark.parametrize("how, on", [case[1:] for case in LATER], ids=[case[0] for case in LATER])
+def test_more_steps_on_resuming_leave_the_switch_where_it_was(tmp_path, text, seen, capsys, how, on):
+    pretrain(options(text, **how), training(tmp_path, save_strategy="steps", save_steps=5))
+    first = [lighthouse for _, lighthouse in seen]
     seen.clear()
-    result = pretrain(options(text), training(tmp_path, max_steps=8, resume=True))
-    assert result.switch_step == 3 and seen == [(6, False), (7, False), (8, False)]
+    pretrain(options(text, **how), training(tmp_path, max_steps=8, resume=True))
+    assert seen == list(zip((6, 7, 8), on, strict=True))
+    assert first == sorted(first, reverse=True) and (not on[0] or all(first))
+    assert "max_steps was 5, is 8" in capsys.readouterr().out
+
+
+def test_lighthouse_alone_is_said_to_be_no_model_for_use(tmp_path, text, caplog):
+    result = pretrain(options(text, lighthouse_only=True), training(tmp_path))
+    assert result.name == "lighthouse-only" and list(result.stages) == ["lighthouse"]
+    assert "All 5 steps used Lighthouse" in result.warnings[0] and result.warnings[0] in caplog.text
+    assert PretrainResult.load(tmp_path / "results.json").warnings == result.warnings
+    assert result.loss == pytest.approx(plain_loss(tmp_path, text, result), rel=1e-5)
 
 
 def test_resuming_a_finished_run_only_finishes_it(tmp_path, text, seen):
@@ -149,7 +182,7 @@ def test_resuming_a_finished_run_only_finishes_it(tmp_path, text, seen):
     (tmp_path / "model" / "model.safetensors").unlink()
     seen.clear()
     again = pretrain(options(text), training(tmp_path, resume=True))
-    assert seen == [] and again == first
+    assert seen == [] and replace(again, settings={}) == replace(first, settings={})
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == before
 
 
@@ -164,7 +197,7 @@ def test_a_checkpoint_not_written_to_its_end_is_passed_over(tmp_path, text, caps
     (tmp_path / "checkpoint-5" / "trainer_state.json").unlink()
     run = prepare(options(text), training(tmp_path, resume=True))
     assert run.checkpoint.endswith("checkpoint-4")
-    assert "checkpoint-5 was not written to its end and is passed over" in capsys.readouterr().out
+    assert "checkpoint-5 is passed over: its trainer_state.json is missing" in capsys.readouterr().out
 
 
 def test_a_checkpoint_of_another_run_does_not_write_over_this_one(tmp_path, text):
@@ -283,6 +316,9 @@ REFUSED = [
     ("a_folder_that_is_not_there", {"data": "/no/such/folder"}, {}, "data='/no/such/folder' does not exist"),
     ("nothing_to_resume", {}, {"resume": True}, "holds no checkpoint to resume from"),
     ("a_checkpoint_that_is_not_there", {}, {"resume_from_checkpoint": "/no/such"}, "'/no/such' is not a folder"),
+    ("a_batch_size_that_changes", {}, {"auto_find_batch_size": True}, "auto_find_batch_size=True: the steps' tokens"),
+    ("checkpoints_to_no_avail", {}, {"save_only_model": True}, "save_only_model=True: no run could go on"),
+    ("another_hand_on_the_signal", {}, {"enable_jit_checkpoint": True}, "SIGTERM saves a checkpoint already"),
 ]
 
 
@@ -314,9 +350,81 @@ def test_resuming_with_other_settings_lists_them(tmp_path, text):
         prepare(options(text, select_topk="8"), training(tmp_path, resume=True, seed=1))
 
 
+FREE = {"save_steps": 3, "logging_steps": 2, "eval_steps": 1, "save_total_limit": 5, "dataloader_num_workers": 1}
+FIXED = [
+    ("batch_size", {}, {"per_device_train_batch_size": 2}, "per_device_train_batch_size was 1, is 2; tokens_per_step"),
+    ("accumulation", {}, {"gradient_accumulation_steps": 2}, "gradient_accumulation_steps was 1, is 2"),
+    ("optimizer", {}, {"optim": "sgd"}, "optim was '.*', is 'sgd'"),
+    ("schedule", {}, {"lr_scheduler_type": "linear"}, "lr_scheduler_type was 'cosine', is 'linear'"),
+    ("precision", {}, {"bf16": True}, "bf16 was False, is True"),
+    ("beta", {}, {"adam_beta1": 0.8}, "adam_beta1 was 0.9, is 0.8"),
+    ("order_of_the_text", {}, {"data_seed": 3}, "data_seed was None, is 3"),
+    ("compiled", {}, {"torch_compile": True}, "torch_compile was False, is True"),
+    ("context", {"context": 64}, {}, "context was 128, is 64"),
+    ("model", {"model": "tiny"}, {}, "model was 'nano', is 'tiny'"),
+    ("switch", {"switch_step": 2}, {}, "switch_step was None, is 2"),
+    ("dense", {"dense_only": True}, {}, "dense_only was False, is True"),
+]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, text):
+    folder = tmp_path_factory.mktemp("saved")
+    pretrain(options(text), training(folder, save_strategy="steps", save_steps=2))
+    return folder
+
+
+@pytest.mark.parametrize("run, trainer, message", [f[1:] for f in FIXED], ids=[f[0] for f in FIXED])
+def test_what_decides_the_losses_may_not_change(saved, text, run, trainer, message):
+    with pytest.raises(ValueError, match=message):
+        prepare(options(text, **run), training(saved, resume=True, **trainer))
+
+
+def test_what_decides_no_loss_may_change(saved, text):
+    run = prepare(options(text), training(saved, resume=True, max_steps=9, **FREE))
+    assert run.checkpoint == str(saved / "checkpoint-5") and run.switch_step == 3
+
+
+def test_each_option_that_may_change_is_one_of_the_trainers():
+    assert run_module.FREE_ON_RESUME - {f.name for f in fields(TrainingArguments)} <= {
+        "resume",
+        "gradient_checkpointing",
+        "gradient_checkpointing_kwargs",
+        "activation_checkpointing",
+        "activation_checkpointing_kwargs",
+        "trackio_bucket_id",
+        "trackio_static_space_id",
+    }
+
+
+def test_a_model_that_is_another_now_is_refused(saved, text, monkeypatch, tmp_path):
+    before = run_module.new_model
+    monkeypatch.setattr(run_module, "new_model", lambda *args: _with(before(*args), rms_norm_eps=0.5))
+    with pytest.raises(ValueError, match="rms_norm_eps was 1e-06, is 0.5"):
+        prepare(options(text), training(saved, resume=True, max_steps=9)).train()
+
+
+def _with(model, **changes):
+    model.config.update(changes)
+    return model
+
+
+def test_an_earlier_checkpoint_is_not_mixed_with_later_ones(saved, text):
+    earlier = str(saved / "checkpoint-4")
+    with pytest.raises(FileExistsError, match="there are later ones, checkpoint-5, .* or go on in a new output_dir"):
+        prepare(options(text), training(saved, resume_from_checkpoint=earlier))
+
+
+def test_an_earlier_checkpoint_goes_on_in_another_folder(saved, text, tmp_path, seen):
+    earlier = str(saved / "checkpoint-4")
+    pretrain(options(text), training(tmp_path / "new", resume_from_checkpoint=earlier))
+    assert seen == [(5, False)]
+
+
 def test_a_checkpoint_of_something_else_is_not_resumed(tmp_path, text):
     (tmp_path / "checkpoint-3").mkdir()
     (tmp_path / "checkpoint-3" / "trainer_state.json").write_text("{}")
+    checkpoints.seal(tmp_path / "checkpoint-3")
     with pytest.raises(FileNotFoundError, match="is not from a run of lighthouse pretrain"):
         prepare(options(text), training(tmp_path, resume=True))
 
@@ -329,29 +437,3 @@ def test_what_a_run_says(tmp_path, text):
     ):
         assert part in said
     assert "dense attention is as fast" in said  # at 128 tokens
-
-
-def test_the_switch_goes_by_the_step_alone():
-    class Model:
-        lighthouse_enabled = True
-
-        def lighthouse(self, enabled):
-            self.lighthouse_enabled = enabled
-
-    class State:
-        global_step = 7
-
-    model, switch = Model(), SwitchToDense(8)
-    switch.on_step_begin(None, State, None, model=model)
-    assert model.lighthouse_enabled
-    State.global_step = 8
-    switch.on_step_begin(None, State, None, model=model)
-    assert not model.lighthouse_enabled
-    State.global_step = 2  # an earlier checkpoint
-    switch.on_step_begin(None, State, None, model=model)
-    assert model.lighthouse_enabled
-
-
-def test_the_first_step_of_the_dense_stage():
-    record = Record(switch_step=3)
-    assert [record.stage_of(step) for step in (1, 3, 4)] == ["lighthouse", "lighthouse", "dense"]

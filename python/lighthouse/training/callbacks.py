@@ -1,4 +1,4 @@
-"""What a run adds to the Trainer: the switch to dense, the clock, and a readable line per log.
+"""What a run adds to the Trainer: the switch to dense, the clock, the stop by a signal, and a readable line per log.
 
 All of it counts by `state.global_step`, which a checkpoint brings back: a resumed run does what an undisturbed one
 does.
@@ -6,13 +6,20 @@ does.
 
 from __future__ import annotations
 
-from time import perf_counter
+import math
+import os
+import signal
+import sys
+import threading
+from datetime import timedelta
+from time import monotonic, perf_counter
 
+import torch
+import torch.distributed as dist
 from transformers import ProgressCallback, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-LIGHTHOUSE = "lighthouse"
-DENSE = "dense"
+from lighthouse.training.result import DENSE, LIGHTHOUSE, NotFinite
 
 
 class SwitchToDense(TrainerCallback):
@@ -40,7 +47,8 @@ class Record(TrainerCallback, ExportableState):
     """Training seconds, steps of each stage, and the dense held-out loss against both.
 
     The clock runs while steps are made, fetching their data included, and stands still during evaluation and saving.
-    Checkpoints carry the record.
+    Checkpoints carry the record: a resumed run's clock goes on from the checkpoint's, and the time between the
+    checkpoint and the interruption is in no number.
     """
 
     def __init__(self, switch_step: int = 0):
@@ -86,6 +94,8 @@ class Record(TrainerCallback, ExportableState):
         self._mark = now
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        if not math.isfinite(metrics["eval_loss"]):
+            raise NotFinite(f"step {state.global_step}: the held-out loss is {metrics['eval_loss']}")
         point = {
             "step": state.global_step,
             "seconds": self.seconds,
@@ -100,18 +110,129 @@ class Record(TrainerCallback, ExportableState):
         self._mark = perf_counter()
 
 
-class Lines(ProgressCallback):
-    """The Trainer's progress bar, with a line a person can read where it prints the log as a dictionary."""
+class StopOnSignal(TrainerCallback):
+    """SIGTERM, or SIGUSR1 as a batch system sends it ahead of its limit: a checkpoint behind the running step, the end.
+
+    As a context manager it holds the two signals' handlers. All processes stop behind the same step, whichever of them
+    got the signal. A second SIGTERM ends the process at once; within `SAME` seconds it counts as the first, since
+    launchers hand on to their processes what the whole group was sent.
+
+    Transformers' own `enable_jit_checkpoint` does not do: it saves in the middle of a step, by each process's own
+    flag (the others then wait for it forever), three seconds late, takes no second signal, and the run ends as if it
+    were complete.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+    SAME = 2.0
+
+    def __init__(self):
+        self.received: int | None = None  # by this process
+        self.agreed = False  # by all of them
+        self._first_term = None
+        self._before = {}
+        self._process = os.getpid()
+        self._group = None
+
+    def __enter__(self) -> StopOnSignal:
+        if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
+            self._before = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
+        else:
+            print("SIGTERM will end this run without a checkpoint: it is not in the main thread.", file=sys.stderr)
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number, frame):
+        if number == signal.SIGTERM:
+            if self._first_term is None:
+                self._first_term = monotonic()
+            elif monotonic() - self._first_term > self.SAME:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+        # Workers that load data inherit this handler, and with it outlive a signal to the whole process group.
+        if self.received is None and os.getpid() == self._process:
+            name = signal.Signals(number).name
+            os.write(2, f"\n{name}: saves a checkpoint behind this step and ends.\n".encode())  # print may be running
+        self.received = self.received or number
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if args.world_size > 1:
+            # On the CPU, so that asking at each step does not wait for the device.
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=args.ddp_timeout))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        number = torch.tensor(self.received or 0)
+        if self._group is not None:
+            dist.all_reduce(number, dist.ReduceOp.MAX, group=self._group)
+        self.received = int(number) or None
+        if self.received is not None and state.global_step < state.max_steps:
+            self.agreed = True
+            control.should_save = True
+        return control
+
+
+class FirstNotFinite:
+    """The first step whose loss or gradient norm was not finite, noted on the device without waiting for it."""
+
+    WHAT = ("loss", "gradient norm")
+    NEVER = torch.iinfo(torch.int64).max
+
+    def __init__(self, device):
+        self.steps = torch.full((len(self.WHAT),), self.NEVER, dtype=torch.int64, device=device)
+
+    def note(self, what: str, value: torch.Tensor | float, step: int) -> None:
+        """`value` belongs to the `step`-th step, counted from 1."""
+        value = torch.as_tensor(value, device=self.steps.device)
+        first = self.steps[self.WHAT.index(what)]
+        first.copy_(torch.minimum(first, torch.where(torch.isfinite(value), self.NEVER, step)))
+
+    def found(self, gather=lambda steps: steps) -> tuple[int, str] | None:
+        """The step and what was not finite in it, by all processes; waits for the device."""
+        steps = gather(self.steps[None]).amin(0).tolist()
+        step = min(steps)
+        return None if step == self.NEVER else (step, self.WHAT[steps.index(step)])
+
+
+def memory() -> dict[str, float]:
+    """GiB, under a name that says of what: on CUDA the most that was allocated, else what the process holds now."""
+    if torch.cuda.is_initialized():
+        return {"peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30}
+    with open("/proc/self/statm") as file:
+        return {"resident_memory_gib": int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**30}
+
+
+class PlainLines(TrainerCallback):
+    """A line a person can read where the Trainer prints its log as a dictionary."""
+
+    def write(self, line: str) -> None:
+        print(line, flush=True)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.is_world_process_zero or self.training_bar is None:
+        if not state.is_world_process_zero:
             return
         step = f"step {state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}"
         if "eval_loss" in logs:
-            self.training_bar.write(f"{step}  dense held-out loss {logs['eval_loss']:.4f}")
+            self.write(f"{step}  dense held-out loss {logs['eval_loss']:.4f}")
         elif "loss" in logs:
             stage = "Lighthouse" if logs.get("lighthouse") else "dense"
             line = f"{step}  {stage:10}  loss {float(logs['loss']):.4f}  rate {float(logs['learning_rate']):.2e}"
             if "tokens_per_second" in logs:
                 line += f"  {logs['tokens_per_second']:,.0f} tokens/s"
+            for name in ("peak_memory_gib", "resident_memory_gib"):
+                if name in logs:
+                    line += f"  {name.split('_')[0]} {logs[name]:.2f} GiB"
+            if logs.get("lighthouse"):
+                line += f"  kept {logs['kept_share']:.1%}  S {logs['sub_length']:,}"
+            self.write(line)
+
+
+class Lines(PlainLines, ProgressCallback):
+    """The same above the Trainer's progress bar."""
+
+    def write(self, line: str) -> None:
+        if self.training_bar is None:  # before the first step and behind the last
+            super().write(line)
+        else:
             self.training_bar.write(line)

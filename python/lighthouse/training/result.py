@@ -1,15 +1,46 @@
-"""What a run found, as plain numbers, written to and read from `results.json`."""
+"""What a run found, as plain numbers in `results.json`; and how it may end before its time."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from lighthouse.training.callbacks import DENSE, LIGHTHOUSE
+from lighthouse.training.checkpoints import write_whole
+
+LIGHTHOUSE = "lighthouse"
+DENSE = "dense"
 
 RESULTS = "results.json"
-PLAIN = ("name", "model_folder", "context", "steps", "switch_step", "model_step", "settings")
+PLAIN = ("name", "model_folder", "context", "steps", "switch_step", "model_step", "settings", "warnings")
+
+STOPPED = 143  # 128 + SIGTERM
+
+
+class RunFailed(RuntimeError):
+    """A run could not go on. The message says what to do; the last whole checkpoint is as it was. Exit status 1."""
+
+
+class DiskFull(RunFailed):
+    """There is no space for a checkpoint or for the model."""
+
+
+class NotFinite(RunFailed):
+    """A loss, a gradient norm or a weight is NaN or infinite."""
+
+
+class Stopped(SystemExit):
+    """A signal stopped the run behind a step, and all of it is in a checkpoint. Exit status 143.
+
+    Like KeyboardInterrupt no `Exception`: no `except Exception` of a script goes on as if the run were at its end.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(STOPPED)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
 
 
 @dataclass(frozen=True)
@@ -39,7 +70,8 @@ class HeldOut:
 class PretrainResult:
     """One run. `switch_step` is the number of Lighthouse's steps: 0 in a dense run.
 
-    The saved model is that behind `model_step`: the last step, or the best with `load_best_model_at_end`.
+    The saved model is that behind `model_step`: the last step, or the best with `load_best_model_at_end`. `settings`
+    are all options by name; `warnings` say what keeps the model from use.
     """
 
     name: str
@@ -51,6 +83,7 @@ class PretrainResult:
     stages: dict[str, Stage]
     held_out: list[HeldOut]
     settings: dict
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def seconds(self) -> float:
@@ -83,7 +116,7 @@ class PretrainResult:
         for name, stage in self.stages.items():
             numbers["stages"][name]["tokens_per_second"] = stage.tokens_per_second
         numbers |= {"seconds": self.seconds, "loss": self.loss}
-        Path(path).write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+        write_whole(Path(path), json.dumps(numbers, indent=2) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> PretrainResult:

@@ -1,41 +1,89 @@
 """One pre-training run: Lighthouse for a share of the steps, then dense, then the plain model in a folder.
 
-`prepare` checks everything and does no work that lasts; `Run.train` is the Trainer's loop and what comes behind it.
+`prepare` checks everything and does no work that lasts; `Run.train` is the Trainer's loop and what comes behind it. A
+run may be killed at any moment: the folder always holds the last whole checkpoint (`checkpoints`), and the model and
+`results.json` appear as a whole, at the end.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import math
 import os
-from dataclasses import asdict, dataclass
+import sys
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from transformers import ProgressCallback, Trainer, TrainerState
+import torch
+from accelerate.utils import gather_object
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
 import lighthouse.huggingface  # noqa: F401  the wrapper would import it only when a run has begun
 from lighthouse import LighthouseWrapper
 from lighthouse.plan import plan
-from lighthouse.training import data
-from lighthouse.training.callbacks import LIGHTHOUSE, Lines, Record, SwitchToDense
+from lighthouse.training import checkpoints, data
+from lighthouse.training.callbacks import (
+    FirstNotFinite,
+    Lines,
+    PlainLines,
+    Record,
+    StopOnSignal,
+    SwitchToDense,
+    memory,
+)
 from lighthouse.training.model import byte_tokenizer, new_model
 from lighthouse.training.options import PretrainOptions, TrainingOptions
-from lighthouse.training.result import RESULTS, HeldOut, PretrainResult, Stage
+from lighthouse.training.result import (
+    LIGHTHOUSE,
+    RESULTS,
+    DiskFull,
+    HeldOut,
+    NotFinite,
+    PretrainResult,
+    Stage,
+    Stopped,
+)
 from lighthouse.wrapper import LighthouseSettings
 
-# Options of the Trainer that a resumed run must keep, as far as they are plain values.
-OPTIMIZATION = (
-    "learning_rate",
-    "weight_decay",
-    "adam_beta1",
-    "adam_beta2",
-    "max_grad_norm",
-    "warmup_steps",
-    "optim",
-    "lr_scheduler_type",
+logger = logging.getLogger(__name__)
+
+# Options of the Trainer that may be others when a run goes on, since no loss depends on them. All that are not here,
+# those of later versions of Transformers too, must be as they were.
+FREE_ON_RESUME = frozenset(
+    # Where it goes on from and how far. More steps stretch the schedule of the learning rate, which is said.
+    "resume resume_from_checkpoint output_dir max_steps num_train_epochs "
+    # What is printed, logged, reported and published.
+    "logging_strategy logging_steps logging_first_step log_on_each_node logging_nan_inf_filter log_level "
+    "log_level_replica disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id "
+    "trackio_static_space_id include_num_input_tokens_seen skip_memory_metrics debug do_train do_eval do_predict "
+    "push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision "
+    # When the held-out loss is measured, in batches of which size, and when checkpoints are saved.
+    "eval_strategy eval_steps eval_delay eval_on_start eval_accumulation_steps eval_do_concat_batches "
+    "eval_use_gather_object prediction_loss_only include_for_metrics batch_eval_metrics per_device_eval_batch_size "
+    "save_strategy save_steps save_total_limit save_on_each_node load_best_model_at_end metric_for_best_model "
+    "greater_is_better "
+    # How rows are fetched, not which or in what order.
+    "dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor "
+    "dataloader_multiprocessing_context "
+    # Memory for time, or what is kept as the kind of device and the number of processes below.
+    "gradient_checkpointing gradient_checkpointing_kwargs activation_checkpointing activation_checkpointing_kwargs "
+    "torch_empty_cache_steps ddp_timeout local_rank use_cpu".split()
 )
 
+# Options of the Trainer that would break what this file promises, and why.
+REFUSED = {
+    "auto_find_batch_size": "the steps' tokens would change within the run",
+    "enable_jit_checkpoint": "SIGTERM saves a checkpoint already, and in a way that resumes to the same losses",
+    "ignore_data_skip": "a resumed run would begin the text again",
+    "restore_callback_states_from_checkpoint": "what a run keeps is restored already",
+    "save_only_model": "no run could go on from such checkpoints",
+}
+
 SETTINGS = "run.json"
-STATE = "trainer_state.json"  # the last file that the Trainer writes into a checkpoint
+STATE = "trainer_state.json"
 MODEL = "model"
 
 WHY_DENSE = (
@@ -69,20 +117,27 @@ class Run:
         return tokens_per_step(self.options, self.training)
 
     def settings(self) -> dict:
-        """What decides the outcome, as it is kept in the run's folder and compared on resuming."""
-        return asdict(self.options) | {
-            "seed": self.training.seed,
+        """All options and what follows from them, as it is kept in the run's folder and compared on resuming."""
+        training = self.training.to_dict()
+        names = [f.name for f in fields(TrainingArguments) if f.init and f.name != "resume_from_checkpoint"]
+        settings = asdict(self.options) | {name: training[name] for name in names}
+        settings |= {
             "tokens_per_step": self.tokens_per_step,
-            "switch_step": self.switch_step,
+            "lighthouse_steps": self.switch_step,
             "text": self.corpus.fingerprint,
-            **{name: getattr(self.training, name) for name in OPTIMIZATION},
+            "processes": self.training.world_size,
+            "device": self.training.device.type,
         }
+        return json.loads(json.dumps(settings, default=str))
 
     def __str__(self) -> str:
         options, steps = self.options, self.training.max_steps
         lines = [str(self.corpus)]
         if self.checkpoint is not None:
             lines.append(f"Going on from {self.checkpoint}.")
+            planned = TrainerState.load_from_json(str(Path(self.checkpoint) / STATE)).max_steps
+            if planned != steps:
+                lines.append(f"max_steps was {planned:,}, is {steps:,}: the learning rate is now that of so many.")
         if self.switch_step == 0:
             return "\n".join([*lines, f"{steps:,} steps of {self.tokens_per_step:,} tokens, all dense."])
         lines.append(
@@ -96,15 +151,23 @@ class Run:
         return "\n".join([*lines, WHY_DENSE])
 
     def train(self) -> PretrainResult:
-        """Trains, saves the plain model with its tokenizer and the results, and returns these."""
+        """Trains, saves the plain model with its tokenizer and the results, and returns these.
+
+        Raises:
+            DiskFull, NotFinite: the run cannot go on; the last whole checkpoint is as it was.
+            Stopped: SIGTERM or SIGUSR1 was received, and a checkpoint saved.
+        """
         options, training = self.options, self.training
         if training.process_index == 0:
             print(self, flush=True)
         with training.main_process_first(desc="cutting the text"):
             train_rows, held_out_rows = data.rows_of(self.corpus)
         model = new_model(options.model, options.context, training.seed)
+        if self.checkpoint is not None:
+            _check_same_model(self.checkpoint, model)
         if self.finished:
-            model = type(model).from_pretrained(self.checkpoint, dtype=model.dtype)
+            model = type(model).from_pretrained(self._last_or_best(), dtype=model.dtype)
+        self._check_space(model)
         if self.switch_step > 0:
             # What is asked for is done, also where dense attention would be as fast: no limits here.
             model = LighthouseWrapper(
@@ -115,80 +178,286 @@ class Run:
                 min_tokens=0,
                 max_share=1.0,
             )
-        record = Record(self.switch_step)
+        record, stop = Record(self.switch_step), StopOnSignal()
         trainer = _Trainer(
             model=model,
             args=training,
             train_dataset=train_rows,
             eval_dataset=held_out_rows,
             data_collator=data.collate,
-            callbacks=[SwitchToDense(self.switch_step), record] if self.switch_step > 0 else [record],
+            callbacks=[SwitchToDense(self.switch_step), record, stop] if self.switch_step > 0 else [record, stop],
+            run=self,
             record=record,
-            tokens_per_step=self.tokens_per_step,
+            stop=stop,
         )
-        self._keep_settings(trainer)
-        if self.finished:
-            trainer.state = TrainerState.load_from_json(str(Path(self.checkpoint) / STATE))
-            record.on_train_begin(training, trainer.state, trainer.control)
-        else:
-            trainer.train(resume_from_checkpoint=self.checkpoint)
-        return self._finish(trainer, record)
-
-    def _keep_settings(self, trainer: Trainer) -> None:
+        trainer.accelerator.wait_for_everyone()  # all have looked at the folder; from here on it changes
         if trainer.is_world_process_zero():
             self.folder.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(self.settings(), indent=2) + "\n"
-            (self.folder / SETTINGS).write_text(text, encoding="utf-8")
+            checkpoints.remove_unfinished(self.folder)
+            checkpoints.write_whole(self.folder / SETTINGS, json.dumps(self.settings(), indent=2) + "\n")
+        with self._ends(trainer):
+            if self.finished:
+                trainer.state = TrainerState.load_from_json(str(Path(self.checkpoint) / STATE))
+                record.on_train_begin(training, trainer.state, trainer.control)
+            else:
+                with stop:
+                    trainer.train(resume_from_checkpoint=self.checkpoint)
+            return self._finish(trainer, record)
 
-    def _finish(self, trainer: Trainer, record: Record) -> PretrainResult:
+    @contextmanager
+    def _ends(self, trainer: Trainer):
+        """Says of a run that ends before its time where it can go on from."""
+        try:
+            yield
+        except BaseException as error:
+            with suppress(Exception):
+                trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)  # logs, the bar
+            main = trainer.is_world_process_zero()
+            if isinstance(error, NotFinite):
+                raise NotFinite(
+                    f"{error}. Nothing of it was saved. {self._how_to_go_on()} It meets the same rows again: with "
+                    "another learning_rate or max_grad_norm, or without these rows, it is another run, in another "
+                    "output_dir."
+                ) from None
+            if isinstance(error, DiskFull):
+                raise DiskFull(f"{error} {self._how_to_go_on()}") from error.__cause__
+            if isinstance(error, (Stopped, KeyboardInterrupt)) and main:
+                what = error if isinstance(error, Stopped) else f"Interrupted behind step {trainer.state.global_step}."
+                print(f"\n{what} {self._how_to_go_on()}", file=sys.stderr, flush=True)
+            raise
+
+    def _how_to_go_on(self) -> str:
+        last = checkpoints.last_whole(self.folder)
+        if last is None:
+            return f"There is no whole checkpoint in {self.folder} yet: with --resume the same command begins again."
+        return f"The last whole checkpoint is {last}: the same command with --resume goes on from there."
+
+    def _last_or_best(self) -> str:
+        """Of a finished run, the checkpoint whose model is saved."""
+        best = TrainerState.load_from_json(str(Path(self.checkpoint) / STATE)).best_model_checkpoint
+        return best if self.training.load_best_model_at_end and best and Path(best).is_dir() else self.checkpoint
+
+    def _check_space(self, model) -> None:
+        """Refuses a run that cannot save one checkpoint, and warns of one that cannot keep all it is to keep."""
+        training, free = self.training, checkpoints.free_bytes(self.folder)
+        if training.process_index != 0:
+            return
+        weights, one, saves = _weight_bytes(model), 0, 0
+        if training.save_strategy != "no" and not self.finished:
+            one = checkpoint_bytes(model, training)
+            saves = 1
+            if training.save_strategy == "steps":
+                every = training.save_steps
+                every = every if every >= 1 else math.ceil(every * training.max_steps)
+                saves = math.ceil(training.max_steps / every)
+            if training.save_total_limit:
+                there = len(checkpoints.checkpoints_in(self.folder))
+                saves = max(1, min(saves, training.save_total_limit + 1 - there))  # one more while the oldest is there
+        if free < max(one, weights):
+            raise DiskFull(
+                f"output_dir={str(self.folder)!r}: a checkpoint needs about {_gb(one)} and the model {_gb(weights)}, "
+                f"and {_gb(free)} are free there: make room, or take another output_dir"
+            )
+        if free < saves * one + weights:
+            logger.warning(
+                f"output_dir={str(self.folder)!r}: {saves} more checkpoints of about {_gb(one)} and the model of "
+                f"{_gb(weights)} will not fit into the {_gb(free)} that are free: lower save_total_limit or make room"
+            )
+
+    def _finish(self, trainer: _Trainer, record: Record) -> PretrainResult:
+        trainer.check_finite(weights=True)
         if not record.held_out or record.held_out[-1]["step"] != trainer.state.global_step:
             trainer.evaluate()
-        state = trainer.state
+        state, options = trainer.state, self.options
         best = self.training.load_best_model_at_end and state.best_model_checkpoint is not None
+        sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded else None  # by all processes
         plain = trainer.accelerator.unwrap_model(trainer.model)
         if self.switch_step > 0:
             plain = plain.unwrap()
         plain.config.use_cache = True  # off in training only
+        warnings = []
+        if self.switch_step >= state.global_step:
+            warnings.append(
+                f"All {state.global_step:,} steps used Lighthouse: the model had no dense stage and is not ready for "
+                "dense attention, which is what any other program runs it with."
+            )
         result = PretrainResult(
-            name="two-stage" if self.switch_step > 0 else "dense",
+            name="dense" if self.switch_step == 0 else "lighthouse-only" if options.lighthouse_only else "two-stage",
             model_folder=str(self.folder / MODEL),
-            context=self.options.context,
+            context=options.context,
             steps=state.global_step,
             switch_step=self.switch_step,
-            model_step=_steps_in(state.best_model_checkpoint) if best else state.global_step,
+            model_step=checkpoints.step_of(Path(state.best_model_checkpoint)) if best else state.global_step,
             stages={
                 name: Stage(stage["steps"], stage["seconds"], stage["steps"] * self.tokens_per_step)
                 for name, stage in record.stages.items()
             },
             held_out=[HeldOut(**point) for point in record.held_out],
             settings=self.settings(),
+            warnings=warnings,
         )
         if trainer.is_world_process_zero():
-            plain.save_pretrained(result.model_folder)
-            byte_tokenizer().save_pretrained(result.model_folder)
-            result.save(self.folder / RESULTS)
+            for warning in warnings:
+                logger.warning(warning)
+
+            def write(folder: Path) -> None:
+                plain.save_pretrained(folder, state_dict=weights)
+                byte_tokenizer().save_pretrained(folder)
+
+            with _space_for("the model", self.folder, _weight_bytes(plain)):
+                checkpoints.write_whole_folder(self.folder / MODEL, write)
+                result.save(self.folder / RESULTS)  # the last of all: with it the run is at its end
         return result
 
 
 class _Trainer(Trainer):
-    """Transformers' Trainer that also logs the stage and the tokens per second, and logs readably."""
+    """Transformers' Trainer whose checkpoints are whole and finite, that stops behind a step, and logs more."""
 
-    def __init__(self, *, record: Record, tokens_per_step: int, **kwargs):
-        super().__init__(**kwargs)
+    def __init__(self, *, run: Run, record: Record, stop: StopOnSignal, args: TrainingOptions, **kwargs):
+        super().__init__(args=args, **kwargs)
+        self.run = run
         self.record = record
-        self.tokens_per_step = tokens_per_step
-        if not self.args.disable_tqdm:
-            self.remove_callback(ProgressCallback)
-            self.add_callback(Lines())
+        self.stop = stop
+        self.plan = plan(run.options.context, pool_ratios=run.options.pool_ratios, select_topk=run.options.select_topk)
+        self.not_finite = FirstNotFinite(args.device)
+        self.places = []  # (step, places of a batch) since the last check
+        self.open_loss = _OpenLoss(self)
+        self.add_callback(self.open_loss)
+        self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
+        self.add_callback(PlainLines() if args.disable_tqdm else Lines())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             step = self.state.global_step
-            logs["lighthouse"] = int(self.record.stage_of(step) == LIGHTHOUSE)
+            lighthouse = self.record.stage_of(step) == LIGHTHOUSE
+            logs["lighthouse"] = int(lighthouse)
+            logs["kept_share"] = self.plan.kept_share if lighthouse else 1.0
+            logs["sub_length"] = self.plan.length if lighthouse else self.plan.tokens
             steps_per_second = self.record.steps_per_second(step)
             if steps_per_second is not None:
-                logs["tokens_per_second"] = steps_per_second * self.tokens_per_step
+                logs["tokens_per_second"] = steps_per_second * self.run.tokens_per_step
+            logs |= memory()
         super().log(logs, start_time)
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        if "place" in inputs:  # where the rows are in the text: for `_rows_of`, not for the model
+            self.places.append((self.state.global_step + 1, inputs.pop("place")))
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self.not_finite.note("loss", loss, self.state.global_step + 1)
+        return loss
+
+    def _get_grad_norm(self, *args, **kwargs):
+        norm = super()._get_grad_norm(*args, **kwargs)
+        if not self.args.fp16:  # whose scaler tries too large a scale on purpose, and leaves such a step out
+            whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of a DTensor
+            self.not_finite.note("gradient norm", whole, self.state.global_step + 1)
+        return norm
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        control = self.control
+        if control.should_log or control.should_evaluate or control.should_save:
+            self.check_finite(weights=control.should_save)
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        if self.stop.agreed:
+            # Not by `should_training_stop`: the Trainer would end as if all was done, and with load_best_model_at_end
+            # and save_total_limit=1 remove the checkpoint again.
+            raise Stopped(f"Stopped by a signal behind step {self.state.global_step}.")
+
+    def check_finite(self, weights: bool) -> None:
+        """Raises `NotFinite` if a step since the start was not, or with `weights` one of these is not."""
+        found = self.not_finite.found(self.accelerator.gather)
+        if found is not None:
+            step, what = found
+            raise NotFinite(f"step {step}: the {what} is not finite, on {self._rows_of(step)}")
+        self.places.clear()
+        if weights:
+            finite = torch.ones((), dtype=torch.bool, device=self.args.device)
+            for weight in self.model.parameters():
+                local = weight.to_local() if hasattr(weight, "to_local") else weight  # of a DTensor
+                finite &= torch.isfinite(local.detach()).all()
+            if not self.accelerator.gather(finite[None]).all():
+                raise NotFinite(f"step {self.state.global_step}: a weight is not finite behind it")
+
+    def _rows_of(self, step: int) -> str:
+        """What the text of the `step`-th step was, in all processes."""
+        describe = getattr(self.run.corpus, "describe", str)
+        places = [place for of, batch in self.places if of == step for place in batch.tolist()]
+        return "; ".join(gather_object([describe(place) for place in places])) or "rows that are not known"
+
+    def _save_checkpoint(self, model, trial) -> None:
+        args, folder = self.args, self.run.folder
+        checkpoint = folder / f"{checkpoints.PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        self.open_loss.take()
+        limit, args.save_total_limit = args.save_total_limit, None  # the oldest goes when this one is whole
+        try:
+            with _space_for(f"{checkpoint.name}", folder, checkpoint_bytes(self.model, args)):
+                try:
+                    super()._save_checkpoint(model, trial)
+                    self.accelerator.wait_for_everyone()
+                    if args.should_save:
+                        checkpoints.seal(checkpoint)
+                except BaseException:
+                    checkpoints.remove(checkpoint)
+                    raise
+        finally:
+            args.save_total_limit = limit
+        if args.should_save:
+            checkpoints.rotate(folder, limit, self.state.best_model_checkpoint)
+
+
+class _OpenLoss(TrainerCallback, ExportableState):
+    """The sum of the losses since the last log, kept in the checkpoint.
+
+    Else the next log after resuming would be the mean of fewer steps than an undisturbed run's. With several processes
+    it is their mean, rounded once more.
+    """
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+        self.sum, self.since = 0.0, 0
+
+    def take(self) -> None:
+        self.sum = self.trainer.accelerator.gather(self.trainer._tr_loss).mean().item()
+        self.since = self.trainer._globalstep_last_logged
+
+    def state(self) -> dict:
+        return {"args": {}, "attributes": {"sum": self.sum, "since": self.since}}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        saved = state.stateful_callbacks.get(type(self).__name__)
+        if saved is not None and state.global_step > 0:
+            self.trainer._tr_loss += saved["attributes"]["sum"]
+            self.trainer._globalstep_last_logged = saved["attributes"]["since"]
+
+
+@contextmanager
+def _space_for(what: str, folder: Path, needed: int):
+    """Makes `DiskFull` of what a full disk raises. PyTorch's writer gives no error number: the free space tells."""
+    try:
+        yield
+    except Exception as error:
+        free = checkpoints.free_bytes(folder)
+        if getattr(error, "errno", None) in checkpoints.NO_SPACE or "os error 28" in str(error) or free < needed:
+            raise DiskFull(
+                f"output_dir={str(folder)!r} has no space for {what}: about {_gb(needed)} are needed, {_gb(free)} are "
+                "free now. What was half written is removed. Make room, or lower save_total_limit."
+            ) from error
+        raise
+
+
+def _weight_bytes(model) -> int:
+    return sum(weight.numel() * weight.element_size() for weight in model.parameters())
+
+
+def checkpoint_bytes(model, training: TrainingOptions) -> int:
+    """About how large a checkpoint is: the weights, and of AdamW two numbers of 4 bytes for each."""
+    states = 8 if training.optim in ("adamw_torch", "adamw_torch_fused") else 0
+    return _weight_bytes(model) + states * sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
 
 def tokens_per_step(options: PretrainOptions, training: TrainingOptions) -> int:
@@ -219,19 +488,25 @@ def prepare(options: PretrainOptions | None = None, training: TrainingOptions | 
     Raises:
         FileNotFoundError: the text's folder does not exist, or there is nothing to resume.
         FileExistsError: the output folder holds a run already.
-        ValueError: too little text, or a resumed run with other settings than it began with.
+        ValueError: too little text, an option that does not fit, or a resumed run with other settings than it began
+            with.
     """
     options, training = options or PretrainOptions(), training or TrainingOptions()
+    for name, why in REFUSED.items():
+        if getattr(training, name, False):
+            raise ValueError(f"{name}=True: {why}; leave it out")
+    training.logging_nan_inf_filter = False  # it hides what is to stop the run, and waits for the device in each step
+    training.remove_unused_columns = False  # a row's place in the text is one
     earlier, checkpoint = _what_is_there(training)
     folder = options.data[0] if options.data else None
     corpus = data.find_corpus(folder, context=options.context, held_out=options.held_out, seed=training.seed)
     switch_step = options.lighthouse_steps(training.max_steps, tokens_per_step(options, training))
-    if earlier is not None and options.uses_lighthouse and not options.lighthouse_only:
-        switch_step = earlier["switch_step"]  # it stays where it was when the number of steps changes
+    if earlier is not None and _switches_at_a_share(options):
+        switch_step = earlier["lighthouse_steps"]  # it stays where it was when the number of steps changes
     run = Run(options, training, corpus, switch_step, checkpoint)
     if earlier is not None:
         _check_same(earlier, run.settings())
-        if _steps_in(checkpoint) > training.max_steps:
+        if checkpoint is not None and _steps_in(checkpoint) > training.max_steps:
             raise ValueError(
                 f"max_steps={training.max_steps}: {checkpoint!r} has {_steps_in(checkpoint)} steps already; "
                 "ask for as many or more"
@@ -239,61 +514,102 @@ def prepare(options: PretrainOptions | None = None, training: TrainingOptions | 
     return run
 
 
+def _switches_at_a_share(options: PretrainOptions) -> bool:
+    """Only then does the switch depend on `max_steps`: a step, a number of tokens or "never" stay what they are."""
+    fixed = options.lighthouse_only or options.switch_step is not None or options.switch_tokens is not None
+    return options.uses_lighthouse and not fixed
+
+
 def _what_is_there(training: TrainingOptions) -> tuple[dict | None, str | None]:
-    """The settings of the run in the output folder and its last checkpoint, or two times None for a new run."""
+    """The settings of the run in the output folder and the checkpoint to go on from; None where there is none."""
     folder = Path(training.output_dir)
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"output_dir={str(folder)!r} is a file: a folder is needed")
     # Asked for by the environment too: every process looks before one of them writes.
     names = os.listdir(folder) if folder.is_dir() else []
-    resume = training.resume or training.resume_from_checkpoint is not None
-    if not resume:
-        if SETTINGS in names or RESULTS in names or MODEL in names or any(n.startswith("checkpoint-") for n in names):
+    there = checkpoints.checkpoints_in(folder)
+    if not training.resume and training.resume_from_checkpoint is None:
+        if SETTINGS in names or RESULTS in names or MODEL in names or there:
             raise FileExistsError(
                 f"output_dir={str(folder)!r} holds a run already: take another folder with --output_dir, go on with "
                 "that run with --resume, or delete the folder"
             )
         return None, None
-    checkpoint = training.resume_from_checkpoint
-    if checkpoint is None:
-        checkpoint = _last_whole_checkpoint(folder)
-    elif not (Path(checkpoint) / STATE).is_file():
-        raise FileNotFoundError(f"resume_from_checkpoint={checkpoint!r} is not a folder with a whole checkpoint")
-    elif SETTINGS in names and Path(checkpoint).parent.resolve() != folder.resolve():
-        raise FileExistsError(
-            f"output_dir={str(folder)!r} holds another run than resume_from_checkpoint={checkpoint!r}: "
-            "take the checkpoint's own folder, or a new one"
-        )
-    if checkpoint is None:
-        raise FileNotFoundError(f"output_dir={str(folder)!r} holds no checkpoint to resume from")
-    settings = Path(checkpoint).parent / SETTINGS
+    say = _say if training.process_index == 0 else lambda message: None
+    if training.resume_from_checkpoint is None:
+        checkpoint = checkpoints.last_whole(folder, say)
+        if checkpoint is None and SETTINGS in names:
+            say(f"{folder} holds a run that was interrupted before its first whole checkpoint: it begins again.")
+            return json.loads((folder / SETTINGS).read_text(encoding="utf-8")), None
+        if checkpoint is None:
+            raise FileNotFoundError(
+                f"output_dir={str(folder)!r} holds no checkpoint to resume from: start the run without --resume"
+            )
+    else:
+        checkpoint = Path(training.resume_from_checkpoint)
+        _check_checkpoint(checkpoint, folder, there, SETTINGS in names)
+    settings = checkpoint.parent / SETTINGS
     if not settings.is_file():
         raise FileNotFoundError(
-            f"{str(settings)!r} is missing: {checkpoint!r} is not from a run of lighthouse pretrain"
+            f"{str(settings)!r} is missing: {str(checkpoint)!r} is not from a run of lighthouse pretrain"
         )
-    return json.loads(settings.read_text(encoding="utf-8")), checkpoint
+    return json.loads(settings.read_text(encoding="utf-8")), str(checkpoint)
 
 
-def _last_whole_checkpoint(folder: Path) -> str | None:
-    """The last checkpoint that was written to its end; what was interrupted is passed over, and said."""
-    for checkpoint in sorted(folder.glob("checkpoint-*"), key=_number_of, reverse=True):
-        if (checkpoint / STATE).is_file():
-            return str(checkpoint)
-        print(f"{checkpoint} was not written to its end and is passed over.", flush=True)
-    return None
+def _check_checkpoint(checkpoint: Path, folder: Path, there: list[Path], holds_a_run: bool) -> None:
+    """Raises if the checkpoint that was asked for by name cannot be gone on from in `folder`."""
+    name = f"resume_from_checkpoint={str(checkpoint)!r}"
+    if not checkpoint.is_dir():
+        raise FileNotFoundError(f"{name} is not a folder with a whole checkpoint")
+    fault = checkpoints.fault_of(checkpoint)
+    if fault is not None:
+        raise FileNotFoundError(f"{name} is not a folder with a whole checkpoint: {fault}")
+    if checkpoint.parent.resolve() != folder.resolve():
+        if holds_a_run:
+            raise FileExistsError(
+                f"output_dir={str(folder)!r} holds another run than {name}: take the checkpoint's own folder, or a new "
+                "one"
+            )
+        return
+    later = [path.name for path in there if checkpoints.step_of(path) > checkpoints.step_of(checkpoint)]
+    if later:
+        raise FileExistsError(
+            f"{name}: there are later ones, {', '.join(later)}, which would be mixed with the new: remove them, or go "
+            "on in a new output_dir"
+        )
 
 
-def _number_of(checkpoint: Path) -> int:
-    number = checkpoint.name.removeprefix("checkpoint-")
-    return int(number) if number.isdigit() else -1
+def _say(message: str) -> None:
+    print(message, flush=True)
 
 
 def _steps_in(checkpoint: str | Path) -> int:
     """The optimizer steps that a checkpoint has behind it."""
-    return json.loads((Path(checkpoint) / STATE).read_text(encoding="utf-8"))["global_step"]
+    return TrainerState.load_from_json(str(Path(checkpoint) / STATE)).global_step
 
 
 def _check_same(earlier: dict, now: dict) -> None:
-    differ = [f"{name} was {earlier.get(name)!r}, is {now[name]!r}" for name in now if earlier.get(name) != now[name]]
+    """Settings that only one of the two has belong to another version of Transformers and are not compared."""
+    free = FREE_ON_RESUME | {"lighthouse_steps"}  # which follows from the options
+    differ = [
+        f"{name} was {earlier[name]!r}, is {now[name]!r}"
+        for name in now
+        if name in earlier and name not in free and earlier[name] != now[name]
+    ]
     if differ:
         raise ValueError("a resumed run goes on with the settings it began with: " + "; ".join(differ))
+
+
+def _check_same_model(checkpoint: str | Path, model) -> None:
+    """The options may name a file that holds another configuration than it did."""
+    if not (Path(checkpoint) / "config.json").is_file():
+        return  # sharded by the Trainer, whose loading then compares the weights' names and shapes
+    earlier, now = type(model.config).from_pretrained(checkpoint).to_dict(), model.config.to_dict()
+    free = {"architectures", "dtype", "transformers_version", "use_cache"}  # written or changed by saving and wrapping
+    differ = [
+        f"{name} was {earlier.get(name)!r}, is {now.get(name)!r}"
+        for name in sorted(earlier.keys() | now.keys())
+        if name not in free and not name.startswith("_") and earlier.get(name) != now.get(name)
+    ]
+    if differ:
+        raise ValueError("a resumed run goes on with the model it began with: " + "; ".join(differ))

@@ -1,0 +1,144 @@
+"""Checkpoints that are whole or passed over.
+
+The Trainer writes a checkpoint's files one after the other into its final folder, and a process can be killed between
+any two bytes. So the last file is ours: a manifest with the size of each file, written when all of them are on the disk
+and before older checkpoints are removed. A folder is a whole checkpoint if it has what its manifest says.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+
+MANIFEST = "manifest.json"
+PARTIAL = ".partial"  # ends the name of what is being written
+REPLACED = ".replaced"
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+
+def seal(checkpoint: Path) -> None:
+    """Makes a written folder a whole checkpoint: its files go to the disk, then the manifest does."""
+    files = {str(path.relative_to(checkpoint)): path for path in sorted(checkpoint.rglob("*")) if path.is_file()}
+    files.pop(MANIFEST, None)
+    _to_disk(checkpoint)
+    sizes = {name: path.stat().st_size for name, path in files.items()}
+    write_whole(checkpoint / MANIFEST, json.dumps({"files": sizes}, indent=2) + "\n")
+    _sync(checkpoint.parent)
+
+
+def fault_of(checkpoint: Path) -> str | None:
+    """What keeps a folder from being a whole checkpoint; None if it is one."""
+    try:
+        sizes = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
+    except FileNotFoundError:
+        return f"it was not written to its end (it has no {MANIFEST})"
+    except (ValueError, KeyError, TypeError):
+        return f"its {MANIFEST} is damaged"
+    for name, size in sizes.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"its {name} is missing"
+        if path.stat().st_size != size:
+            return f"its {name} has {path.stat().st_size:,} bytes instead of {size:,}"
+    return None
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoint folders, whole or not, by step."""
+    found = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir() and step_of(path) >= 0]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name; -1 if there is none."""
+    number = checkpoint.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
+    return int(number) if number.isdecimal() else -1
+
+
+def last_whole(folder: Path, say: Callable[[str], None] = lambda message: None) -> Path | None:
+    """The last whole checkpoint. `say` is told of each later folder that is passed over, and why."""
+    for checkpoint in reversed(checkpoints_in(folder)):
+        fault = fault_of(checkpoint)
+        if fault is None:
+            return checkpoint
+        say(f"{checkpoint} is passed over: {fault}.")
+    return None
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Removes what a kill left half written or half removed, so that nothing of it gets into what comes next."""
+    for path in [*checkpoints_in(folder), *folder.glob(f"*{PARTIAL}"), *folder.glob(f"*{REPLACED}")]:
+        if path.suffix in (PARTIAL, REPLACED) or fault_of(path) is not None:
+            remove(path)
+
+
+def rotate(folder: Path, limit: int | None, best: str | None) -> None:
+    """Removes the oldest checkpoints above `limit`, by step. Call it when the newest is whole."""
+    rotate_checkpoints(str(folder), save_total_limit=limit, best_model_checkpoint=best, use_mtime=False)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file that is there as a whole, or as it was before."""
+    partial = path.with_name(path.name + PARTIAL)
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    _sync(path.parent)
+
+
+def write_whole_folder(path: Path, write: Callable[[Path], None]) -> None:
+    """Has `write` fill a folder that then takes the place of `path`, as a whole.
+
+    A kill between the two renames leaves no folder of that name; nothing else is lost.
+    """
+    partial, replaced = path.with_name(path.name + PARTIAL), path.with_name(path.name + REPLACED)
+    remove(partial)
+    remove(replaced)
+    try:
+        write(partial)
+        _to_disk(partial)
+    except BaseException:
+        remove(partial)
+        raise
+    if path.exists():
+        os.rename(path, replaced)  # a folder with files in it cannot be renamed onto
+    os.rename(partial, path)
+    _sync(path.parent)
+    remove(replaced)
+
+
+def free_bytes(folder: Path) -> int:
+    """Free space where `folder` is, or will be."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
+    return shutil.disk_usage(there).free
+
+
+def remove(path: Path) -> None:
+    """A file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _to_disk(folder: Path) -> None:
+    """All files and folders below, and the folder itself."""
+    for path in folder.rglob("*"):
+        _sync(path)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,424 @@
+"""Runs that are killed, stopped, out of space or not finite: what is left, and that they go on to the same bits.
+
+Each run is a process of its own that really dies. They are forked from a server which has imported Transformers once;
+importing it takes longer than a run.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import multiprocessing
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lighthouse.training import checkpoints, prepare, pretrain
+from lighthouse.training import run as run_module
+from lighthouse.training.callbacks import StopOnSignal
+from lighthouse.training.result import DiskFull, NotFinite
+from small_llama import one_thread  # noqa: F401
+from training_runs import CONTEXT, options, training, write_text
+
+server = multiprocessing.get_context("forkserver")
+server.set_forkserver_preload(["lighthouse.training", "transformers.models.llama.modeling_llama", "pytest"])
+
+# A log of two steps and a checkpoint of three: a checkpoint may lie in the middle of what a log is the mean of.
+EVERY = {"logging_steps": 2, "save_strategy": "steps", "save_steps": 3, "save_total_limit": 1}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return write_text(tmp_path_factory.mktemp("text"))
+
+
+def start(do, text: Path, folder: Path, *, environment=None, **changes):
+    """A process that runs `do()` and then trains; `changes` are to the training's options."""
+    process = server.Process(target=_run, args=(do, text, folder, {**EVERY, **changes}, environment or {}))
+    process.start()
+    return process
+
+
+def status(process) -> int:
+    process.join(120)
+    assert process.exitcode is not None, "the process hangs"
+    return process.exitcode
+
+
+def _run(do, text, folder, changes, environment):
+    os.environ.update(environment)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    output = os.open(f"{folder}.{environment.get('RANK', 0)}.log", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+    os.dup2(output, 1), os.dup2(output, 2)
+    torch.set_num_threads(1)
+    gc.freeze()  # the Trainer collects garbage at its start, and all that was imported is no garbage
+    do()
+    pretrain(options(text), training(folder, **changes))
+
+
+def said(folder: Path, rank: int = 0) -> str:
+    return Path(f"{folder}.{rank}.log").read_text()
+
+
+class AtStep:
+    """Sends the process the signals in the forward of its `call`-th step."""
+
+    def __init__(self, call: int, *signals: int):
+        self.call, self.signals, self.calls = call, signals, 0
+
+    def __call__(self):
+        before = run_module._Trainer.training_step
+        StopOnSignal.SAME = 0.0
+
+        def step(trainer, *args, **kwargs):
+            self.calls += 1
+            if self.calls == self.call:
+                for number in self.signals:
+                    os.kill(os.getpid(), number)
+            return before(trainer, *args, **kwargs)
+
+        run_module._Trainer.training_step = step
+
+
+class AtChange:
+    """Kills the process at its `number`-th change of the run's folder: a file opened to write, renamed or removed.
+
+    What PyTorch and safetensors write is cut off in the middle of the file.
+    """
+
+    def __init__(self, folder: Path, number: int):
+        self.folder, self.number, self.changes = str(folder), number, 0
+
+    def __call__(self):
+        sys.addaudithook(self.audit)
+        import safetensors.torch
+        import transformers.modeling_utils
+
+        for module, name in ((torch, "save"), (safetensors.torch, "save_file"), (transformers.modeling_utils, None)):
+            setattr(module, name or "safe_save_file", self.cut_off(getattr(module, name or "safe_save_file")))
+
+    def audit(self, event, args):
+        if event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR):
+            self.change(args[0])
+        elif event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir"):
+            self.change(args[0])
+
+    def change(self, path):
+        if str(path).startswith(self.folder) or not os.path.isabs(str(path)):  # rmtree's are relative
+            self.changes += 1
+            if self.changes == self.number:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def cut_off(self, save):
+        def and_kill(what, path, *args, **kwargs):
+            if self.changes + 1 == self.number:
+                save(what, path, *args, **kwargs)
+                os.truncate(path, os.path.getsize(path) // 2)
+            self.change(path)
+            return save(what, path, *args, **kwargs)
+
+        return and_kill
+
+
+def nothing():
+    pass
+
+
+def losses(folder: Path) -> dict:
+    """All losses that were logged, in training and held out, and the bytes of the model at the end."""
+    state = json.loads((checkpoints.last_whole(folder) / "trainer_state.json").read_text())
+    results = json.loads((folder / "results.json").read_text())
+    return {
+        "training": [(entry["step"], entry["loss"]) for entry in state["log_history"] if "loss" in entry],
+        "held_out": [(point["step"], point["loss"]) for point in results["held_out"]],
+        "model": (folder / "model" / "model.safetensors").read_bytes(),
+    }
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, text):
+    """By the number of steps."""
+    found = {}
+
+    def of(steps: int, **changes):
+        if steps not in found:
+            folder = tmp_path_factory.mktemp("undisturbed") / "run"
+            assert status(start(nothing, text, folder, max_steps=steps, **changes)) == 0, said(folder)
+            found[steps] = losses(folder)
+        return found[steps]
+
+    return of
+
+
+KILLED = [
+    ("before_the_first_checkpoint", 2, None),
+    ("in_the_stage_with_lighthouse", 5, "checkpoint-3"),
+    ("in_the_dense_stage", 9, "checkpoint-6"),
+]
+
+
+@pytest.mark.parametrize("call, left", [k[1:] for k in KILLED], ids=[k[0] for k in KILLED])
+def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, text, undisturbed, call, left):
+    folder = tmp_path / "run"
+    assert status(start(AtStep(call, signal.SIGKILL), text, folder, max_steps=10)) == -signal.SIGKILL
+    last = checkpoints.last_whole(folder)
+    assert (last and last.name) == left
+    assert status(start(nothing, text, folder, max_steps=10, resume=True)) == 0, said(folder)
+    assert losses(folder) == undisturbed(10)
+    assert (f"Going on from {last}" if last else "it begins again") in said(folder)
+
+
+def test_killed_at_every_change_of_the_folder(tmp_path, text, undisturbed):
+    """Each process goes on where the last was killed, and gets one change further: through a checkpoint's writing, the
+    removal of the one before, the clearing away of what was left, the model and the results at the end.
+    """
+    folder, steps, last, passed_over = tmp_path / "run", 12, 0, 0
+    for number in range(1, 200):
+        killed = AtChange(folder, number)
+        began = (folder / "run.json").is_file()
+        process = start(killed, text, folder, max_steps=steps, save_steps=1, resume=began, eval_steps=4)
+        if status(process) == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL, said(folder)
+        whole = checkpoints.last_whole(folder)
+        passed_over += len(checkpoints.checkpoints_in(folder)) - (whole is not None)
+        step = 0 if whole is None else checkpoints.step_of(whole)
+        assert step >= last, number  # no whole checkpoint was lost
+        last = step
+    assert number > 30 and passed_over > 5 and last == steps
+    assert losses(folder) == undisturbed(steps, save_steps=1, eval_steps=4)
+    assert [path.name for path in checkpoints.checkpoints_in(folder)] == [f"checkpoint-{steps}"]
+    assert not list(folder.glob("*.partial")) and not list(folder.glob("*.replaced"))
+
+
+STOPPED = [
+    ("sigterm", [signal.SIGTERM], 143, "checkpoint-5"),
+    ("sigusr1", [signal.SIGUSR1], 143, "checkpoint-5"),
+    ("sigusr1_then_sigterm", [signal.SIGUSR1, signal.SIGTERM], 143, "checkpoint-5"),
+    ("sigterm_twice", [signal.SIGTERM, signal.SIGTERM], -signal.SIGTERM, "checkpoint-3"),
+    ("interrupt", [signal.SIGINT], 1, "checkpoint-3"),
+]
+
+
+@pytest.mark.parametrize("signals, expected, left", [s[1:] for s in STOPPED], ids=[s[0] for s in STOPPED])
+def test_a_signal(tmp_path, text, undisturbed, signals, expected, left):
+    folder = tmp_path / "run"
+    assert status(start(AtStep(5, *signals), text, folder, max_steps=10)) == expected, said(folder)
+    assert checkpoints.last_whole(folder).name == left
+    if expected != -signal.SIGTERM:
+        what = "Interrupted behind step 4" if signals == [signal.SIGINT] else "Stopped by a signal behind step 5"
+        assert f"{what}. The last whole checkpoint is {folder / left}: the same command with --resume" in said(folder)
+    if expected == 143:
+        assert status(start(nothing, text, folder, max_steps=10, resume=True)) == 0, said(folder)
+        assert losses(folder) == undisturbed(10)
+
+
+def test_two_processes_stop_behind_the_same_step(tmp_path, text):
+    """The signal reaches one of them only."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+
+    def both(folder, *do, **changes):
+        world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        processes = [
+            start(
+                do[rank],
+                text,
+                folder,
+                environment={**world, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                max_steps=8,
+                ddp_backend="gloo",
+                ddp_timeout=60,
+                **changes,
+            )
+            for rank in range(2)
+        ]
+        return [status(process) for process in processes]
+
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert both(whole, nothing, nothing) == [0, 0], said(whole) + said(whole, 1)
+    assert both(cut, nothing, AtStep(4, signal.SIGTERM)) == [143, 143], said(cut) + said(cut, 1)
+    names = {path.name for path in checkpoints.last_whole(cut).iterdir()}
+    assert checkpoints.last_whole(cut).name == "checkpoint-4" and {"rng_state_0.pth", "rng_state_1.pth"} <= names
+    assert both(cut, nothing, nothing, resume=True) == [0, 0], said(cut) + said(cut, 1)
+    expected, found = losses(whole), losses(cut)
+    assert found["model"] == expected["model"] and found["held_out"] == expected["held_out"]
+    assert found["training"] == [(step, pytest.approx(loss, rel=1e-6)) for step, loss in expected["training"]]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A function that gives a folder whose filesystem has so many MB, from then on."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = []
+
+    def size(megabytes: float) -> Path:
+        option = f"size={int(megabytes * 1e6)}"
+        remount = ["-o", f"remount,{option}"] if mounted else ["-t", "tmpfs", "-o", option, "none"]
+        done = subprocess.run(["mount", *remount, str(folder)], capture_output=True, text=True)
+        if done.returncode != 0:
+            pytest.skip(f"no filesystem can be mounted here: {done.stderr.strip()}")
+        mounted.append(folder)
+        return folder
+
+    yield size
+    if mounted:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def megabytes(folder: Path) -> float:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
+
+
+@pytest.fixture(scope="module")
+def checkpoint_size(tmp_path_factory, text):
+    folder = tmp_path_factory.mktemp("size")
+    pretrain(options(text), training(folder, save_strategy="steps", save_steps=5))
+    return megabytes(folder / "checkpoint-5")
+
+
+FULL = [("at_the_weights", 1.05), ("at_the_optimizer", 1.5), ("at_the_last_files", 1.998)]
+
+
+@pytest.mark.parametrize("room", [f[1] for f in FULL], ids=[f[0] for f in FULL])
+def test_a_full_disk(text, small_disk, checkpoint_size, caplog, room):
+    """There is room for so many checkpoints, and a second is to be written."""
+    folder = small_disk(room * checkpoint_size) / "run"
+    every = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1}
+    with pytest.raises(DiskFull) as full:
+        pretrain(options(text), training(folder, **every))
+    for part in ("no space for checkpoint-4", "MB are free now", f"checkpoint is {folder / 'checkpoint-2'}: the same"):
+        assert part in str(full.value)
+    assert "will not fit" in caplog.text
+    assert [path.name for path in checkpoints.checkpoints_in(folder)] == ["checkpoint-2"]
+    assert checkpoints.fault_of(folder / "checkpoint-2") is None
+    small_disk(3 * checkpoint_size)
+    assert pretrain(options(text), training(folder, resume=True, **every)).steps == 5
+
+
+def test_a_disk_full_at_the_end_keeps_the_checkpoint(text, small_disk, checkpoint_size):
+    folder = small_disk(1.2 * checkpoint_size) / "run"
+    every = {"save_strategy": "steps", "save_steps": 5}
+    with pytest.raises(DiskFull, match="no space for the model"):
+        pretrain(options(text), training(folder, **every))
+    assert checkpoints.last_whole(folder).name == "checkpoint-5" and not list(folder.glob("model*"))
+    small_disk(3 * checkpoint_size)
+    assert pretrain(options(text), training(folder, resume=True, **every)).steps == 5
+
+
+def test_a_disk_too_small_for_one_checkpoint_is_refused(text, small_disk, checkpoint_size):
+    folder = small_disk(0.9 * checkpoint_size) / "run"
+    with pytest.raises(DiskFull, match="a checkpoint needs about .* MB and the model .* MB, and .* MB are free there"):
+        pretrain(options(text), training(folder, save_strategy="steps"))
+    assert not folder.exists()
+
+
+def bad_loss(trainer, loss):
+    return loss * float("nan") if trainer.state.global_step == 3 else loss
+
+
+def bad_gradient(trainer, loss):
+    if trainer.state.global_step == 3:
+        loss.register_hook(lambda grad: grad * float("inf"))
+    return loss
+
+
+def bad_weight(trainer, loss):
+    def spoil(*step):
+        if trainer.state.global_step == 3:
+            trainer.model.model.norm.weight.data.fill_(float("inf"))
+
+    if trainer.state.global_step == 3:
+        trainer.optimizer.optimizer.register_step_post_hook(spoil)
+    return loss
+
+
+BAD = [
+    ("loss", bad_loss, "step 4: the loss is not finite, on row "),
+    ("gradient", bad_gradient, "step 4: the gradient norm is not finite, on row "),
+    ("weight", bad_weight, "step 4: a weight is not finite behind it"),
+]
+
+
+@pytest.mark.parametrize("spoil, message", [b[1:] for b in BAD], ids=[b[0] for b in BAD])
+def test_what_is_not_finite_ends_the_run_and_is_never_saved(tmp_path, text, monkeypatch, spoil, message):
+    batches = {}
+
+    class Spoiled(run_module._Trainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            batches.setdefault(self.state.global_step + 1, []).append(inputs["input_ids"])
+            return spoil(self, super().compute_loss(model, inputs, *args, **kwargs))
+
+    monkeypatch.setattr(run_module, "_Trainer", Spoiled)
+    every = {"save_strategy": "steps", "save_steps": 2, "logging_steps": 10, "eval_strategy": "no"}
+    rows = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    with pytest.raises(NotFinite) as stopped:
+        pretrain(options(text), training(tmp_path, **every, **rows))
+    said = str(stopped.value)
+    assert message in said and f"The last whole checkpoint is {tmp_path / 'checkpoint-2'}:" in said
+    assert [path.name for path in checkpoints.checkpoints_in(tmp_path)] == ["checkpoint-2"]
+    if "row" in message:
+        numbers = [int(number.replace(",", "")) for number in re.findall(r"row ([\d,]+):", said)]
+        run = prepare(options(text), training(tmp_path / "other"))
+        train_rows, _ = run_module.data.rows_of(run.corpus)
+        assert [train_rows[number]["input_ids"].tolist() for number in numbers] == torch.cat(batches[4]).tolist()
+
+
+FAULTS = [
+    ("no_manifest", lambda folder: (folder / "manifest.json").unlink(), "was not written to its end"),
+    ("a_cut_off_manifest", lambda folder: os.truncate(folder / "manifest.json", 40), "manifest.json is damaged"),
+    ("a_missing_file", lambda folder: (folder / "scheduler.pt").unlink(), "its scheduler.pt is missing"),
+    ("a_cut_off_file", lambda folder: os.truncate(folder / "optimizer.pt", 7), "optimizer.pt has 7 bytes instead of 9"),
+]
+
+
+@pytest.mark.parametrize("damage, fault", [f[1:] for f in FAULTS], ids=[f[0] for f in FAULTS])
+def test_a_folder_that_is_no_whole_checkpoint(tmp_path, damage, fault):
+    for step in (3, 20):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        for name in ("optimizer.pt", "scheduler.pt"):
+            (folder / name).write_text("123456789")
+        checkpoints.seal(folder)
+    passed_over = []
+    assert checkpoints.last_whole(tmp_path, passed_over.append) == folder and not passed_over
+    damage(folder)
+    assert fault in checkpoints.fault_of(folder)
+    assert checkpoints.last_whole(tmp_path, passed_over.append).name == "checkpoint-3"
+    assert len(passed_over) == 1 and "checkpoint-20 is passed over" in passed_over[0]
+    checkpoints.remove_unfinished(tmp_path)
+    assert [path.name for path in checkpoints.checkpoints_in(tmp_path)] == ["checkpoint-3"]
+
+
+def test_from_the_command_line(tmp_path, text):
+    """The status that a batch system sees, and the command that goes on."""
+    command = [sys.executable, "-m", "lighthouse.cli", "pretrain", "--data", str(text), "--output_dir"]
+    command += [
+        str(tmp_path / "run"),
+        *f"--model nano --context {CONTEXT} --held_out 2 --use_cpu --select_topk 4".split(),
+    ]
+    command += "--pool_ratios 1/2 1/4 --report_to none --save_steps 2 --steps 10000".split()
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    try:
+        for _ in range(600):
+            if checkpoints.last_whole(tmp_path / "run") is not None or run.poll() is not None:
+                break
+            try:
+                run.wait(0.1)
+            except subprocess.TimeoutExpired:
+                pass
+        run.send_signal(signal.SIGTERM)
+        _, said = run.communicate(timeout=60)
+    finally:
+        run.kill()
+    assert run.returncode == 143, said
+    assert "the same command with --resume goes on from there" in said and "Traceback" not in said
