@@ -1,7 +1,16 @@
-"""Text to rows: what is found, what is held out, how it is cut, and what is refused."""
+"""Text to rows: what is found, what is held out, how it is cut and cached, where a row came from, what is refused."""
 
 from __future__ import annotations
 
+import bz2
+import gzip
+import importlib.util
+import json
+import lzma
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,17 +21,50 @@ from training_runs import CONTEXT, write_text
 
 pytest.importorskip("transformers")
 
+import datasets  # noqa: E402
+
 from lighthouse.training import data  # noqa: E402
-from lighthouse.training.model import byte_tokenizer  # noqa: E402
+from lighthouse.training.options import DataOptions  # noqa: E402
+from lighthouse.training.tokenizer import load_tokenizer  # noqa: E402
+from training_tokenizers import save_bpe  # noqa: E402
+
+TEXT = "the light of a house on the rock by the sea "
 
 
-def find(folder, **changes):
-    return data.find_corpus(str(folder), **{"context": CONTEXT, "held_out": 2, "seed": 0, **changes})
+def find(*paths, context=CONTEXT, seed=0, tokenizer=None, held_out=2, **changes):
+    options = DataOptions(data=[str(path) for path in paths] or None, held_out=held_out, **changes)
+    return data.find_corpus(options, context=context, seed=seed, tokenizer=tokenizer)
+
+
+def write_json(folder: Path, documents: int = 60, shards: int = 3, column: str = "text") -> str:
+    """Documents that begin with their number; returns the pattern of their files."""
+    for shard in range(shards):
+        numbers = range(shard, documents, shards)
+        lines = (json.dumps({column: f"{number} " + TEXT * (1 + number % 7), "number": number}) for number in numbers)
+        (folder / f"{shard}.jsonl").write_text("\n".join(lines) + "\n")
+    return str(folder / "*.jsonl")
+
+
+def joined(corpus, part) -> list[int]:
+    """The ids of a part's documents, an end mark behind each: by file, read and tokenised whole."""
+    ids = []
+    for file in part:
+        [found] = corpus.encoder([Path(file.path).read_bytes()])
+        ids += [*found.tolist(), corpus.encoder.end]
+    return ids
+
+
+def parts(corpus):
+    files = list(enumerate(corpus.source.files))
+    held_out = corpus.held_out.documents
+    return [f for n, f in files if n not in held_out], [f for n, f in files if n in held_out]
+
+
+# Files -----------------------------------------------------------------------------------------------------------
 
 
 def test_no_file_is_in_both_parts_and_none_is_lost(tmp_path):
-    corpus = find(write_text(tmp_path))
-    train, held_out = ({file.path for file in part} for part in (corpus.train, corpus.held_out))
+    train, held_out = ({file.path for file in part} for part in parts(find(write_text(tmp_path))))
     assert not train & held_out
     assert train | held_out == {str(path) for path in tmp_path.rglob("*.txt")}
     assert held_out
@@ -30,88 +72,437 @@ def test_no_file_is_in_both_parts_and_none_is_lost(tmp_path):
 
 def test_a_seed_decides_the_order_and_what_is_held_out(tmp_path):
     write_text(tmp_path)
-    assert find(tmp_path, seed=3) == find(tmp_path, seed=3)
-    assert find(tmp_path, seed=3).train != find(tmp_path, seed=4).train
+    one, same, other = find(tmp_path, seed=3), find(tmp_path, seed=3), find(tmp_path, seed=4)
+    assert one.source.files == same.source.files and one.fingerprint == same.fingerprint
+    assert one.source.files != other.source.files and one.fingerprint != other.fingerprint
 
 
-def test_rows_are_the_joined_files_with_an_end_mark_behind_each(tmp_path):
-    corpus = find(write_text(tmp_path))
+@pytest.mark.parametrize(
+    "context", [CONTEXT, 100, 2000], ids=["a_power_of_two", "no_power_of_two", "longer_than_files"]
+)
+@pytest.mark.parametrize("tokens", ["bytes", "bpe"])
+def test_rows_are_the_joined_files_with_an_end_mark_behind_each(tmp_path, tokens, context):
+    tokenizer = load_tokenizer(None if tokens == "bytes" else save_bpe(tmp_path / "bpe"))
+    corpus = find(write_text(tmp_path / "text"), context=context, tokenizer=tokenizer)
     train, held_out = data.rows_of(corpus)
-    end = byte_tokenizer().eos_token_id
-    joined = []
-    for file in corpus.train:
-        joined += [byte + 3 for byte in Path(file.path).read_bytes()] + [end]
+    of_train, of_held_out = (joined(corpus, part) for part in parts(corpus))
     rows = np.stack([row["input_ids"] for row in train])
-    assert rows.shape == (len(joined) // CONTEXT, CONTEXT)
-    assert rows.reshape(-1).tolist() == joined[: rows.size]
-    assert len(held_out) == corpus.held_out_rows == 2
+    assert rows.shape == (len(of_train) // context, context)
+    assert train.features["input_ids"].feature.dtype == "uint16"  # as small on the disk as its ids allow
+    assert rows.reshape(-1).tolist() == of_train[: rows.size]
+    assert 1 <= len(held_out) <= 2
+    rows = np.stack([row["input_ids"] for row in held_out])
+    assert rows.reshape(-1).tolist() == of_held_out[: rows.size]
 
 
-def test_ids_are_the_tokenizers(tmp_path):
-    text = "naïve façade, 灯台 and\ttabs\n" * 40
-    for name in "ab":
-        (tmp_path / name).write_text(text, encoding="utf-8")
-    train, _ = data.rows_of(find(tmp_path))
-    row = train[0]["input_ids"].tolist()
-    assert row == byte_tokenizer()(text, add_special_tokens=False)["input_ids"][:CONTEXT]
+def test_a_long_document_is_cut_in_pieces_and_loses_nothing(tmp_path, monkeypatch):
+    """Pieces end at a line, a space or a whole character; a document longer than memory is read twice."""
+    monkeypatch.setattr(data.documents, "PIECE", 64)
+    monkeypatch.setattr(data.documents, "MOST_IN_MEMORY", 1024)
+    monkeypatch.setattr(data, "BATCH", 256)
+    long = "灯台" * 200 + " a b\n" * 100 + "x" * 500
+    for name in "abc":
+        (tmp_path / name).write_text(long + name, encoding="utf-8")
+    corpus = find(tmp_path)
+    train, _ = data.rows_of(corpus)
+    rows = np.stack([row["input_ids"] for row in train]).reshape(-1)
+    assert rows.tolist() == joined(corpus, parts(corpus)[0])[: rows.size]
 
 
 def test_a_batch_predicts_its_own_tokens():
-    batch = data.collate([{"input_ids": np.arange(5, dtype=np.int32)}] * 2)
+    batch = data.collate([{"input_ids": np.arange(5, dtype=np.uint16), "place": [7]}] * 2)
     assert batch["input_ids"].dtype == torch.int64 and batch["input_ids"].shape == (2, 5)
     assert torch.equal(batch["input_ids"], batch["labels"])
+    assert batch["place"].tolist() == [[7], [7]]
+    assert set(data.collate([{"input_ids": np.arange(5)}])) == {"input_ids", "labels"}
 
 
-def test_a_changed_file_is_read_again(tmp_path):
-    write_text(tmp_path)
-    before = data.rows_of(find(tmp_path))[0][0]["input_ids"]
-    write_text(tmp_path, seed=1)
-    assert not np.array_equal(before, data.rows_of(find(tmp_path))[0][0]["input_ids"])
-
-
-def test_files_without_text_are_left_out_and_counted(tmp_path):
+def test_files_without_text_are_left_out_and_named(tmp_path):
     write_text(tmp_path)
     (tmp_path / "picture.bin").write_bytes(bytes(range(256)))
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9 " * 100)
     (tmp_path / "zero.txt").write_bytes(b"a\0b" * 100)
     (tmp_path / "empty.txt").write_bytes(b"")
+    (tmp_path / "broken.gz").write_bytes(b"no gzip")
     (tmp_path / ".hidden").write_text("not looked at", encoding="utf-8")
+    said = str(find(tmp_path))
+    assert "5 files without UTF-8 text left out: " in said and "broken.gz, " in said and said.endswith(", ...")
+
+
+def test_text_that_ends_late_is_left_out_when_it_is_cut_and_said(tmp_path, caplog):
+    write_text(tmp_path)
+    late = tmp_path / "late.txt"
+    late.write_bytes(b"light " * 20_000 + b"\xff")
     corpus = find(tmp_path)
-    assert corpus.skipped == 4
-    assert "4 files without UTF-8 text left out" in str(corpus)
+    assert "left out" not in str(corpus)
+    train, _ = data.rows_of(corpus)
+    rows = np.stack([row["input_ids"] for row in train]).reshape(-1)
+    assert rows.tolist() == joined(corpus, [f for f in parts(corpus)[0] if f.path != str(late)])[: rows.size]
+    for _ in range(2):  # cut, and then found in the cache
+        assert f"1 files without UTF-8 text left out: {late}" in caplog.text
+        assert "1 files without UTF-8 text left out" in str(corpus)
+        caplog.clear()
+        corpus = find(tmp_path)
+        data.rows_of(corpus)
 
 
 def test_the_standard_library_is_text_enough():
-    corpus = data.find_corpus(None, context=8192, held_out=4, seed=0)
-    assert corpus.train_tokens > 5_000_000 and corpus.held_out_rows == 4
-    assert not any("site-packages" in file.path for file in corpus.train)
+    corpus = find(context=8192, held_out=4)
+    assert corpus.train_tokens > 5_000_000 and len(corpus.held_out.rows) == 4
+    assert not any("site-packages" in file.path for file in corpus.source.files)
+
+
+PATHS = [
+    ("a_folder", ["."], "a.txt b.md deep/c.txt"),
+    ("a_file", ["a.txt"], "a.txt"),
+    ("two_files", ["a.txt", "deep/c.txt"], "a.txt deep/c.txt"),
+    ("a_pattern", ["*.txt"], "a.txt"),
+    ("a_deep_pattern", ["**/*.txt"], "a.txt deep/c.txt"),
+    ("each_once", [".", "a.txt", "**/*"], "a.txt b.md deep/c.txt"),
+]
+
+
+@pytest.mark.parametrize("given, found", [p[1:] for p in PATHS], ids=[p[0] for p in PATHS])
+def test_paths(tmp_path, given, found):
+    for name in ("a.txt", "b.md", "deep/c.txt", ".hidden/d.txt", "deep/.e.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(TEXT * 9)
+    source = data.documents.open_source(DataOptions(data=[str(tmp_path / path) for path in given]), 0)
+    names = sorted(os.path.relpath(file.path, tmp_path) for file in source.files)
+    assert names == found.split()
+
+
+def compress_zstd(text: bytes) -> bytes:
+    zstandard = pytest.importorskip("zstandard")
+    half = len(text) // 2
+    return b"".join(zstandard.compress(part) for part in (text[:half], text[half:]))  # two frames
+
+
+COMPRESSIONS = [("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress), ("zst", compress_zstd)]
+
+
+@pytest.mark.parametrize("suffix, compress", COMPRESSIONS, ids=[c[0] for c in COMPRESSIONS])
+def test_a_compressed_file_gives_the_rows_of_the_plain_one(tmp_path, suffix, compress):
+    plain, packed = write_text(tmp_path / "plain"), tmp_path / "packed"
+    for path in plain.rglob("*.txt"):
+        there = packed / path.relative_to(plain).with_name(f"{path.name}.{suffix}")
+        there.parent.mkdir(parents=True, exist_ok=True)
+        there.write_bytes(compress(path.read_bytes()))
+    rows = [[row["input_ids"].tolist() for row in data.rows_of(find(folder))[0]] for folder in (plain, packed)]
+    assert rows[0] == rows[1]
+    assert "about" in str(find(packed)) and "about" not in str(find(plain))
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("zstandard") is not None or sys.version_info >= (3, 14), reason="zstd can be read"
+)
+def test_a_package_for_zstd_is_named_where_it_is_missing(tmp_path):
+    (tmp_path / "a.zst").write_bytes(b"")
+    with pytest.raises(ValueError, match="needs|pip install zstandard"):
+        find(tmp_path)
+
+
+# Datasets --------------------------------------------------------------------------------------------------------
+
+
+def test_a_dataset_is_split_by_row_and_cut(tmp_path):
+    corpus = find(write_json(tmp_path), dataset="json")
+    train, held_out = data.rows_of(corpus)
+    documents = corpus.source.rows["text"]
+    assert len(documents) == 60 and 1 <= len(corpus.held_out.documents) <= 6
+    ids = []
+    for number, document in enumerate(documents):
+        if number not in corpus.held_out.documents:
+            ids += [byte + 3 for byte in document.encode()] + [1]
+    rows = np.stack([row["input_ids"] for row in train]).reshape(-1)
+    assert rows.tolist() == ids[: rows.size] and len(ids) - rows.size < CONTEXT
+    assert len(held_out) == 2
+
+
+def test_a_dataset_may_have_another_column_and_part_of_a_split(tmp_path):
+    pattern = write_json(tmp_path, column="body")
+    corpus = find(pattern, dataset="json", text_column="body", dataset_split="train[:50%]")
+    data.rows_of(corpus)
+    assert len(corpus.source.rows) == 30
+
+
+def test_rows_of_a_dataset_without_text_are_passed_over(tmp_path):
+    lines = [json.dumps({"text": text}) for text in [None, "", "  \n", *[TEXT * 4] * 20]]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    corpus = find(tmp_path / "a.jsonl", dataset="json", context=64)
+    train, _ = data.rows_of(corpus)
+    rows = np.stack([row["input_ids"] for row in train]).reshape(-1)
+    assert (rows == 1).sum() == rows.size // (len(TEXT) * 4 + 1)
+
+
+# Places ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_row_is_found_again_in_its_files(tmp_path):
+    for name, size in (("a", 100), ("b", 60), ("c", 30), ("d", 300)):
+        (tmp_path / name).write_text("x" * size)
+    corpus = find(tmp_path, held_out=1, context=64)
+    train, _ = data.rows_of(corpus)
+    of = {file.path: file.size + 1 for file in parts(corpus)[0]}
+    starts = dict(zip(of, np.cumsum([0, *of.values()]).tolist(), strict=False))
+    for row in train:
+        said = corpus.describe(data.collate([row])["place"][0])
+        at, told = int(row["place"][0]) * 64, said.split(": ", 1)[1].split("; ")
+        expected = []
+        for path, size in of.items():
+            begin, stop = max(at, starts[path]), min(at + 64, starts[path] + size)
+            if begin < stop:
+                expected.append(f"{path}, tokens {begin - starts[path]:,} to {stop - starts[path]:,} of {size:,}")
+        assert told == expected
+
+
+def test_a_row_is_found_again_in_its_dataset(tmp_path):
+    corpus = find(write_json(tmp_path), dataset="json")
+    train, _ = data.rows_of(corpus)
+    for row in train:
+        text = bytes((row["input_ids"] - 3).clip(0).astype(np.uint8).tolist()).decode()
+        told = ""
+        for part in corpus.describe(row["place"]).split("; "):
+            number = int(part.split(", row ")[1].split(",")[0])
+            begin, end = (int(n) for n in part.split("tokens ")[1].split(" of ")[0].split(" to "))
+            told += (corpus.source.rows[number]["text"] + "\0")[begin:end]
+        assert told == text
+
+
+# The cache -------------------------------------------------------------------------------------------------------
+
+
+def cached() -> set[str]:
+    return {path.name for path in (Path(datasets.config.HF_DATASETS_CACHE) / "lighthouse").glob("*")}
+
+
+def test_the_same_text_is_cut_once(tmp_path):
+    data.rows_of(find(write_text(tmp_path)))
+    before = cached()
+    data.rows_of(find(tmp_path))
+    assert cached() == before and not any(name.endswith(".incomplete") for name in before)
+
+
+def touch(folder):
+    os.utime(folder / "deep" / "01.txt", ns=(1, 1))
+
+
+CHANGES = [
+    ("another_context", {"context": 64}, None),
+    ("another_seed", {"seed": 1}, None),
+    ("a_file_more", {}, lambda folder: (folder / "new.txt").write_text(TEXT * 9)),
+    ("a_file_changed", {}, lambda folder: write_text(folder, seed=1)),
+    ("a_file_written_again", {}, touch),
+]
+
+
+@pytest.mark.parametrize("options, change", [c[1:] for c in CHANGES], ids=[c[0] for c in CHANGES])
+def test_text_is_cut_again_after(tmp_path, options, change):
+    data.rows_of(find(write_text(tmp_path)))
+    before = cached()
+    if change is not None:
+        change(tmp_path)
+    data.rows_of(find(tmp_path, **options))
+    assert cached() > before
+
+
+def test_another_tokenizer_is_another_text(tmp_path):
+    write_text(tmp_path / "text")
+    corpora = [find(tmp_path / "text"), find(tmp_path / "text", tokenizer=load_tokenizer(save_bpe(tmp_path / "bpe")))]
+    assert corpora[0].fingerprint != corpora[1].fingerprint
+    assert len(data.rows_of(corpora[0])[0]) > len(data.rows_of(corpora[1])[0])
+
+
+def test_a_copy_of_the_files_is_the_same_text(tmp_path):
+    assert find(write_text(tmp_path / "a")).fingerprint == find(write_text(tmp_path / "b")).fingerprint
+    assert find(write_text(tmp_path / "b", seed=1)).fingerprint != find(tmp_path / "a").fingerprint
+
+
+CUT_SLOWLY = """
+import sys, time
+import datasets
+from lighthouse.training import data
+from lighthouse.training.options import DataOptions
+datasets.config.HF_DATASETS_CACHE = sys.argv[2]
+data.BATCH = data.BLOCK = 64
+tokens = data._tokens
+def slowly(*arguments, **keywords):
+    for count, found in enumerate(tokens(*arguments, **keywords)):
+        if count == 8 and "batch" not in keywords:
+            print("half", flush=True)
+            {then}
+        yield found
+data._tokens = slowly
+corpus = data.find_corpus(DataOptions(data=[sys.argv[1]], held_out=2), context=128, seed=0)
+data.rows_of(corpus)
+"""
+
+
+def cutting(folder, cache, then):
+    program = [sys.executable, "-c", CUT_SLOWLY.replace("{then}", then), str(folder), str(cache)]
+    return subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_cut_that_was_killed_is_begun_again(tmp_path, monkeypatch):
+    write_text(tmp_path / "text")
+    process = cutting(tmp_path / "text", tmp_path / "cache", "time.sleep(100)")
+    assert process.stdout.readline() == "half\n"
+    [half] = (tmp_path / "cache" / "lighthouse").glob("*.incomplete")
+    assert (half / data.ROWS).stat().st_size > 0
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    expected = [row["input_ids"].tolist() for row in data.rows_of(find(tmp_path / "text"))[0]]
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    train, _ = data.rows_of(find(tmp_path / "text"))
+    assert [row["input_ids"].tolist() for row in train] == expected
+    assert not half.exists()
+
+
+def test_a_disk_without_space_is_an_error_that_leaves_nothing(tmp_path):
+    """Here a limit on the size of a file does what a full disk would."""
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))"
+    process = cutting(write_text(tmp_path / "text"), tmp_path / "cache", limit)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert f"no space for the cut text in '{tmp_path}/cache/lighthouse', " in said
+    assert "set HF_DATASETS_CACHE to a folder with more, or use stream" in said
+    assert not list((tmp_path / "cache" / "lighthouse").glob("*.incomplete"))
+
+
+# What is refused -------------------------------------------------------------------------------------------------
+
+
+def text(folder, name="a.txt", size=9999, content=None):
+    (folder / name).write_bytes(b"x" * size if content is None else content)
+    return folder / name
 
 
 REFUSED = [
-    ("a_missing_folder", lambda folder: folder / "nowhere", FileNotFoundError, "nowhere' does not exist"),
-    ("an_empty_folder", lambda folder: folder, ValueError, "holds no text: none of its 0 files"),
+    ("a_missing_folder", lambda f: find(f / "nowhere"), FileNotFoundError, "nowhere' does not exist"),
+    ("a_pattern_without_files", lambda f: find(f / "*.txt"), FileNotFoundError, r"\*.txt' matches no file"),
+    ("an_empty_folder", find, ValueError, "holds no text: none of its 0 files"),
     (
         "no_text_in_it",
-        lambda folder: (folder / "a.bin").write_bytes(b"\0\xff") and folder,
+        lambda f: text(f, content=b"\0\xff") and find(f),
         ValueError,
         "holds no text: none of its 1 files",
     ),
     (
+        "a_named_file_of_another_encoding",
+        lambda f: find(text(f, content=b"caf\xe9 ole")),
+        ValueError,
+        "a.txt' is not UTF-8 text: byte 3 is 0xe9, .*; convert the file to UTF-8",
+    ),
+    (
+        "a_named_file_with_a_zero_byte",
+        lambda f: find(text(f, content=b"ab\0")),
+        ValueError,
+        "not UTF-8 text: byte 2 is zero",
+    ),
+    ("a_named_file_of_blanks", lambda f: find(text(f, content=b" \n" * 9)), ValueError, "a.txt' holds no text"),
+    (
+        "a_named_file_that_goes_wrong_late",
+        lambda f: data.rows_of(find(text(f, content=b"light " * 20_000 + b"\xe9x"), text(f, "b"), text(f, "c"))),
+        ValueError,
+        "a.txt' is not UTF-8 text: byte 120,000 is 0xe9",
+    ),
+    (
+        "a_broken_archive",
+        lambda f: find(text(f, "a.gz", content=gzip.compress(b"light" * 999)[:-9])),
+        ValueError,
+        "a.gz' cannot be decompressed: Compressed file ended",
+    ),
+    (
         "too_little_text",
-        lambda folder: (folder / "a.txt").write_text("x" * 99) and folder,
+        lambda f: find(text(f, size=99)),
         ValueError,
         "holds 100 tokens, and 256 are needed: one context of 128 to train on and one held out",
     ),
     (
-        "a_single_file",
-        lambda folder: (folder / "a.txt").write_text("x" * 9999) and folder,
+        "too_little_compressed_text",
+        lambda f: find(*(text(f, f"{n}.gz", content=gzip.compress(b"x" * 99)) for n in range(3))),
         ValueError,
-        "no choice of its 1 files .* split the largest, of 10,000 tokens",
+        "no choice of its 3 files",
+    ),
+    ("a_single_file", lambda f: find(text(f)), ValueError, "no choice of its 1 files .* the largest, of 9,999 bytes"),
+    ("a_format_without_files", lambda f: find(dataset="json"), ValueError, "'json' is a format of files: name them"),
+    ("no_such_dataset_here", lambda f: find(dataset=f"{f}/nowhere"), (ValueError, OSError), "nowhere' "),
+    (
+        "no_such_files_of_a_dataset",
+        lambda f: find(f / "*.jsonl", dataset="json"),
+        ValueError,
+        "dataset='json', split 'train' has no rows",
+    ),
+    (
+        "a_dataset_that_cannot_be_read",
+        lambda f: find(text(f, "a.jsonl"), dataset="json"),
+        ValueError,
+        "dataset='json' cannot be read: ",
+    ),
+    (
+        "an_unknown_split",
+        lambda f: find(write_json(f), dataset="json", dataset_split="test"),
+        ValueError,
+        r"dataset_split='test' is unknown to dataset='json': .*Available splits: \['train'\]",
+    ),
+    (
+        "an_unknown_column",
+        lambda f: find(write_json(f), dataset="json", text_column="body"),
+        ValueError,
+        "text_column='body' is no column of json, split train: there is text, number",
+    ),
+    (
+        "a_column_of_numbers",
+        lambda f: find(write_json(f), dataset="json", text_column="number"),
+        ValueError,
+        "text_column='number' of json, split train holds int64, and not text",
+    ),
+    (
+        "an_unknown_configuration",
+        lambda f: write_json(f) and find(dataset=str(f), dataset_config="large"),
+        ValueError,
+        "cannot be loaded: BuilderConfig 'large' not found",
+    ),
+    (
+        "part_of_a_streamed_split",
+        lambda f: find(write_json(f), dataset="json", dataset_split="train[:9]", stream=True),
+        ValueError,
+        "a streamed dataset has whole splits only, such as 'train'",
+    ),
+    (
+        "a_stream_that_is_all_held_out",
+        lambda f: find(write_json(f), dataset="json", stream=True, held_out=99),
+        ValueError,
+        "ends before 99 x 128 tokens are held out",
+    ),
+    (
+        "a_dataset_of_one_row",
+        lambda f: data.rows_of(find(write_json(f, documents=1, shards=1), dataset="json")),
+        ValueError,
+        "whole documents are held out, and those that may be, half of a dataset, hold 0 tokens",
+    ),
+    (
+        "a_dataset_with_too_little_text",
+        lambda f: data.rows_of(find(write_json(f, documents=4), dataset="json", context=400)),
+        ValueError,
+        "less than a context of 400",
     ),
 ]
 
 
-@pytest.mark.parametrize("folder, error, message", [r[1:] for r in REFUSED], ids=[r[0] for r in REFUSED])
-def test_refused(tmp_path, folder, error, message):
+@pytest.mark.parametrize("do, error, message", [r[1:] for r in REFUSED], ids=[r[0] for r in REFUSED])
+def test_refused(tmp_path, do, error, message):
     with pytest.raises(error, match=message):
-        find(folder(tmp_path))
+        do(tmp_path)
+
+
+def test_a_dataset_that_cannot_be_reached_is_an_error():
+    program = (
+        "from lighthouse.training import data; from lighthouse.training.options import DataOptions\n"
+        "data.find_corpus(DataOptions(dataset='nobody/nothing'), context=128, seed=0)"
+    )
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", program], env=offline, capture_output=True, text=True, timeout=60)
+    assert (
+        "OSError: dataset='nobody/nothing' cannot be loaded: Couldn't reach 'nobody/nothing' on the Hub" in done.stderr
+    )
