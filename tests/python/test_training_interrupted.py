@@ -15,11 +15,13 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from lighthouse.cli import main
 from lighthouse.training import checkpoints, prepare, pretrain
 from lighthouse.training import run as run_module
 from lighthouse.training.callbacks import StopOnSignal
@@ -399,23 +401,30 @@ def test_a_folder_that_is_no_whole_checkpoint(tmp_path, damage, fault):
     assert [path.name for path in checkpoints.checkpoints_in(tmp_path)] == ["checkpoint-3"]
 
 
-def test_from_the_command_line(tmp_path, text):
-    """The status that a batch system sees, and the command that goes on."""
-    command = [sys.executable, "-m", "lighthouse.cli", "pretrain", "--data", str(text), "--output_dir"]
-    command += [
-        str(tmp_path / "run"),
-        *f"--model nano --context {CONTEXT} --held_out 2 --use_cpu --select_topk 4".split(),
-    ]
-    command += "--pool_ratios 1/2 1/4 --report_to none --save_steps 2 --steps 10000".split()
-    run = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+def command(text: Path, folder: Path) -> list[str]:
+    small = f"--model nano --context {CONTEXT} --held_out 2 --use_cpu --select_topk 4 --pool_ratios 1/2 1/4"
+    often = "--report_to none --save_steps 2 --steps 10000"
+    return ["pretrain", "--data", str(text), "--output_dir", str(folder), *small.split(), *often.split()]
+
+
+def _command(do, text, folder):
+    do()
+    sys.exit(main(command(text, folder)))
+
+
+def test_an_interrupted_command(tmp_path, text):
+    process = server.Process(target=_command, args=(AtStep(4, signal.SIGINT), text, tmp_path / "run"))
+    process.start()
+    assert status(process) == 130 and checkpoints.last_whole(tmp_path / "run").name == "checkpoint-2"
+
+
+def test_a_stopped_command(tmp_path, text):
+    """As a batch system does it: from outside, and looks at the status."""
+    whole = [sys.executable, "-m", "lighthouse.cli", *command(text, tmp_path / "run")]
+    run = subprocess.Popen(whole, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     try:
-        for _ in range(600):
-            if checkpoints.last_whole(tmp_path / "run") is not None or run.poll() is not None:
-                break
-            try:
-                run.wait(0.1)
-            except subprocess.TimeoutExpired:
-                pass
+        while checkpoints.last_whole(tmp_path / "run") is None and run.poll() is None:
+            time.sleep(0.1)
         run.send_signal(signal.SIGTERM)
         _, said = run.communicate(timeout=60)
     finally:

@@ -221,6 +221,8 @@ class Run:
                 ) from None
             if isinstance(error, DiskFull):
                 raise DiskFull(f"{error} {self._how_to_go_on()}") from error.__cause__
+            if isinstance(error, OSError) and error.errno in checkpoints.NO_SPACE:  # of a log, say
+                raise DiskFull(f"{error}. {self._how_to_go_on()}") from error
             if isinstance(error, (Stopped, KeyboardInterrupt)) and main:
                 what = error if isinstance(error, Stopped) else f"Interrupted behind step {trainer.state.global_step}."
                 print(f"\n{what} {self._how_to_go_on()}", file=sys.stderr, flush=True)
@@ -391,7 +393,7 @@ class _Trainer(Trainer):
         self.open_loss.take()
         limit, args.save_total_limit = args.save_total_limit, None  # the oldest goes when this one is whole
         try:
-            with _space_for(f"{checkpoint.name}", folder, checkpoint_bytes(self.model, args)):
+            with _space_for(checkpoint.name, folder, checkpoint_bytes(self.model, args)):
                 try:
                     super()._save_checkpoint(model, trial)
                     self.accelerator.wait_for_everyone()
