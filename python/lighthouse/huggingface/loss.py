@@ -1,9 +1,16 @@
 """Next-token loss that never holds the logits.
 
 With long contexts and large vocabularies the logits are the largest tensor of a training step. Here the output layer
-is applied to a stretch of tokens at a time, and in the backward once more. The trap is sharded weights: FSDP and ZeRO
-gather a weight when the module that owns it is called, so the whole loss is computed inside one call of the output
-layer, whose class is swapped for that (`class_swap.py`).
+is applied to a stretch of tokens at a time, and both gradients are made right there, in the forward: three products
+and no recomputation. The trap is sharded weights: FSDP and ZeRO gather a weight when the module that owns it is
+called, so the whole loss is computed inside one call of the output layer, whose class is swapped for that
+(`class_swap.py`).
+
+Sums are float32, the weight's gradient too: in bfloat16, 128 stretches made its error seven times that of plain logits.
+That is why torch 2.15's `linear_cross_entropy`, which works alike and in less memory, is not used: it sums the loss and
+the weight's gradient in the inputs' dtype (a bfloat16 loss of 4,096 tokens by 16,384 classes was 15 % off), under
+autocast it multiplies in float32, and it adds rows by `index_add_`, whose order on CUDA is by chance. `bench/loss.py`
+compares the two.
 """
 
 from __future__ import annotations
@@ -11,15 +18,15 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 from lighthouse.class_swap import Swapped, swap
 
 IGNORE_INDEX = -100
 
 # A stretch has at least this many tokens, and more where the vocabulary is so small that its logits stay below
-# `CHUNK_LOGITS` numbers: short stretches cost time, long ones memory.
-CHUNK_TOKENS = 1024
+# `CHUNK_LOGITS` numbers: short stretches cost time (each adds to the whole gradient of the weight), long ones memory.
+CHUNK_TOKENS = 2048
 CHUNK_LOGITS = 2**24
 
 
@@ -29,33 +36,80 @@ class OutputLayer(Swapped):
     An embedding is an output layer as well: the logits are then the products with its rows.
     """
 
+    @classmethod
+    def namespace(cls, plain: type) -> dict:
+        return {"multiplies": plain.forward in (nn.Linear.forward, nn.Embedding.forward)}
+
     def forward(self, hidden: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
-        """With hidden states `[T, C]` and targets `[T]`: the sum of the losses, float32. Else as the plain one."""
+        """With hidden states `[T, C]` and targets `[T]`: the sum of the losses, float32. Else as the plain one.
+
+        Raises `TypeError` for a layer that makes its logits in another way than `nn.Linear`.
+        """
         if targets is None:
             return super().forward(hidden)
-        logits_of = self._product if isinstance(self, nn.Embedding) else super().forward
-        step = max(CHUNK_TOKENS, CHUNK_LOGITS // self.weight.shape[0])
+        if not self.multiplies:
+            raise TypeError(
+                f"the output layer is a {type(self).__name__}: the loss without logits needs a plain nn.Linear or "
+                'nn.Embedding; loss="model" takes the logits of any layer'
+            )
+        factors = hidden, self.weight, getattr(self, "bias", None)
+        wanted = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in factors)
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
+        return _SummedLoss.apply(*factors, targets, dtype, wanted)
+
+
+class _SummedLoss(torch.autograd.Function):
+    """The sum of the cross entropies of `hidden @ weight.T + bias`, float32; products are in `dtype`.
+
+    The forward makes the gradients that are `wanted`, of hidden states, weight and bias; the backward only scales them.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, dtype, wanted):
         total = hidden.new_zeros((), dtype=torch.float32)
+        factor, offset = weight.to(dtype), None if bias is None else bias.to(dtype)
+        grad_hidden = torch.empty_like(hidden) if wanted[0] else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted[1] else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if wanted[2] else None
+        step = max(CHUNK_TOKENS, CHUNK_LOGITS // weight.shape[0])
         start, tokens = 0, hidden.shape[0]
         while start < tokens:  # a range() would compile once for every number of tokens, not only of stretches
             stretch = slice(start, start + step if start + step < tokens else tokens)
             start += step
-            total = total + checkpoint(
-                _summed_loss,
-                logits_of,
-                hidden[stretch],
-                targets[stretch],
-                use_reentrant=False,
-                preserve_rng_state=False,
-            )
+            rows = hidden[stretch].to(dtype)
+            ignored = (targets[stretch] == IGNORE_INDEX)[:, None]
+            classes = targets[stretch, None].masked_fill(ignored, 0)
+            error = F.log_softmax(F.linear(rows, factor, offset), dim=-1, dtype=torch.float32)
+            chosen = error.gather(1, classes)
+            total = total - chosen.masked_fill(ignored, 0).sum()
+            if not any(wanted):
+                continue
+            # The gradient of a token's logits: their probabilities, less one at its class.
+            error = error.exp_().scatter_(1, classes, chosen.exp() - 1).to(dtype)
+            if grad_hidden is not None:
+                grad_hidden[stretch] = (error @ factor).masked_fill(ignored, 0)
+            if grad_weight is not None:
+                rows = rows.masked_fill(ignored, 0)
+                if dtype == torch.float32:
+                    grad_weight.addmm_(error.t(), rows)
+                else:
+                    grad_weight += error.t() @ rows
+            if grad_bias is not None:
+                grad_bias += error.masked_fill(ignored, 0).sum(0, dtype=torch.float32)
+            del error  # before the next stretch's logits
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
         return total
 
-    def _product(self, hidden: torch.Tensor) -> torch.Tensor:
-        return F.linear(hidden, self.weight)
-
-
-def _summed_loss(logits_of, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(logits_of(hidden).float(), targets, ignore_index=IGNORE_INDEX, reduction="sum")
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_total):
+        found = [
+            None if gradient is None else (gradient * grad_total.to(gradient.dtype)).to(dtype)
+            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
+        return *found, None, None, None
 
 
 def next_token_loss(
