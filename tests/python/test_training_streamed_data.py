@@ -87,16 +87,19 @@ def test_held_out_documents_are_not_trained_on(find):
     assert trained and not any(ids[: len(first)] == first for ids in trained)
 
 
-def test_a_worker_reads_the_same_rows_and_two_are_refused(find):
-    rows = data.rows_of(find())[0]
+def load(corpus, workers: int) -> DataLoader:
+    return DataLoader(data.rows_of(corpus)[0], batch_size=2, collate_fn=data.collate, num_workers=workers)
 
-    def load(workers):
-        return DataLoader(rows, batch_size=2, collate_fn=data.collate, num_workers=workers)
 
-    plain, worker = ([b["input_ids"].tolist() for b in islice(load(workers), 50)] for workers in (0, 1))
+def test_a_worker_reads_the_same_rows(find):
+    plain, worker = ([b["input_ids"].tolist() for b in islice(load(find(), workers), 50)] for workers in (0, 1))
     assert plain == worker
+
+
+def test_two_workers_are_refused(tmp_path):
+    options = DataOptions(data=[str(write_text(tmp_path))], stream=True, held_out=2)
     with pytest.raises(ValueError, match="dataloader_num_workers=2: a stream is read in order"):
-        next(iter(load(2)))
+        next(iter(load(data.find_corpus(options, context=CONTEXT, seed=0), 2)))
 
 
 def test_a_row_is_found_again(find):

@@ -139,8 +139,11 @@ class Table:
     @property
     def rows(self) -> datasets.Dataset:
         if self._rows is None:
-            self.builder.download_and_prepare()
-            rows = self.builder.as_dataset(split=self.split)
+            try:
+                self.builder.download_and_prepare()
+                rows = self.builder.as_dataset(split=self.split)
+            except datasets.exceptions.DatasetGenerationError as error:
+                raise ValueError(f"dataset={self.title!r} cannot be read: {error.__cause__ or error}") from error
             _check_column(self.title, rows.features, self.column)
             self._rows = rows.select_columns([self.column])
         return self._rows
