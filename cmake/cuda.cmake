@@ -3,8 +3,11 @@
 # LIGHTHOUSE_CUDA=AUTO builds them where nvcc is found; ON fails where it is not.
 
 if(LIGHTHOUSE_CUDA)
+  if(DEFINED ENV{CUDACXX} AND NOT DEFINED LIGHTHOUSE_NVCC)
+    set(LIGHTHOUSE_NVCC "$ENV{CUDACXX}" CACHE FILEPATH "CUDA's compiler")
+  endif()
   find_program(LIGHTHOUSE_NVCC nvcc
-    HINTS ENV CUDACXX ENV CUDA_HOME ENV CUDA_PATH PATHS /usr/local/cuda PATH_SUFFIXES bin
+    HINTS ENV CUDA_HOME ENV CUDA_PATH PATHS /usr/local/cuda PATH_SUFFIXES bin
     DOC "CUDA's compiler")
   set(reason "")
   if(NOT LIGHTHOUSE_NVCC)
@@ -12,10 +15,12 @@ if(LIGHTHOUSE_CUDA)
   elseif(CMAKE_VERSION VERSION_LESS 3.26)
     set(reason "CMake ${CMAKE_VERSION} cannot compile C++20 with nvcc; 3.26 or later is needed")
   else()
-    execute_process(COMMAND ${LIGHTHOUSE_NVCC} --version OUTPUT_VARIABLE nvcc_version ERROR_VARIABLE nvcc_version)
+    execute_process(COMMAND ${LIGHTHOUSE_NVCC} --version OUTPUT_VARIABLE nvcc_version ERROR_VARIABLE nvcc_error)
     string(REGEX MATCH "release ([0-9]+\\.[0-9]+)" nvcc_version "${nvcc_version}")
     set(nvcc_version "${CMAKE_MATCH_1}")
-    if(nvcc_version VERSION_LESS 12.8)
+    if(nvcc_version STREQUAL "")
+      set(reason "${LIGHTHOUSE_NVCC} does not run as nvcc does")
+    elseif(nvcc_version VERSION_LESS 12.8)
       set(reason "${LIGHTHOUSE_NVCC} is of CUDA ${nvcc_version}; 12.8 or later is needed")
     endif()
   endif()

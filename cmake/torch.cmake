@@ -41,10 +41,13 @@ target_include_directories(lighthouse_torch SYSTEM PRIVATE ${torch_include})
 target_compile_definitions(lighthouse_torch PRIVATE TORCH_TARGET_VERSION=0x020a000000000000)
 target_link_libraries(lighthouse_torch PRIVATE lighthouse_options lighthouse_core lighthouse_torch_stub)
 if(LIGHTHOUSE_CUDA_FOUND)
-  target_compile_definitions(lighthouse_torch PRIVATE LIGHTHOUSE_CUDA)
+  # Semicolons would be taken for a list.
+  string(REPLACE ";" "," architectures "${LIGHTHOUSE_CUDA_ARCHITECTURES}")
+  target_compile_definitions(lighthouse_torch PRIVATE
+    LIGHTHOUSE_CUDA LIGHTHOUSE_CUDA_ARCHITECTURES="${architectures}")
   target_link_libraries(lighthouse_torch PRIVATE lighthouse_cuda)
 endif()
-# Nothing is exported: the operators register themselves when the library is loaded.
+# One name is exported: the operators register themselves when the library is loaded.
 set(symbols ${PROJECT_SOURCE_DIR}/cmake/liblighthouse.map)
 target_link_options(lighthouse_torch PRIVATE -Wl,--no-as-needed -Wl,--version-script=${symbols})
 set_target_properties(lighthouse_torch PROPERTIES OUTPUT_NAME lighthouse PREFIX lib SUFFIX .so

@@ -5,11 +5,13 @@ What is found out about a device is found out once. While `torch.compile` traces
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import re
 
 import torch
 
-from lighthouse.operators import CHOICE
+from lighthouse.operators import LIBRARY_PATH
 
 MAX_HEAD_DIM = 256  # on CUDA, and there a multiple of 8: rows are read 16 bytes at a time
 
@@ -42,29 +44,49 @@ def _missing_on_cuda(index: int | None) -> str | None:
     """What keeps this library from running on that GPU, or None."""
     if not has_cuda_kernels():
         return (
-            "this build of lighthouse has no CUDA kernels (no nvcc was found when it was installed; with one in PATH "
-            "`pip install --force-reinstall --no-deps .` builds them)"
+            "this build of lighthouse has no CUDA kernels (no nvcc of CUDA 12.8 or later was found when it was "
+            "installed; with one in PATH `pip install --force-reinstall --no-deps .` builds them)"
         )
     if not torch.cuda.is_available():  # a fake tensor, traced where no GPU is
         return None
-    return missing_for_capability(*torch.cuda.get_device_capability(index))
+    return missing_for_capability(*_capability(index if index is not None else torch.cuda.current_device()))
 
 
 @functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+@functools.cache
+def architectures() -> tuple[str, ...]:
+    """What the CUDA kernels of this build were compiled for, as CMake spells it: `("80-real", ..., "120")`."""
+    function = ctypes.CDLL(str(LIBRARY_PATH)).lighthouse_cuda_architectures
+    function.restype = ctypes.c_char_p
+    return tuple(filter(None, function().decode().split(",")))
+
+
 def has_cuda_kernels() -> bool:
     """Whether this build of the library has kernels for CUDA."""
-    return all(operator.has_kernel_for_dispatch_key(torch._C.DispatchKey.CUDA) for operator in CHOICE)
+    return bool(architectures())
 
 
-def missing_for_capability(major: int, minor: int) -> str | None:
+def missing_for_capability(major: int, minor: int, built: tuple[str, ...] | None = None) -> str | None:
     """None where the library has code for GPUs of this compute capability, else what is there and what is needed.
 
-    Code for sm_80, sm_100 and sm_120 runs on later ones of the same major version, that for sm_90a on 9.0 alone; PTX of
-    the last is compiled by the driver for whatever comes later.
+    Code of an architecture runs on later ones of the same major version, with an "a" on that one alone, and PTX, which
+    is there where CMake was not told "-real", is compiled by the driver for whatever comes later.
     """
-    if major in (8, 10) or (major, minor) == (9, 0) or major >= 12:
-        return None
+    built = architectures() if built is None else built
+    for name in built:
+        number, letter, kind = re.fullmatch(r"(\d+)([af]?)(-real|-virtual)?", name).groups()
+        its_major, its_minor = divmod(int(number), 10)
+        if (major, minor) == (its_major, its_minor):
+            return None
+        if letter != "a" and major == its_major and minor > its_minor:
+            return None
+        if letter == "" and kind != "-real" and (major, minor) > (its_major, its_minor):
+            return None
     return (
-        f"that GPU has compute capability {major}.{minor}, for which lighthouse has no kernels (it has them for 8.x, "
-        "9.0, 10.x, 12.x and later)"
+        f"that GPU has compute capability {major}.{minor}, for which this build of lighthouse has no kernels (it was "
+        f"compiled for {', '.join(built)}; CMake's LIGHTHOUSE_CUDA_ARCHITECTURES adds others)"
     )

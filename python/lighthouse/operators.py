@@ -142,9 +142,23 @@ for _name, _backward, _setup in (
 # The operators as `lighthouse.attention` calls them.
 
 
+_DERIVATIVES = (torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp)
+
+
 def _traced() -> bool:
-    """Whether something looks through autograd: the registered operators alone are transparent to it."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    """Whether something looks through autograd: `torch.compile` and vmap see the registered operators alone.
+
+    The derivatives of `torch.func` see neither: forward mode would silently find a tangent of zero.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    if any(level.key() in _DERIVATIVES for level in torch._C._functorch.get_interpreter_stack()):
+        raise NotImplementedError(
+            "torch.func.grad, vjp and jvp through lighthouse.attention are not supported: take torch.autograd.grad"
+        )
+    return True
 
 
 def _without_gradient(operator, *inputs):
@@ -163,7 +177,8 @@ def _without_gradient(operator, *inputs):
 def is_out_of_memory(message: str, on_cuda: bool) -> bool:
     """Whether an operator failed for want of GPU memory. The stable ABI knows one kind of error, and before torch 2.15
     not its words, which are on stderr then; callers that catch `torch.OutOfMemoryError` should find it."""
-    return on_cuda and ("out of memory" in message or "aoti_torch_empty" in message)
+    allocating = ("out of memory", "aoti_torch_empty", "aten::new_empty")
+    return on_cuda and any(words in message for words in allocating)
 
 
 def _in_backward(operator, *inputs):

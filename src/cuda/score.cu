@@ -16,6 +16,9 @@ constexpr int kThreads = 256;
 constexpr int kTokens = 4;  // per thread, their loads in flight together
 
 template <class T>
+constexpr int kColumn = 16 / sizeof(T);  // numbers of a row that a lane takes at once
+
+template <class T>
 struct Rows {
   const T* data;
   int64_t row, head, token;  // strides in elements
@@ -30,21 +33,35 @@ struct Launch {
   int group, columns;
 };
 
+// Numbers are added in the same order whether or not rows are aligned: a norm does not depend on where it lies.
+template <class T, bool kAligned>
+__device__ Column<T, kColumn<T>> load_column(const T* first) {
+  if constexpr (kAligned) {
+    return load<T, kColumn<T>>(first);
+  } else {
+    Column<T, kColumn<T>> column;
+#pragma unroll
+    for (int i = 0; i < kColumn<T>; ++i) column.numbers[i] = first[i];
+    return column;
+  }
+}
+
 // The norms of kTokens rows, `step` elements apart, of which the first `count` exist.
-template <class T, int kWidth>
+template <class T, bool kAligned>
 __device__ void norms(const T* first, int64_t step, int count, int columns, float (&result)[kTokens]) {
   float sums[kTokens] = {};
   for (int column = threadIdx.x; column < columns; column += blockDim.x) {
-    Column<T, kWidth> numbers[kTokens];
+    Column<T, kColumn<T>> numbers[kTokens];
 #pragma unroll
     for (int i = 0; i < kTokens; ++i) {
-      numbers[i] = i < count ? load<T, kWidth>(first + i * step + column * kWidth) : no_column<T, kWidth>();
+      numbers[i] =
+          i < count ? load_column<T, kAligned>(first + i * step + column * kColumn<T>) : no_column<T, kColumn<T>>();
     }
 #pragma unroll
     for (int i = 0; i < kTokens; ++i) {
-      const Sum<kWidth> wide = widened(numbers[i]);
+      const Sum<kColumn<T>> wide = widened(numbers[i]);
 #pragma unroll
-      for (int j = 0; j < kWidth; ++j) sums[i] = fmaf(wide.numbers[j], wide.numbers[j], sums[i]);
+      for (int j = 0; j < kColumn<T>; ++j) sums[i] = fmaf(wide.numbers[j], wide.numbers[j], sums[i]);
     }
   }
   for (int distance = blockDim.x / 2; distance > 0; distance /= 2) {
@@ -55,7 +72,7 @@ __device__ void norms(const T* first, int64_t step, int count, int columns, floa
   for (int i = 0; i < kTokens; ++i) result[i] = sqrtf(sums[i]);
 }
 
-template <class T, int kWidth>
+template <class T, bool kAligned>
 __global__ void __launch_bounds__(kThreads) score_rows(const __grid_constant__ Launch<T> launch) {
   const int64_t head = blockIdx.x;
   const int64_t tokens_per_block = int64_t{blockDim.y} * kTokens;
@@ -68,11 +85,11 @@ __global__ void __launch_bounds__(kThreads) score_rows(const __grid_constant__ L
       const T* query = launch.query.data + row * launch.query.row + head * launch.group * launch.query.head +
                        token * launch.query.token;
       float key_norms[kTokens], query_norms[kTokens];
-      norms<T, kWidth>(key, launch.key.token, count, launch.columns, key_norms);
-      norms<T, kWidth>(query, launch.query.token, count, launch.columns, query_norms);
+      norms<T, kAligned>(key, launch.key.token, count, launch.columns, key_norms);
+      norms<T, kAligned>(query, launch.query.token, count, launch.columns, query_norms);
       for (int member = 1; member < launch.group; ++member) {
         float more[kTokens];
-        norms<T, kWidth>(query + member * launch.query.head, launch.query.token, count, launch.columns, more);
+        norms<T, kAligned>(query + member * launch.query.head, launch.query.token, count, launch.columns, more);
 #pragma unroll
         for (int i = 0; i < kTokens; ++i) query_norms[i] = rules::larger_score(query_norms[i], more[i]);
       }
@@ -108,13 +125,14 @@ void score(const ConstView& query, const ConstView& key, float* query_score, flo
                            .kv_heads = key.heads(),
                            .tokens = key.tokens(),
                            .group = static_cast<int>(query.heads() / key.heads()),
-                           .columns = static_cast<int>(key.head_dim() / kWidth)};
+                           .columns = static_cast<int>(key.head_dim() / kColumn<T>)};
+    constexpr bool kAligned = kWidth > 1;
     unsigned lanes = 1;
     while (lanes < 32 && static_cast<int>(lanes) < launch.columns) lanes *= 2;
     const dim3 threads(lanes, kThreads / lanes);
     const dim3 grid =
         grid_over(launch.kv_heads, rules::ceil_div(launch.tokens, int64_t{threads.y} * kTokens), launch.rows);
-    score_rows<T, kWidth><<<grid, threads, 0, static_cast<cudaStream_t>(stream)>>>(launch);
+    score_rows<T, kAligned><<<grid, threads, 0, static_cast<cudaStream_t>(stream)>>>(launch);
   });
   check_launch("score");
 }

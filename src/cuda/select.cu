@@ -345,7 +345,7 @@ int64_t most_candidates(const Plan& plan, const rules::Strata& strata) {
     if (kind.count == 0) continue;
     for (int level = 0; level < pyramid.levels; ++level) {
       const int64_t chosen = rules::chosen_at_level(pyramid, kind.entries, kind.budget, level);
-      require(chosen <= 0x7FFFFFFF, "a stratum of ", kind.entries,
+      require(chosen <= 0x7FFFFFFF - kThreads, "a stratum of ", kind.entries,
               " entries: choose more parents, select_topk is too small");
       if (level > 0) most = std::max(most, chosen);
     }

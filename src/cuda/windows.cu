@@ -16,6 +16,7 @@ constexpr int kTokensPerBlock = 512;    // at most: their choice is held in shar
 constexpr int kRowsAhead = 4;           // loads in flight per thread
 constexpr int64_t kLongestSum = 64;     // tokens that one thread sums
 constexpr int64_t kLongestSpread = 16;  // tokens that one thread writes
+constexpr int64_t kShortest = 8;        // units below cost more than long ones
 
 // Blocks of 128 threads that a multiprocessor holds at least, which limits a thread's registers: every level's open sum
 // takes some.
@@ -323,8 +324,10 @@ Cut cut_into_units(const Pyramid& pyramid, int64_t longest) {
   while (inner + 1 < pyramid.levels && pyramid.windows[static_cast<size_t>(inner + 1)] <= longest) ++inner;
   if (inner > 0) return {pyramid.windows[static_cast<size_t>(inner)], inner};
   if (pyramid.levels == 1) return {longest, 0};
+  const int64_t window = pyramid.windows[1];
   int64_t unit = longest;
-  while (pyramid.windows[1] % unit != 0) --unit;
+  while (window % unit != 0) --unit;
+  if (unit < kShortest && window <= kTokensPerBlock) return {window, 1};  // a prime, say
   return {unit, 0};
 }
 

@@ -131,6 +131,7 @@ Tensor scatter_backward(Tensor grad_output, Tensor mask, Tensor prefix, std::vec
 }  // namespace lighthouse::bindings
 
 // topk: the number of parents per level where topk_denominator is 0, else that share of the tokens. `length` is S.
+// On a GPU mask, prefix and length are trusted: they must be of one choice.
 // `*_order`: a gradient's dimensions from the slowest in memory to the fastest.
 STABLE_TORCH_LIBRARY(lighthouse, library) {
   library.def("score(Tensor query, Tensor key) -> (Tensor query_score, Tensor key_score)");
@@ -158,6 +159,15 @@ STABLE_TORCH_LIBRARY_IMPL(lighthouse, CPU, library) {
   library.impl("gather_backward", TORCH_BOX(&gather_backward<Cpu>));
   library.impl("scatter", TORCH_BOX(&scatter<Cpu>));
   library.impl("scatter_backward", TORCH_BOX(&scatter_backward<Cpu>));
+}
+
+// What the CUDA kernels were compiled for, as CMake spells it; empty without them.
+extern "C" [[gnu::visibility("default")]] const char* lighthouse_cuda_architectures() {
+#if defined(LIGHTHOUSE_CUDA)
+  return LIGHTHOUSE_CUDA_ARCHITECTURES;
+#else
+  return "";
+#endif
 }
 
 #if defined(LIGHTHOUSE_CUDA)

@@ -175,6 +175,21 @@ void expect_all_refused(DType dtype, int64_t head_dim, const std::vector<std::st
 
 TEST(CudaRefuses, Float64) { expect_all_refused(DType::float64, 8, {"float64", "float32, bfloat16 or float16"}); }
 
+TEST(CudaRefuses, AMachineWithoutADriver) {
+  int version = -1, devices = 0;
+  if (cudaDriverGetVersion(&version) != cudaSuccess || version > 0 || cudaGetDeviceCount(&devices) == cudaSuccess) {
+    GTEST_SKIP() << "there is a driver, for CUDA " << version / 1000;
+  }
+  const Tensor whole(DType::bfloat16, {1, 1, 40, 8});
+  std::vector<float> score(40, 0.0F);
+  try {
+    cuda_calls().score(whole, whole, score.data(), score.data());
+    FAIL() << "a kernel was launched without a driver";
+  } catch (const std::runtime_error& error) {
+    EXPECT_TRUE(std::string_view(error.what()).ends_with("update the driver")) << error.what();
+  }
+}
+
 TEST(CudaRefuses, HeadDimsThatDoNotFit) {
   for (const int64_t head_dim : {1, 4, 12, 129, 260, 264, 512}) {
     expect_all_refused(DType::bfloat16, head_dim, {"head_dim=" + std::to_string(head_dim), "multiple of 8", "256"});

@@ -395,3 +395,16 @@ def test_bad_input(case):
     change, error, message = BAD_INPUT[case]
     with pytest.raises(error, match=message):
         lighthouse.attention(**bad(change))
+
+
+@pytest.mark.parametrize("derivative", ["grad", "vjp", "jvp"])
+def test_derivatives_of_torch_func_are_refused_and_not_silently_zero(derivative):
+    query, key, value = rand_qkv(40)
+
+    def loss(value):
+        return lighthouse.attention(query, key, value, select_topk=5).sum()
+
+    extra = ((value,), (value,)) if derivative == "jvp" else (value,)
+    with pytest.raises(NotImplementedError, match="take torch.autograd.grad"):
+        transformed = getattr(torch.func, derivative)
+        transformed(loss)(*extra) if derivative == "grad" else transformed(loss, *extra)

@@ -24,17 +24,40 @@ def test_a_build_without_cuda(fake_cuda, monkeypatch):
 
 TAKEN = [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0), (12, 1), (13, 0)]
 NOT_TAKEN = [(7, 0), (7, 5), (9, 1), (11, 0)]
+BUILT = ("80-real", "90a-real", "100-real", "120")  # CMakeLists.txt's default
 
 
 @pytest.mark.parametrize("capability", TAKEN, ids=str)
 def test_gpus_that_the_library_has_code_for(capability):
-    assert devices.missing_for_capability(*capability) is None
+    assert devices.missing_for_capability(*capability, BUILT) is None
 
 
 @pytest.mark.parametrize("capability", NOT_TAKEN, ids=str)
 def test_gpus_that_it_has_none_for(capability):
-    missing = devices.missing_for_capability(*capability)
-    assert f"{capability[0]}.{capability[1]}, for which lighthouse has no kernels" in missing and "8.x, 9.0" in missing
+    missing = devices.missing_for_capability(*capability, BUILT)
+    assert f"{capability[0]}.{capability[1]}, for which this build of lighthouse has no kernels" in missing
+    assert "80-real, 90a-real, 100-real, 120" in missing
+
+
+OTHER_BUILDS = [
+    ("a_chosen_one", ("110-real",), (11, 0), True),
+    ("an_earlier_minor_version", ("89-real",), (8, 6), False),
+    ("ptx_alone", ("90-virtual",), (12, 0), True),
+    ("ptx_of_a_later_one", ("120",), (9, 0), False),
+    ("a_family", ("100f-real",), (10, 3), True),
+    ("nothing", (), (9, 0), False),
+]
+
+
+@pytest.mark.parametrize("built, capability, taken", [b[1:] for b in OTHER_BUILDS], ids=[b[0] for b in OTHER_BUILDS])
+def test_other_builds(built, capability, taken):
+    assert (devices.missing_for_capability(*capability, built) is None) == taken
+
+
+def test_the_library_says_what_it_was_compiled_for():
+    registered = torch.ops.lighthouse.score.default.has_kernel_for_dispatch_key(torch._C.DispatchKey.CUDA)
+    assert registered == devices.has_cuda_kernels() == bool(devices.architectures())
+    assert registered == (devices.missing_for_capability(9, 0) is None)  # every build of ours has code for it
 
 
 BAD_ON_CUDA = {

@@ -113,6 +113,7 @@ def test_the_operators_check_again(change, message):
     [
         ("CUDA out of memory. Tried to allocate 2 GiB (originally from aoti_torch_empty_strided(...)", True, True),
         ("aoti_torch_empty_strided(4, sizes.data(), ...) API call failed at tensors.h, line 114", True, True),
+        ('torch_call_dispatcher("aten::new_empty", "", stack.data(), ...) API call failed', True, True),
         ("CUDA error: no kernel image is available for execution on the device", True, False),
         ("DefaultCPUAllocator: can't allocate memory (originally from aoti_torch_empty_strided(...)", False, False),
     ],
