@@ -1,11 +1,27 @@
-"""Llama models by name, small enough for one machine, with the byte tokenizer."""
+"""Llama models with fresh weights: sizes by name, or a Hugging Face configuration, fitted to the context.
+
+The trap is RoPE: trained from scratch, a model tells positions apart only as far as its slowest rotation does, so the
+longest wavelength has to reach over the context. A named size keeps its base; that of a given configuration is raised
+where it is too small, and `model_notes` says so.
+"""
 
 from __future__ import annotations
 
+import functools
+import json
+import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM, set_seed
+from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, set_seed
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from lighthouse.devices import MAX_HEAD_DIM
+from lighthouse.huggingface.architectures import ARCHITECTURES
+from lighthouse.huggingface.checks import check_config
+
+CONFIG = "config.json"
 
 
 @dataclass(frozen=True)
@@ -22,17 +38,20 @@ class Size:
     max_context: int
     rope_theta: float
     initializer_range: float = 0.02
+    tied: bool = False  # the output matrix is the embedding
 
     @property
     def parameters(self) -> int:
         attention = 2 * self.width * self.head_dim * (self.heads + self.kv_heads)
         layer = attention + 3 * self.width * self.intermediate + 2 * self.width
-        return self.layers * layer + 2 * len(byte_tokenizer()) * self.width + self.width
+        matrices = 1 if self.tied else 2
+        return self.layers * layer + matrices * _byte_vocabulary() * self.width + self.width
 
     def __str__(self) -> str:
+        heads = f"{self.heads} x {self.head_dim}"
         return (
             f"{self.name} ({self.parameters / 1e6:.1f}M: {self.layers} layers of {self.width}, "
-            f"{self.heads} x {self.head_dim}, up to {self.max_context:,} tokens)"
+            f"{heads}, up to {self.max_context:,} tokens)"
         )
 
 
@@ -41,6 +60,13 @@ def byte_tokenizer() -> ByT5Tokenizer:
     return ByT5Tokenizer()
 
 
+@functools.cache
+def _byte_vocabulary() -> int:
+    return len(byte_tokenizer())
+
+
+# `paper` has the shape of arXiv 2605.06554, which has 530M parameters with a vocabulary of 128,256; `llama-1b` and
+# `llama-8b` those of Llama 3.2 1B and Llama 3.1 8B, with plain RoPE.
 SIZES = {
     size.name: size
     for size in (
@@ -48,28 +74,96 @@ SIZES = {
         Size("tiny", 6, 256, 4, 4, 64, 704, 131_072, 100_000.0),
         Size("small", 12, 512, 8, 8, 64, 1408, 131_072, 500_000.0),
         Size("medium", 24, 1024, 8, 4, 128, 2816, 131_072, 500_000.0),
+        Size("paper", 30, 1024, 8, 8, 128, 1536, 1_048_576, 500_000.0),
+        Size("llama-1b", 16, 2048, 32, 8, 64, 8192, 1_048_576, 500_000.0, tied=True),
+        Size("llama-8b", 32, 4096, 32, 8, 128, 14_336, 1_048_576, 500_000.0),
     )
 }
 
 
 def check_model(name: str, context: int) -> int:
-    """Raises `ValueError` for a model that is not known or not made for so long a context; else its layers."""
+    """The layers of a model that `context` tokens fit; makes no weights and needs no tokenizer.
+
+    `name` is a size, or the path of a configuration of Transformers: a config.json, or a folder that has one.
+
+    Raises:
+        ValueError: it is neither, not made for so long a context, or of a kind that Lighthouse does not know.
+    """
+    return _config(name, context)[0].num_hidden_layers
+
+
+def check_head_dim(name: str, context: int, device_type: str) -> None:
+    """Lighthouse's kernels take the model's heads on such a device. Raises `ValueError`."""
+    head_dim = _config(name, context)[0].head_dim
+    if device_type == "cuda" and (head_dim % 8 or head_dim > MAX_HEAD_DIM):
+        raise ValueError(
+            f"model={name!r} has head_dim {head_dim}: Lighthouse on CUDA needs a multiple of 8 up to {MAX_HEAD_DIM}; "
+            "choose another number of heads, or train dense with --dense_only"
+        )
+
+
+def model_notes(name: str, context: int) -> list[str]:
+    """What was changed of a given configuration, and what is doubtful in it: a sentence each."""
+    return _config(name, context)[1]
+
+
+def new_config(name: str, context: int, tokenizer: PreTrainedTokenizerBase | None = None) -> LlamaConfig:
+    """The configuration of a model for `context` tokens in this tokenizer's ids; by default bytes.
+
+    A named size gets the tokenizer's vocabulary, and `context` as its `max_position_embeddings`: it has seen no
+    position beyond. A given configuration keeps its own vocabulary, which may be larger than the tokenizer's.
+
+    Raises:
+        ValueError: as `check_model` does, or the tokenizer has ids beyond the vocabulary.
+    """
+    tokenizer = byte_tokenizer() if tokenizer is None else tokenizer
+    config = _config(name, context)[0]
+    needed = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))
+    if name in SIZES:
+        config.vocab_size = needed
+    elif config.vocab_size < needed:
+        raise ValueError(
+            f"model={name!r} has vocab_size {config.vocab_size}: a tokenizer whose ids exceed the vocabulary, up to "
+            f"{needed - 1}; raise vocab_size to at least {needed}, or take the tokenizer that belongs to it"
+        )
+    config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    # The embedding of the padding token is never trained: no other mark may be it.
+    pad = tokenizer.pad_token_id
+    config.pad_token_id = None if pad in (tokenizer.eos_token_id, tokenizer.bos_token_id) else pad
+    return config
+
+
+def new_model(name: str, context: int, seed: int, tokenizer: PreTrainedTokenizerBase | None = None) -> LlamaForCausalLM:
+    """A model of `new_config` with fresh float32 weights on the CPU, which depend on `seed` alone."""
+    return model_of(new_config(name, context, tokenizer), seed)
+
+
+def model_of(config: LlamaConfig, seed: int) -> LlamaForCausalLM:
+    """The model of a configuration; each weight is drawn once, where plain construction would draw it twice."""
+    model = empty_model(config)
+    model.to_empty(device="cpu")
+    model.tie_weights()
+    set_seed(seed)
+    model.init_weights()
+    return model
+
+
+def empty_model(config: LlamaConfig) -> LlamaForCausalLM:
+    """The same without memory for its weights, on the `meta` device, to count and measure with."""
+    with torch.device("meta"):
+        return LlamaForCausalLM(config).to(torch.float32)
+
+
+def _config(name: str, context: int) -> tuple[LlamaConfig, list[str]]:
+    """The configuration, new on each call and without its vocabulary if it is a size's, and the notes."""
     if name not in SIZES:
-        raise ValueError(f"model={name!r}: there is {', '.join(SIZES)}")
+        config = _read(name)
+        return config, _fit(name, config, context)
     size = SIZES[name]
     if context > size.max_context:
         raise ValueError(f"context={context}: model {name!r} allows at most {size.max_context} tokens")
-    return size.layers
-
-
-def new_model(name: str, context: int, seed: int) -> LlamaForCausalLM:
-    """A Llama of that size with fresh weights, which depend on `seed` alone.
-
-    `context` tokens become its `max_position_embeddings`: it has seen no position beyond.
-    """
-    size, tokenizer = SIZES[name], byte_tokenizer()
     config = LlamaConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=_byte_vocabulary(),
         hidden_size=size.width,
         intermediate_size=size.intermediate,
         num_hidden_layers=size.layers,
@@ -79,9 +173,83 @@ def new_model(name: str, context: int, seed: int) -> LlamaForCausalLM:
         max_position_embeddings=context,
         initializer_range=size.initializer_range,
         rope_parameters={"rope_type": "default", "rope_theta": size.rope_theta},
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=size.tied,
     )
-    set_seed(seed)
-    return LlamaForCausalLM(config).to(torch.float32)
+    return config, []
+
+
+def _read(name: str) -> LlamaConfig:
+    """The configuration at a path, checked for what does not depend on the context."""
+    path = Path(name)
+    if not path.exists():
+        raise ValueError(
+            f"model={name!r}: there is {', '.join(SIZES)}, or the path of a {CONFIG} or of a folder that has it; this "
+            "path does not exist"
+        )
+    file = path / CONFIG if path.is_dir() else path
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"model={name!r} is a folder without a {CONFIG}") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model={name!r} is no configuration in JSON: {error}") from None
+    kinds = {entry.causal.config_class.model_type: entry for entry in ARCHITECTURES}
+    kind = values.get("model_type") if isinstance(values, dict) else None
+    if kind not in kinds:
+        raise ValueError(f"model={name!r} has model_type {kind!r}: Lighthouse knows {', '.join(kinds)}, no others yet")
+    if values.get("quantization_config"):
+        raise ValueError(f"model={name!r} has a quantization_config: weights are trained in full, so take it out")
+    try:
+        config = kinds[kind].causal.config_class.from_dict(values)
+    except Exception as error:  # of kinds that differ from version to version
+        raise ValueError(f"model={name!r} is no {kind} configuration: {' '.join(str(error).split())}") from error
+    check_config(config)
+    if config.head_dim % 2 or config.head_dim < 4:
+        raise ValueError(f"model={name!r} has head_dim {config.head_dim}: RoPE needs an even number from 4 on")
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise ValueError(
+            f"model={name!r} has num_key_value_heads {config.num_key_value_heads} and num_attention_heads "
+            f"{config.num_attention_heads}: the query heads must be a multiple of the key-value heads"
+        )
+    config.dtype = torch.float32
+    return config
+
+
+def _fit(name: str, config: LlamaConfig, context: int) -> list[str]:
+    """Fits length and RoPE of a given configuration to the context, in place; says what was changed."""
+    notes = []
+    if config.max_position_embeddings < context:
+        notes.append(f"max_position_embeddings was {config.max_position_embeddings:,}, is {context:,}: the context.")
+        config.max_position_embeddings = context
+    rope = config.rope_parameters
+    kind, reach = rope.get("rope_type", "default"), wavelength(config)
+    if kind != "default":
+        if reach < context:
+            raise ValueError(
+                f"model={name!r}: the longest wavelength of its RoPE, of type {kind!r}, is {reach:,.0f} tokens, and "
+                f"the context has {context:,}: such types stretch trained models; for training from scratch take "
+                '"rope_parameters": {"rope_type": "default"}, whose base is then fitted'
+            )
+        notes.append(f"RoPE of type {kind!r} is kept as given: it is meant for stretching a trained model.")
+    elif reach < context:
+        base = _rounded_up((context / (2 * math.pi)) ** (config.head_dim / (config.head_dim - 2)))
+        notes.append(
+            f"rope_theta was {rope['rope_theta']:,.0f}, whose longest wavelength is {reach:,.0f} tokens; it is "
+            f"{base:,.0f}, so that it reaches over the context of {context:,}."
+        )
+        config.rope_parameters = rope | {"rope_theta": base}
+    return notes
+
+
+def wavelength(config: LlamaConfig) -> float:
+    """Tokens in the longest period of the configuration's RoPE."""
+    kind = config.rope_parameters.get("rope_type", "default")
+    if kind != "default":
+        return 2 * math.pi / ROPE_INIT_FUNCTIONS[kind](config, "cpu")[0].min().item()
+    return 2 * math.pi * config.rope_parameters["rope_theta"] ** ((config.head_dim - 2) / config.head_dim)
+
+
+def _rounded_up(number: float) -> float:
+    """To two digits."""
+    unit = 10.0 ** (math.floor(math.log10(number)) - 1)
+    return math.ceil(number / unit) * unit
