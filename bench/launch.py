@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import sys
 import time
 from pathlib import Path
 
+import setting
 import torch
 import torch.nn.functional as F
 
@@ -107,15 +106,16 @@ def main() -> None:
     make = {"device": options.device, "dtype": torch.bfloat16 if on_cuda else torch.float32}
     query, key, value, grad = (torch.randn(1, options.tokens, 2, 64, **make).transpose(1, 2) for _ in range(4))
     found = parts(*(tensor.requires_grad_() for tensor in (query, key, value)), grad)
-    device = torch.cuda.get_device_name() if on_cuda else platform.processor() or platform.machine()
+    kind = "cuda" if on_cuda else "cpu"
+    device = setting.device_name(kind)
     print(f"{device}, torch {torch.__version__}: host microseconds of one call, {options.tokens} tokens")
     for name, time_ in found.items():
         print(f"  {name:40} {time_:8.1f}")
     if options.json:
         results = {
-            "command": " ".join(["python", *sys.argv]),
+            "command": setting.command(),
             "device": device,
-            "versions": {"torch": torch.__version__, "python": platform.python_version()},
+            "versions": setting.versions(kind),
             "tokens": options.tokens,
             "microseconds": found,
         }

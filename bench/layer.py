@@ -68,13 +68,20 @@ def peak_in_own_process(side, tokens, options, dtype_name) -> tuple[int, float]:
     return int(printed[0]), float(printed[1])
 
 
-def peak(side, tokens, options, dtype) -> tuple[int, float]:
-    """Peak bytes of one call and its seconds, here. As in a model, the output is used by what follows and not held."""
+def peak(side, tokens, options, dtype, *, held=False) -> tuple[int, float]:
+    """Peak bytes of one call and its seconds, here. As in a model, the output is used by what follows and not held.
+
+    `held`: the output stays until the gradients are there, and its gradient is one that was there before.
+    """
     inputs, grad = leaves(tokens, options.heads, options.kv_heads, options.head_dim, dtype, options.device)
     attention = {"dense": dense, "lighthouse": ours(options)}[side]
 
     def run(tensors, gradient):
-        torch.autograd.grad((attention(*tensors) * gradient).sum(), tensors)
+        if not held:
+            torch.autograd.grad((attention(*tensors) * gradient).sum(), tensors)
+            return
+        output = attention(*tensors)
+        torch.autograd.grad(output, tensors, gradient)
 
     few = [tensor.detach()[:, :, :64].requires_grad_() for tensor in inputs]
     run(few, grad[:, :, :64])  # what is set up once is not the layer's
@@ -204,6 +211,8 @@ def measure(tokens, options, dtype) -> dict:
             of_side = peak if on_gpu else peak_in_own_process
             memory, once = of_side(names[0], tokens, options, dtype if on_gpu else row["dtype"])
             row[f"{names[0]}_peak_bytes"] = memory
+            if on_gpu and tokens <= GRAPH_TOKENS:
+                row[f"{names[0]}_held_peak_bytes"], _ = peak(names[0], tokens, options, dtype, held=True)
             if names == ("dense",) and not on_gpu and once > 2 * options.budget:
                 row["dense_seconds"] = once
                 continue
@@ -224,8 +233,10 @@ def derive(row: dict) -> None:
             row[f"{kind}times_dense"] = found[0] / found[1]
         if all(found[1:]):
             row[f"{kind}beside_inner_seconds"] = found[1] - found[2]
-    if "dense_peak_bytes" in row and "lighthouse_peak_bytes" in row:
-        row["peak_of_dense"] = row["lighthouse_peak_bytes"] / row["dense_peak_bytes"]
+    for kind in ("", "held_"):
+        found = [row.get(f"{name}_{kind}peak_bytes") for name in ("dense", "lighthouse")]
+        if all(found):
+            row[f"{kind}peak_of_dense"] = found[1] / found[0]
 
 
 def ms(seconds: float) -> str:
@@ -252,6 +263,7 @@ COLUMNS = [
     ("peak: dense", "dense_peak_bytes", mib),
     ("Lighthouse", "lighthouse_peak_bytes", mib),
     ("of dense's", "peak_of_dense", "{:.2f}".format),
+    ("output held", "held_peak_of_dense", "{:.2f}".format),
 ]
 
 
