@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -92,7 +93,7 @@ class AtStep:
 class AtChange:
     """Kills the process at its `number`-th change of the run's folder: a file opened to write, renamed or removed.
 
-    What PyTorch and safetensors write is cut off in the middle of the file.
+    What PyTorch and safetensors write is cut off in the middle of the file, other files before their first byte.
     """
 
     def __init__(self, folder: Path, number: int):
@@ -108,14 +109,16 @@ class AtChange:
 
     def audit(self, event, args):
         if event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR):
-            self.change(args[0])
+            self.change(args[0], opened=True)
         elif event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir"):
             self.change(args[0])
 
-    def change(self, path):
+    def change(self, path, opened=False):
         if str(path).startswith(self.folder) or not os.path.isabs(str(path)):  # rmtree's are relative
             self.changes += 1
             if self.changes == self.number:
+                if opened:
+                    os.open(path, os.O_CREAT)  # it is there and empty
                 os.kill(os.getpid(), signal.SIGKILL)
 
     def cut_off(self, save):
@@ -178,26 +181,33 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, text, undisturbed, call
 
 
 def test_killed_at_every_change_of_the_folder(tmp_path, text, undisturbed):
-    """Each process goes on where the last was killed, and gets one change further: through a checkpoint's writing, the
-    removal of the one before, the clearing away of what was left, the model and the results at the end.
+    """With a whole checkpoint and half of the next: while this is cleared away, a checkpoint is written, the one before
+    removed, and the model and the results are written at the end. What is left goes on each time to the same bits.
     """
-    folder, steps, last, passed_over = tmp_path / "run", 12, 0, 0
+    folder, base, every = tmp_path / "run", tmp_path / "base", {"max_steps": 2, "save_steps": 1}
+    assert status(start(AtStep(2, signal.SIGKILL), text, folder, **every)) == -signal.SIGKILL
+    shutil.copytree(
+        folder / "checkpoint-1", folder / "checkpoint-2", ignore=lambda *_: ["manifest.json", "config.json"]
+    )
+    folder.rename(base)
+    last, unfinished = 1, set()
     for number in range(1, 200):
-        killed = AtChange(folder, number)
-        began = (folder / "run.json").is_file()
-        process = start(killed, text, folder, max_steps=steps, save_steps=1, resume=began, eval_steps=4)
-        if status(process) == 0:
-            break
-        assert process.exitcode == -signal.SIGKILL, said(folder)
+        shutil.copytree(base, folder)
+        ended = status(start(AtChange(folder, number), text, folder, resume=True, **every))
         whole = checkpoints.last_whole(folder)
-        passed_over += len(checkpoints.checkpoints_in(folder)) - (whole is not None)
-        step = 0 if whole is None else checkpoints.step_of(whole)
-        assert step >= last, number  # no whole checkpoint was lost
-        last = step
-    assert number > 30 and passed_over > 5 and last == steps
-    assert losses(folder) == undisturbed(steps, save_steps=1, eval_steps=4)
-    assert [path.name for path in checkpoints.checkpoints_in(folder)] == [f"checkpoint-{steps}"]
-    assert not list(folder.glob("*.partial")) and not list(folder.glob("*.replaced"))
+        assert whole is not None and checkpoints.step_of(whole) >= last, number
+        last = checkpoints.step_of(whole)
+        unfinished.update((whole.name, path.name) for path in checkpoints.checkpoints_in(folder) if path != whole)
+        if ended != 0:
+            assert ended == -signal.SIGKILL, said(folder)
+            assert status(start(nothing, text, folder, resume=True, **every)) == 0, said(folder)
+        assert losses(folder) == undisturbed(2, save_steps=1)
+        assert {path.name for path in folder.iterdir()} == {"checkpoint-2", "model", "results.json", "run.json"}
+        if ended == 0:
+            break
+        shutil.rmtree(folder)
+    assert number > 40 and last == 2
+    assert unfinished == {("checkpoint-1", "checkpoint-2"), ("checkpoint-2", "checkpoint-1")}
 
 
 STOPPED = [

@@ -194,6 +194,9 @@ class Run:
         if trainer.is_world_process_zero():
             self.folder.mkdir(parents=True, exist_ok=True)
             checkpoints.remove_unfinished(self.folder)
+            if self.checkpoint is not None:  # a kill may have come between a checkpoint and the removal of an older one
+                best = TrainerState.load_from_json(str(Path(self.checkpoint) / STATE)).best_model_checkpoint
+                checkpoints.rotate(self.folder, training.save_total_limit, best)
             checkpoints.write_whole(self.folder / SETTINGS, json.dumps(self.settings(), indent=2) + "\n")
         with self._ends(trainer):
             if self.finished:
