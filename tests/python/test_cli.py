@@ -11,6 +11,7 @@ import pytest
 
 import lighthouse
 from lighthouse.cli import main
+from small_llama import one_thread  # noqa: F401
 from training_runs import write_text
 
 SMALL = (

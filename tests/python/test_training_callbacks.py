@@ -14,6 +14,7 @@ from lighthouse.plan import plan
 from lighthouse.training import pretrain
 from lighthouse.training.callbacks import FirstNotFinite, Record, StopOnSignal, SwitchToDense, memory
 from lighthouse.training.result import NotFinite
+from small_llama import one_thread  # noqa: F401
 from training_runs import CONTEXT, options, training, write_text
 
 

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, T
 from lighthouse.training import PretrainResult, checkpoints, prepare, pretrain, pretrain_both
 from lighthouse.training import run as run_module
 from lighthouse.training.model import new_model
+from small_llama import one_thread  # noqa: F401
 from training_runs import CONTEXT, options, training, write_text
 
 attention_module = sys.modules["lighthouse.attention"]  # `lighthouse.attention` is the function
@@ -398,8 +399,8 @@ def test_each_option_that_may_change_is_one_of_the_trainers():
 
 
 def test_a_model_that_is_another_now_is_refused(saved, text, monkeypatch, tmp_path):
-    before = run_module.new_model
-    monkeypatch.setattr(run_module, "new_model", lambda *args: _with(before(*args), rms_norm_eps=0.5))
+    before = run_module.model_of
+    monkeypatch.setattr(run_module, "model_of", lambda *args: _with(before(*args), rms_norm_eps=0.5))
     with pytest.raises(ValueError, match="rms_norm_eps was 1e-06, is 0.5"):
         prepare(options(text), training(saved, resume=True, max_steps=9)).train()
 

@@ -18,7 +18,10 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns the exit status: 0 done, 1 failed, 2 not understood, 130 interrupted."""
+    """Runs the command line and returns the exit status: 0 done, 1 failed, 2 not understood, 130 interrupted.
+
+    A signal that asks a run to end raises SystemExit(143).
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser().parse_args(arguments[:1])
     if options.command is None:

@@ -23,6 +23,7 @@ from lighthouse.training import (
     PretrainOptions,
     PretrainResult,
     Run,
+    RunFailed,
     TrainingOptions,
     configuration,
     demo_defaults,
@@ -67,10 +68,14 @@ def main(arguments: Sequence[str]) -> int:
     except (ValueError, TypeError, OSError) as error:
         print(f"lighthouse pretrain: error: {error}", file=sys.stderr)
         return 2
-    if demo:
-        _compare(runs, Path(training.output_dir))
-    else:
-        _single(runs)
+    try:
+        if demo:
+            _compare(runs, Path(training.output_dir))
+        else:
+            _single(runs)
+    except RunFailed as error:
+        print(f"lighthouse pretrain: error: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -20,16 +20,26 @@ from lighthouse.training.options import (  # noqa: E402
     PretrainOptions,
     TrainingOptions,
 )
-from lighthouse.training.result import PretrainResult  # noqa: E402
+from lighthouse.training.result import (  # noqa: E402
+    DiskFull,
+    NotFinite,
+    PretrainResult,
+    RunFailed,
+    Stopped,
+)
 from lighthouse.training.run import Run, prepare, pretrain  # noqa: E402
 
 __all__ = [
     "DataOptions",
+    "DiskFull",
     "LighthouseOptions",
     "ModelOptions",
+    "NotFinite",
     "PretrainOptions",
     "PretrainResult",
     "Run",
+    "RunFailed",
+    "Stopped",
     "TrainingOptions",
     "demo_defaults",
     "prepare",

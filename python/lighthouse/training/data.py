@@ -18,7 +18,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -126,7 +125,7 @@ class Corpus:
         )
 
 
-def find_corpus(options, *, context: int, seed: int, tokenizer=None, held_out: int | None = None) -> Corpus:
+def find_corpus(options, *, context: int, seed: int, tokenizer=None) -> Corpus:
     """Finds the text, checks as much of it as is cheap, and holds documents out.
 
     Reads the first 64 KiB of each file, or a dataset's first row, and what is held out. A dataset that is not streamed
@@ -146,12 +145,11 @@ def find_corpus(options, *, context: int, seed: int, tokenizer=None, held_out: i
     Raises:
         FileNotFoundError, OSError, ValueError: no such text, none in it, too little, too few documents to hold one out.
     """
-    if options is None or isinstance(options, str | os.PathLike):
-        options = SimpleNamespace(data=[str(options)] if options else None, dataset=None, held_out=held_out)
     source = documents.open_source(options, seed)
     encoder = Encoder(tokenizer or load_tokenizer(None))
-    streamed = getattr(options, "stream", False)
-    corpus = Corpus(source, streamed=streamed, context=context, seed=seed, held_out=options.held_out, encoder=encoder)
+    corpus = Corpus(
+        source, streamed=options.stream, context=context, seed=seed, held_out=options.held_out, encoder=encoder
+    )
     if source.kind == "files" and corpus._exact:
         _check_enough(corpus, sum(file.size + 1 for file in source.files))
     if source.kind != "dataset":

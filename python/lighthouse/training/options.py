@@ -62,7 +62,7 @@ class DataOptions:
     text_column: str = field(default="text", metadata={"help": "Column of the dataset that holds the text."})
     stream: bool = field(
         default=False,
-        metadata={"help": "Read the dataset while training, and cut no copy of it first: for what no disk here holds."},
+        metadata={"help": "Read the text while training, and cut no copy of it first: for what no disk here holds."},
     )
     tokenizer: str | None = field(
         default=None,

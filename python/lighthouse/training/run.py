@@ -18,13 +18,21 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import (
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_callback import ExportableState
 
 import lighthouse.huggingface  # noqa: F401  the wrapper would import it only when a run has begun
 from lighthouse import LighthouseWrapper
 from lighthouse.plan import plan
-from lighthouse.training import checkpoints, data
+from lighthouse.training import checkpoints, configuration, data
 from lighthouse.training.callbacks import (
     FirstNotFinite,
     Lines,
@@ -34,7 +42,7 @@ from lighthouse.training.callbacks import (
     SwitchToDense,
     memory,
 )
-from lighthouse.training.model import byte_tokenizer, new_model
+from lighthouse.training.model import check_head_dim, model_notes, model_of, new_config
 from lighthouse.training.options import PretrainOptions, TrainingOptions
 from lighthouse.training.result import (
     LIGHTHOUSE,
@@ -86,6 +94,9 @@ SETTINGS = "run.json"
 STATE = "trainer_state.json"
 MODEL = "model"
 
+# Where accelerate runs copies in place of shards, without a word.
+NOT_SHARDED_ON = frozenset({"cpu", "mps"})
+
 WHY_DENSE = (
     "The held-out loss is measured with dense attention, also while Lighthouse is on: which tokens Lighthouse keeps\n"
     "depends on later ones, so losses seen under it, that stage's training loss too, do not compare with dense ones."
@@ -98,6 +109,7 @@ class Run:
 
     options: PretrainOptions
     training: TrainingOptions
+    tokenizer: PreTrainedTokenizerBase
     corpus: data.Corpus
     switch_step: int
     checkpoint: str | None
@@ -132,7 +144,7 @@ class Run:
 
     def __str__(self) -> str:
         options, steps = self.options, self.training.max_steps
-        lines = [str(self.corpus)]
+        lines = [str(self.corpus), *model_notes(options.model, options.context)]
         if self.checkpoint is not None:
             lines.append(f"Going on from {self.checkpoint}.")
             planned = TrainerState.load_from_json(str(Path(self.checkpoint) / STATE)).max_steps
@@ -158,11 +170,12 @@ class Run:
             Stopped: SIGTERM or SIGUSR1 was received, and a checkpoint saved.
         """
         options, training = self.options, self.training
+        resolved = configuration.text_of(configuration.resolved(options, training))
         if training.process_index == 0:
-            print(self, flush=True)
+            print(resolved, self, sep="\n", flush=True)
         with training.main_process_first(desc="cutting the text"):
             train_rows, held_out_rows = data.rows_of(self.corpus)
-        model = new_model(options.model, options.context, training.seed)
+        model = model_of(new_config(options.model, options.context, self.tokenizer), training.seed)
         if self.checkpoint is not None:
             _check_same_model(self.checkpoint, model)
         if self.finished:
@@ -198,6 +211,7 @@ class Run:
                 best = TrainerState.load_from_json(str(Path(self.checkpoint) / STATE)).best_model_checkpoint
                 checkpoints.rotate(self.folder, training.save_total_limit, best)
             checkpoints.write_whole(self.folder / SETTINGS, json.dumps(self.settings(), indent=2) + "\n")
+            checkpoints.write_whole(self.folder / configuration.CONFIGURATION, resolved)
         with self._ends(trainer):
             if self.finished:
                 trainer.state = TrainerState.load_from_json(str(Path(self.checkpoint) / STATE))
@@ -308,7 +322,7 @@ class Run:
 
             def write(folder: Path) -> None:
                 plain.save_pretrained(folder, state_dict=weights)
-                byte_tokenizer().save_pretrained(folder)
+                self.tokenizer.save_pretrained(folder)
 
             with _space_for("the model", self.folder, _weight_bytes(plain)):
                 checkpoints.write_whole_folder(self.folder / MODEL, write)
@@ -500,15 +514,19 @@ def prepare(options: PretrainOptions | None = None, training: TrainingOptions | 
     for name, why in REFUSED.items():
         if getattr(training, name, False):
             raise ValueError(f"{name}=True: {why}; leave it out")
+    _check_processes(options, training)
+    if options.uses_lighthouse:
+        check_head_dim(options.model, options.context, training.device.type)
     training.logging_nan_inf_filter = False  # it hides what is to stop the run, and waits for the device in each step
     training.remove_unused_columns = False  # a row's place in the text is one
     earlier, checkpoint = _what_is_there(training)
-    folder = options.data[0] if options.data else None
-    corpus = data.find_corpus(folder, context=options.context, held_out=options.held_out, seed=training.seed)
+    tokenizer = data.load_tokenizer(options.tokenizer)
+    new_config(options.model, options.context, tokenizer)  # refuses ids beyond the vocabulary
+    corpus = data.find_corpus(options, context=options.context, seed=training.seed, tokenizer=tokenizer)
     switch_step = options.lighthouse_steps(training.max_steps, tokens_per_step(options, training))
     if earlier is not None and _switches_at_a_share(options):
         switch_step = earlier["lighthouse_steps"]  # it stays where it was when the number of steps changes
-    run = Run(options, training, corpus, switch_step, checkpoint)
+    run = Run(options, training, tokenizer, corpus, switch_step, checkpoint)
     if earlier is not None:
         _check_same(earlier, run.settings())
         if checkpoint is not None and _steps_in(checkpoint) > training.max_steps:
@@ -517,6 +535,22 @@ def prepare(options: PretrainOptions | None = None, training: TrainingOptions | 
                 "ask for as many or more"
             )
     return run
+
+
+def _check_processes(options: PretrainOptions, training: TrainingOptions) -> None:
+    """Refuses what would be done otherwise than asked for, without a word."""
+    device = training.device.type
+    if training.fsdp and (device in NOT_SHARDED_ON or training.world_size == 1):
+        raise ValueError(
+            f"fsdp with {training.world_size} process on a {device} device: shards are made by several processes on "
+            "accelerators (torchrun --nproc_per_node 8 -m lighthouse.cli pretrain ...); without --fsdp each process "
+            "holds a copy"
+        )
+    if options.stream and training.dataloader_num_workers > 1:
+        raise ValueError(
+            f"dataloader_num_workers={training.dataloader_num_workers} with stream: each would read all of the text; "
+            "one reads ahead"
+        )
 
 
 def _switches_at_a_share(options: PretrainOptions) -> bool:
