@@ -438,3 +438,21 @@ def test_what_a_run_says(tmp_path, text):
     ):
         assert part in said
     assert "dense attention is as fast" in said  # at 128 tokens
+
+
+@pytest.mark.parametrize("checkpointing, graphs", [(False, 3), (True, 4)], ids=["plain", "activation_checkpointing"])
+def test_compiled_layers(tmp_path, text, monkeypatch, checkpointing, graphs):
+    """Two graphs to train with, Lighthouse's and the dense one, for all layers and both stages, and what evaluates:
+    with checkpointing the first layer's input asks for a gradient there too."""
+    plain_compile = torch.nn.Module.compile
+    quick = {"backend": "aot_eager"}
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: plain_compile(self, **options, **quick))
+    changes = {"activation_checkpointing": checkpointing}
+    eager = pretrain(options(text), training(tmp_path / "eager", **changes))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = pretrain(options(text, compile_layers=True), training(tmp_path / "compiled", **changes))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+    assert [p.loss for p in compiled.held_out] == pytest.approx([p.loss for p in eager.held_out], rel=1e-4)
+    model = AutoModelForCausalLM.from_pretrained(compiled.model_folder)
+    assert list(model.state_dict()) == list(new_model("nano", CONTEXT, 0).state_dict())

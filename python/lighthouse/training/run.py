@@ -191,6 +191,9 @@ class Run:
                 min_tokens=0,
                 max_share=1.0,
             )
+        if options.compile_layers and not training.torch_compile:
+            for layer in model.base_model.layers:
+                layer.compile(fullgraph=True, dynamic=False)  # in place: no name changes
         record, stop = Record(self.switch_step), StopOnSignal()
         trainer = _Trainer(
             model=model,
