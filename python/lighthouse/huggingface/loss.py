@@ -30,6 +30,11 @@ CHUNK_TOKENS = 2048
 CHUNK_LOGITS = 2**24
 
 
+def chunk_tokens(vocabulary: int) -> int:
+    """The tokens in a stretch."""
+    return max(CHUNK_TOKENS, CHUNK_LOGITS // vocabulary)
+
+
 class OutputLayer(Swapped):
     """A module that makes logits, able to give the loss instead: called with targets too.
 
@@ -72,7 +77,7 @@ class _SummedLoss(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if wanted[0] else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted[1] else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if wanted[2] else None
-        step = max(CHUNK_TOKENS, CHUNK_LOGITS // weight.shape[0])
+        step = chunk_tokens(weight.shape[0])
         start, tokens = 0, hidden.shape[0]
         while start < tokens:  # a range() would compile once for every number of tokens, not only of stretches
             stretch = slice(start, start + step if start + step < tokens else tokens)
@@ -80,7 +85,7 @@ class _SummedLoss(torch.autograd.Function):
             rows = hidden[stretch].to(dtype)
             ignored = (targets[stretch] == IGNORE_INDEX)[:, None]
             classes = targets[stretch, None].masked_fill(ignored, 0)
-            error = F.log_softmax(F.linear(rows, factor, offset), dim=-1, dtype=torch.float32)
+            error = F.log_softmax(F.linear(rows, factor, offset).float(), dim=-1)
             chosen = error.gather(1, classes)
             total = total - chosen.masked_fill(ignored, 0).sum()
             if not any(wanted):
