@@ -17,7 +17,7 @@ import sys
 import pytest
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from training_runs import write_text
+from training_runs import CHECKPOINTING, write_text
 
 DRIVER = """
 import os, sys
@@ -69,7 +69,7 @@ def losses(folder):
 
 def test_copies(tmp_path, text):
     """Accumulation, checkpointing of activations and bfloat16 too: one sequence of each process in two turns."""
-    options = ["--gradient_accumulation_steps", "2", "--activation_checkpointing", "true", "--bf16", "true"]
+    options = ["--gradient_accumulation_steps", "2", f"--{CHECKPOINTING}", "true", "--bf16", "true"]
     done = start(tmp_path, ["--data", str(text), "--output_dir", str(tmp_path / "run"), *options])
     assert done.returncode == 0, done.stdout + done.stderr
     assert "DistributedDataParallel" in done.stdout

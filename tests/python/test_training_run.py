@@ -17,7 +17,7 @@ from lighthouse.training import PretrainResult, checkpoints, prepare, pretrain, 
 from lighthouse.training import run as run_module
 from lighthouse.training.model import new_model
 from small_llama import one_thread  # noqa: F401
-from training_runs import CONTEXT, options, training, write_text
+from training_runs import CHECKPOINTING, CONTEXT, options, training, write_text
 
 attention_module = sys.modules["lighthouse.attention"]  # `lighthouse.attention` is the function
 
@@ -282,7 +282,7 @@ def test_training_options_of_the_trainer_count(tmp_path, text):
             tmp_path,
             gradient_accumulation_steps=2,
             per_device_train_batch_size=2,
-            gradient_checkpointing=True,
+            **{CHECKPOINTING: True},
             bf16=True,
         ),
     )
@@ -315,6 +315,14 @@ REFUSED = [
     ("no_parents", {"select_topk": "0"}, {}, "select_topk=0"),
     ("all_layers_dense", {"dense_layers": 2}, {}, "dense_layers=2: .* none is left to Lighthouse"),
     ("a_folder_that_is_not_there", {"data": "/no/such/folder"}, {}, "data='/no/such/folder' does not exist"),
+    (
+        "more_memory_than_there_is",
+        {"model": "llama-8b", "context": 1_000_000},
+        {},
+        "out of memory: a training step needs at least .* take a shorter --context, --gradient_checkpointing true",
+    ),
+    ("shards_on_a_cpu", {}, {"fsdp": "full_shard"}, "fsdp with 1 process on a cpu device"),
+    ("workers_that_each_stream", {"stream": True}, {"dataloader_num_workers": 2}, "each would read all of the text"),
     ("nothing_to_resume", {}, {"resume": True}, "holds no checkpoint to resume from"),
     ("a_checkpoint_that_is_not_there", {}, {"resume_from_checkpoint": "/no/such"}, "'/no/such' is not a folder"),
     ("a_batch_size_that_changes", {}, {"auto_find_batch_size": True}, "auto_find_batch_size=True: the steps' tokens"),
@@ -447,7 +455,7 @@ def test_compiled_layers(tmp_path, text, monkeypatch, checkpointing, graphs):
     plain_compile = torch.nn.Module.compile
     quick = {"backend": "aot_eager"}
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: plain_compile(self, **options, **quick))
-    changes = {"activation_checkpointing": checkpointing}
+    changes = {CHECKPOINTING: checkpointing}
     eager = pretrain(options(text), training(tmp_path / "eager", **changes))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()

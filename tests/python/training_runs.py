@@ -17,6 +17,13 @@ _cache = tempfile.TemporaryDirectory(prefix="lighthouse-tests-")
 datasets.config.HF_DATASETS_CACHE = Path(_cache.name)
 
 CONTEXT = 128
+
+# As this version of Transformers calls it.
+CHECKPOINTING = next(
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if name in TrainingOptions.__dataclass_fields__
+)
 WORDS = "the light of a house on the rock by the sea turns and returns and the ships see it from afar".split()
 
 

@@ -28,6 +28,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer_callback import ExportableState
+from transformers.utils.generic import ExplicitEnum
 
 import lighthouse.huggingface  # noqa: F401  the wrapper would import it only when a run has begun
 from lighthouse import LighthouseWrapper
@@ -42,6 +43,7 @@ from lighthouse.training.callbacks import (
     SwitchToDense,
     memory,
 )
+from lighthouse.training.memory import MemoryEstimate, check_memory, estimate
 from lighthouse.training.model import check_head_dim, model_notes, model_of, new_config
 from lighthouse.training.options import PretrainOptions, TrainingOptions
 from lighthouse.training.result import (
@@ -181,16 +183,17 @@ class Run:
         if self.finished:
             model = type(model).from_pretrained(self._last_or_best(), dtype=model.dtype)
         self._check_space(model)
-        if self.switch_step > 0:
-            # What is asked for is done, also where dense attention would be as fast: no limits here.
-            model = LighthouseWrapper(
-                model,
-                pool_ratios=options.pool_ratios,
-                select_topk=options.select_topk,
-                dense_layers=options.dense_layers,
-                min_tokens=0,
-                max_share=1.0,
-            )
+        # A dense run too is wrapped, with Lighthouse off: for the loss that holds no logits. What is asked for is done,
+        # also where dense attention would be as fast: no limits here.
+        model = LighthouseWrapper(
+            model,
+            pool_ratios=options.pool_ratios,
+            select_topk=options.select_topk,
+            dense_layers=options.dense_layers,
+            min_tokens=0,
+            max_share=1.0,
+        )
+        model.lighthouse(self.switch_step > 0)
         if options.compile_layers and not training.torch_compile:
             for layer in model.base_model.layers:
                 layer.compile(fullgraph=True, dynamic=False)  # in place: no name changes
@@ -201,7 +204,7 @@ class Run:
             train_dataset=train_rows,
             eval_dataset=held_out_rows,
             data_collator=data.collate,
-            callbacks=[SwitchToDense(self.switch_step), record, stop] if self.switch_step > 0 else [record, stop],
+            callbacks=[SwitchToDense(self.switch_step), record, stop],
             run=self,
             record=record,
             stop=stop,
@@ -295,8 +298,7 @@ class Run:
         sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
         weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded else None  # by all processes
         plain = trainer.accelerator.unwrap_model(trainer.model)
-        if self.switch_step > 0:
-            plain = plain.unwrap()
+        plain = plain.unwrap()
         plain.config.use_cache = True  # off in training only
         warnings = []
         if self.switch_step >= state.global_step:
@@ -510,8 +512,8 @@ def prepare(options: PretrainOptions | None = None, training: TrainingOptions | 
     Raises:
         FileNotFoundError: the text's folder does not exist, or there is nothing to resume.
         FileExistsError: the output folder holds a run already.
-        ValueError: too little text, an option that does not fit, or a resumed run with other settings than it began
-            with.
+        ValueError: too little text, an option that does not fit, more memory than there is, or a resumed run with
+            other settings than it began with.
     """
     options, training = options or PretrainOptions(), training or TrainingOptions()
     for name, why in REFUSED.items():
@@ -524,11 +526,12 @@ def prepare(options: PretrainOptions | None = None, training: TrainingOptions | 
     training.remove_unused_columns = False  # a row's place in the text is one
     earlier, checkpoint = _what_is_there(training)
     tokenizer = data.load_tokenizer(options.tokenizer)
-    new_config(options.model, options.context, tokenizer)  # refuses ids beyond the vocabulary
-    corpus = data.find_corpus(options, context=options.context, seed=training.seed, tokenizer=tokenizer)
+    config = new_config(options.model, options.context, tokenizer)
     switch_step = options.lighthouse_steps(training.max_steps, tokens_per_step(options, training))
     if earlier is not None and _switches_at_a_share(options):
         switch_step = earlier["lighthouse_steps"]  # it stays where it was when the number of steps changes
+    check_memory(_memory(options, training, config, dense=switch_step < training.max_steps), training.device)
+    corpus = data.find_corpus(options, context=options.context, seed=training.seed, tokenizer=tokenizer)
     run = Run(options, training, tokenizer, corpus, switch_step, checkpoint)
     if earlier is not None:
         _check_same(earlier, run.settings())
@@ -554,6 +557,26 @@ def _check_processes(options: PretrainOptions, training: TrainingOptions) -> Non
             f"dataloader_num_workers={training.dataloader_num_workers} with stream: each would read all of the text; "
             "one reads ahead"
         )
+
+
+def _memory(options: PretrainOptions, training: TrainingOptions, config, *, dense: bool) -> MemoryEstimate:
+    """Of the larger of a run's stages, the dense one where there is one."""
+    settings = LighthouseSettings(
+        pool_ratios=options.pool_ratios, select_topk=options.select_topk, dense_layers=options.dense_layers
+    )
+    sharded = bool(training.fsdp) or training.deepspeed is not None
+    return estimate(
+        config,
+        options.context,
+        rows=training.per_device_train_batch_size,
+        bf16=training.bf16,
+        lighthouse=None if dense else settings,
+        gradient_checkpointing=training.gradient_checkpointing or getattr(training, "activation_checkpointing", False),
+        optimizer=training.optim.value if isinstance(training.optim, ExplicitEnum) else str(training.optim),
+        accumulation=training.gradient_accumulation_steps,
+        compiled=training.torch_compile or options.compile_layers,
+        shards=training.world_size if sharded else 1,
+    )
 
 
 def _switches_at_a_share(options: PretrainOptions) -> bool:
