@@ -137,8 +137,8 @@ class PretrainOptions(ModelOptions, DataOptions, LighthouseOptions):
         if self.held_out < 1:
             raise ValueError(f"held_out={self.held_out}: at least one context is needed")
         self._check_switch()
-        self.pool_ratios = [_number("pool_ratios", ratio) for ratio in self.pool_ratios]
-        self.select_topk = _number("select_topk", self.select_topk)
+        self.pool_ratios = [number("pool_ratios", ratio) for ratio in self.pool_ratios]
+        self.select_topk = number("select_topk", self.select_topk)
         settings = LighthouseSettings(
             pool_ratios=self.pool_ratios, select_topk=self.select_topk, dense_layers=self.dense_layers
         )
@@ -228,7 +228,7 @@ def field_names(*classes) -> set[str]:
     return {f.name for cls in classes for f in fields(cls) if f.name in cls.__annotations__}
 
 
-def _number(name: str, value) -> int | float:
+def number(name: str, value) -> int | float:
     """`"1/64"` is 0.015625, `"512"` the number 512, `"1.0"` a share; numbers stay as they are."""
     if not isinstance(value, str):
         return value

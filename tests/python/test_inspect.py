@@ -1,0 +1,153 @@
+"""What a model's layers keep of a text: against the list of chosen entries, as a picture, as a page, by the command."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.image import imread
+
+import lighthouse
+from cases import rand_qkv
+from lighthouse import LighthouseWrapper
+from lighthouse.cli import main
+from lighthouse.huggingface.inspection import Choices, choices_in, choices_of
+from lighthouse.report import choice
+from lighthouse.training.model import new_model
+from small_llama import MODELS, SETTINGS, ids, one_thread, plain, wrapped  # noqa: F401
+
+CASES = [
+    ("defaults", 300, {}),
+    ("a_tail", 75, {"pool_ratios": (1 / 2, 1 / 8), "select_topk": 3}),
+    ("one_level", 40, {"pool_ratios": ()}),
+    ("shorter_than_a_window", 9, {"pool_ratios": (1 / 4, 1 / 16), "select_topk": 1}),
+]
+
+
+@pytest.mark.parametrize("tokens, settings", [c[1:] for c in CASES], ids=[c[0] for c in CASES])
+def test_levels_are_those_of_the_chosen_entries(tokens, settings):
+    query, key, _ = rand_qkv(tokens, query_heads=4, kv_heads=2)
+    selection = lighthouse.select(query, key, **settings)
+    choices = choices_in(selection)
+    for head in range(2):
+        finest = np.full(tokens, 255)
+        for level, index in sorted(selection.entries(0, head), reverse=True):
+            window = selection.windows[level]
+            finest[index * window : (index + 1) * window] = level
+        assert (choices.levels[0, head] == finest).all()
+    assert choices.length == len(selection.entries(0, 0))
+
+
+@pytest.mark.parametrize("model_class", MODELS)
+def test_each_layer_that_lighthouse_acts_in(model_class):
+    model = wrapped(model_class, eval="lighthouse").train()
+    choices = choices_of(model, ids(rows=1))
+    assert choices.layers == (1, 2) and choices.levels.shape[0] == 2 and choices.tokens == 64
+    assert model.training
+    assert choices.length == 32 and choices.windows == (1, 2, 4)
+    again = choices_of(model, ids(rows=1))
+    assert (again.levels == choices.levels).all()
+
+
+REFUSED = [
+    ("a_plain_model", plain, TypeError, "model is a plain LlamaForCausalLM"),
+    ("dense_in_evaluation", wrapped, ValueError, "Lighthouse did not act on 64 tokens"),
+    ("too_short", lambda: wrapped(eval="lighthouse", min_tokens=65), ValueError, "did not act on 64 tokens"),
+]
+
+
+@pytest.mark.parametrize("make, error, message", [r[1:] for r in REFUSED], ids=[r[0] for r in REFUSED])
+def test_models_without_a_choice(make, error, message):
+    with pytest.raises(error, match=message):
+        choices_of(make(), ids(rows=1))
+
+
+def test_one_sequence_alone():
+    with pytest.raises(ValueError, match=r"input_ids has shape \[2, 64\]"):
+        choices_of(wrapped(eval="lighthouse"), ids(rows=2))
+
+
+def some_choices(tokens=8, layers=(3, 5)):
+    levels = np.full((2, 2, tokens), 1, dtype=np.uint8)
+    levels[0, :, :4] = 0  # both heads of the first layer keep the first half
+    levels[1, 0, 2:6] = 0
+    return Choices(levels, layers, (1, 4), 6)
+
+
+def test_shares_and_overlap():
+    choices = some_choices()
+    assert choices.kept_share(2).tolist() == [[1, 0], [0.25, 0.25]]
+    overlap = choices.overlap()
+    assert overlap[0, 1] == 1 and overlap[0, 2] == pytest.approx(2 / 6) and overlap[0, 3] == 0
+    assert overlap[3, 3] == 1  # nothing and nothing
+    numbers = choice.summary(choices)
+    assert numbers["kept_share"] == {"3": 0.5, "5": 0.25}
+    assert numbers["kept_by_every_head_share"] == 0 and numbers["kept_by_no_head_share"] == 2 / 8
+    assert numbers["overlap_between_heads_of_a_layer"] == pytest.approx((1 + 0) / 2)
+
+
+def test_one_head_has_no_other_to_overlap_with():
+    numbers = choice.summary(Choices(np.zeros((1, 1, 4), dtype=np.uint8), (0,), (1,), 4))
+    assert numbers["overlap_between_layers"] is None and numbers["kept_share"] == {"0": 1.0}
+
+
+def test_the_picture_shows_long_texts_too(tmp_path):
+    choice.draw(some_choices(5000), tmp_path / "a.png")
+    assert imread(tmp_path / "a.png").shape[1] == 1440
+
+
+def test_the_page_holds_the_text_as_data(tmp_path):
+    pieces = ["<b>", "&", "</script><script>alert(1)</script>", "ü", "\n", '"', "x", "y"]
+    page = choice.page(some_choices(), pieces, "a <b> title")
+    assert "a &lt;b&gt; title" in page and page.count("</script>") == 2 and "http" not in page.replace("http-equiv", "")
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
+    assert data["pieces"] == pieces and data["levels"][0] == "00001111" and data["names"][3] == "layer 5, head 1"
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    new_model("nano", 512, 0).save_pretrained(folder)
+    return folder
+
+
+def test_the_command(tmp_path, model_folder, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("The light of a house on the rock. Füße. " * 40)
+    out = tmp_path / "out"
+    command = ["inspect", str(model_folder), "--text", str(text), "--context", "300", "--output", str(out)]
+    assert main([*command, "--select_topk", "4", "--device", "cpu"]) == 0
+    assert "300 tokens, a sub-sequence of" in capsys.readouterr().out
+    assert {path.name for path in out.iterdir()} == {"choice.png", "choice.html", "choice.json"}
+    assert main([*command, "--json", "-", "--dense_layers", "0", "--device", "cpu"]) == 0
+    assert list(json.loads(capsys.readouterr().out)["kept_share"]) == ["0", "1", "2", "3"]
+
+
+WRONG = [
+    ("no_model", lambda folder: ["/no/such/folder"], "model='/no/such/folder': a folder with a model"),
+    ("no_text", lambda folder: [str(folder), "--text", "/no/text"], "/no/text"),
+    ("a_ratio", lambda folder: [str(folder), "--pool_ratios", "0.3"], r"pool_ratios[0]=0.3"),
+    ("topk", lambda folder: [str(folder), "--select_topk", "many"], "select_topk=many"),
+    ("layers", lambda folder: [str(folder), "--dense_layers", "2"], "dense_layers=2"),
+]
+
+
+@pytest.mark.parametrize("arguments, message", [w[1:] for w in WRONG], ids=[w[0] for w in WRONG])
+def test_wrong_options(tmp_path, model_folder, capsys, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("some text " * 9)
+    words = arguments(model_folder)
+    if "--text" not in words:
+        words += ["--text", "text.txt"]
+    assert main(["inspect", *words]) == 2
+    said = capsys.readouterr().err
+    assert message in said and "Traceback" not in said
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+
+
+def test_settings_of_the_wrapper_reach_the_choice():
+    model = LighthouseWrapper(plain(), **{**SETTINGS, "select_topk": 2, "eval": "lighthouse"})
+    assert choices_of(model, torch.arange(64)[None] % 61).length < 32
