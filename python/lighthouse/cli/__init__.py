@@ -14,6 +14,7 @@ import lighthouse
 
 COMMANDS = {
     "pretrain": "pre-train a Llama from scratch, first with Lighthouse, then dense",
+    "inspect": "show which tokens of a text each layer and head keeps, and at which level",
 }
 
 
