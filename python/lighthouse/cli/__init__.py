@@ -15,6 +15,7 @@ import lighthouse
 COMMANDS = {
     "pretrain": "pre-train a Llama from scratch, first with Lighthouse, then dense",
     "inspect": "show which tokens of a text each layer and head keeps, and at which level",
+    "export": "write a plain Hugging Face folder from a checkpoint, with a model card, and check it",
 }
 
 

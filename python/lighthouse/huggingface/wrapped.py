@@ -153,6 +153,16 @@ class WrappedModel(Swapped):
         state.former = self.config._attn_implementation
         self._settle()
 
+    def save_pretrained(self, *args, **kwargs) -> None:
+        """The plain model's files. Says once if Lighthouse is still on: others will run these weights dense."""
+        if self._lighthouse.enabled:
+            _say_once(
+                self._lighthouse.name,
+                "what is saved is the plain model, and Lighthouse is still on: without steps of dense attention "
+                "(lighthouse(False), then train on) its weights are not ready for the dense attention that others run",
+            )
+        super().save_pretrained(*args, **kwargs)
+
     def _set_gradient_checkpointing(self, *args, **kwargs) -> None:
         super()._set_gradient_checkpointing(*args, **kwargs)
         keep_choices(self)
@@ -251,6 +261,11 @@ class WrappedModel(Swapped):
             return False
         check_device(name, tokens.device)
         checks.check_call(call, tokens.shape[1], self.config)
+        if not self.training:
+            _say_once(
+                state.name,
+                'in eval() Lighthouse acts, as eval="lighthouse" asks for: losses do not compare with dense ones',
+            )
         return True
 
     def _loss_is_ours(self, call: dict) -> bool:

@@ -1,0 +1,113 @@
+"""`lighthouse export`: a checkpoint becomes a plain Hugging Face folder."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from rich.console import Console
+from rich.table import Table
+from transformers.utils.logging import disable_progress_bar
+
+from lighthouse.huggingface.export import DTYPES, Exported, ExportFailed, export
+from lighthouse.training.result import STOPPED
+
+EXAMPLE = """\
+examples:
+  lighthouse export runs/books --output books-small
+  lighthouse export runs/books/checkpoint-3000 --output early --dtype bfloat16 --json -
+"""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs `lighthouse export` and returns the exit status."""
+    options = _parser().parse_args(list(arguments))
+    logging.basicConfig(format="%(message)s")
+    disable_progress_bar()
+    console = Console(stderr=options.json == "-")
+    before = signal.signal(signal.SIGTERM, _stop)  # else what is half written would stay
+    try:
+        with console.status("") as status:
+            exported = export(
+                options.checkpoint,
+                options.output,
+                tokenizer=options.tokenizer,
+                dtype=options.dtype,
+                force=options.force,
+                say=lambda what: status.update(f"{what} ..."),
+            )
+    except (ValueError, TypeError, FileNotFoundError, FileExistsError, NotADirectoryError) as error:
+        print(f"lighthouse export: error: {error}", file=sys.stderr)
+        return 2
+    except (ExportFailed, OSError) as error:
+        print(f"lighthouse export: error: {error}", file=sys.stderr)
+        return 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    console.print(_table(exported))
+    if options.json is not None:
+        text = json.dumps(asdict(exported), indent=2) + "\n"
+        if options.json == "-":
+            sys.stdout.write(text)
+        else:
+            with open(options.json, "w", encoding="utf-8") as file:
+                file.write(text)
+    return 0
+
+
+def _stop(number, frame):
+    raise SystemExit(STOPPED)
+
+
+def _table(exported: Exported) -> Table:
+    table = Table(show_header=False, title="Exported", title_justify="left")
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    steps = "not recorded" if exported.step is None else f"{exported.step:,}"
+    if exported.step is not None and exported.switch_step is not None:
+        steps += f", of which {min(exported.step, exported.switch_step):,} with Lighthouse"
+    rows = [
+        ("folder", exported.folder),
+        ("from", exported.source),
+        ("model", f"{exported.model_class}, {exported.parameters:,} parameters, {exported.dtype}"),
+        ("size", f"{exported.bytes / 1e6:,.1f} MB"),
+        ("tokenizer", exported.tokenizer or "none"),
+        ("steps", steps),
+        ("checked", exported.check),
+        *(("warning", warning) for warning in exported.warnings),
+    ]
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lighthouse export",
+        description="Writes a plain Hugging Face folder (safetensors, tokenizer, model card) from a checkpoint, and "
+        "checks it in a process that cannot import lighthouse.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "checkpoint",
+        metavar="CHECKPOINT",
+        help="folder of a run of lighthouse pretrain (its model, or its last whole checkpoint), or a checkpoint of any "
+        "Trainer, of either stage",
+    )
+    parser.add_argument("--output", "-o", required=True, metavar="FOLDER", help="folder to write")
+    parser.add_argument(
+        "--tokenizer",
+        metavar="NAME",
+        help="folder or name of the tokenizer; by default the one beside the checkpoint or of its run",
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights; by default the checkpoint's")
+    parser.add_argument("--force", action="store_true", help="replace a model that the folder holds")
+    parser.add_argument("--json", metavar="FILE", help="write what was exported as JSON; - is standard output")
+    return parser

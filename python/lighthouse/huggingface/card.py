@@ -1,0 +1,267 @@
+"""What is known of how exported weights were trained, and the model card that tells it.
+
+Read from what lies beside a checkpoint: `run.json` and `results.json` of `lighthouse pretrain`, the Trainer's
+`trainer_state.json` with the state of our callbacks in it. What none of them says is left out of the card.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from lighthouse.huggingface.callback import LighthouseCallback
+from lighthouse.huggingface.wrapped import WrappedModel
+from lighthouse.training.callbacks import Record
+from lighthouse.training.result import DENSE, LIGHTHOUSE, RESULTS
+from lighthouse.training.run import SETTINGS, STATE
+
+PAPER = "arXiv:2605.06554"
+HELD_OUT_ROWS = 12
+
+REFERENCE = """\
+Peng, Ghosh, Quesnelle: *Long Context Pre-Training with Lighthouse Attention*,
+[arXiv:2605.06554](https://arxiv.org/abs/2605.06554)."""
+
+METHOD = """\
+In a part of its training the attention of its layers, but for the dense ones at each end, was Lighthouse attention:
+queries, keys and values averaged over windows into a pyramid, a small part of its entries chosen, causal attention on
+these alone. This was a modification of training only. Nothing of it is in this folder: parameters, their names and the
+code that runs them are those of a plain {model_class}, with dense attention."""
+
+
+@dataclass
+class History:
+    """Of the exported weights. None, or an empty list, stands for what is not known.
+
+    `step` is theirs; Lighthouse was on in the steps up to `switch_step`, 0 if it never was. `still_on` is for a model
+    in memory, of which no steps are known. `held_out` are (step, loss); `losses_are_dense` is False where nothing says
+    with which attention they were measured.
+    """
+
+    step: int | None = None
+    switch_step: int | None = None
+    still_on: bool | None = None
+    pool_ratios: list[float] | None = None
+    select_topk: int | float | None = None
+    dense_layers: int | None = None
+    context: int | None = None
+    tokens: int | None = None
+    lighthouse_tokens: int | None = None
+    held_out: list[tuple[int, float]] = field(default_factory=list)
+    losses_are_dense: bool = False
+
+    @property
+    def stages(self) -> list[tuple[str, int, int | None]]:
+        """(name, steps, tokens or None) of the stages up to `step`."""
+        if self.step is None or self.switch_step is None:
+            return []
+        first = min(self.step, self.switch_step)
+        tokens = first_tokens = rest = None
+        if self.tokens is not None:
+            tokens, first_tokens = self.tokens, self.lighthouse_tokens
+            if first in (0, self.step):
+                first_tokens = tokens if first else 0
+            rest = None if first_tokens is None else tokens - first_tokens
+        stages = [(LIGHTHOUSE, first, first_tokens), (DENSE, self.step - first, rest)]
+        return [stage for stage in stages if stage[1] > 0]
+
+    def warnings(self) -> list[str]:
+        """What keeps the weights from use, or may."""
+        if self.still_on:
+            return [
+                "Lighthouse was still on when this model was exported: without steps of dense attention its weights "
+                "are not ready for it, and dense attention is what any other program runs them with."
+            ]
+        if self.still_on is not None:
+            return []
+        if self.switch_step is None:
+            return ["Whether these weights had a dense stage is not recorded beside the checkpoint."]
+        if self.step is not None and 0 < self.step <= self.switch_step:
+            return [
+                f"All {self.step:,} steps behind these weights used Lighthouse: they had no dense stage and are not "
+                "ready for dense attention, which is what any other program runs them with."
+            ]
+        return []
+
+
+def history_of_model(model) -> History:
+    """Of a model in memory: its settings, and whether Lighthouse is on. A plain model says nothing."""
+    if not isinstance(model, WrappedModel):
+        return History(still_on=False)
+    settings = model.lighthouse_settings
+    return History(
+        still_on=model.lighthouse_enabled,
+        pool_ratios=list(settings.pool_ratios),
+        select_topk=settings.select_topk,
+        dense_layers=settings.dense_layers,
+    )
+
+
+def history_of_checkpoint(folder: Path) -> History:
+    """Of a checkpoint of any Trainer, or of a finished run's model."""
+    state = _read(folder / STATE)
+    if state is not None:
+        run = _read(folder.parent / SETTINGS)
+        return _of_a_run(run, state) if run is not None else _of_a_trainer(state)
+    results = _read(folder.parent / RESULTS)
+    if results is None:
+        return History()
+    history = _settings_of(results["settings"], results["switch_step"], results["model_step"])
+    history.held_out = [(point["step"], point["loss"]) for point in results["held_out"]]
+    return _up_to_its_step(history)
+
+
+def _of_a_run(run: dict, state: dict) -> History:
+    """A checkpoint of `lighthouse pretrain`."""
+    history = _settings_of(run, run["lighthouse_steps"], state["global_step"])
+    record = state["stateful_callbacks"].get(Record.__name__, {}).get("attributes", {})
+    history.held_out = [(point["step"], point["loss"]) for point in record.get("held_out", [])]
+    return _up_to_its_step(history)
+
+
+def _settings_of(run: dict, switch_step: int, step: int) -> History:
+    history = History(step=step, switch_step=switch_step, context=run["context"], losses_are_dense=True)
+    history.tokens = step * run["tokens_per_step"]
+    history.lighthouse_tokens = min(step, switch_step) * run["tokens_per_step"]
+    if switch_step > 0:
+        history.pool_ratios, history.select_topk = run["pool_ratios"], run["select_topk"]
+        history.dense_layers = run["dense_layers"]
+    return history
+
+
+def _of_a_trainer(state: dict) -> History:
+    """A checkpoint of another script; with `LighthouseCallback` it knows its settings and its switch."""
+    history = History(step=state["global_step"], tokens=state.get("num_input_tokens_seen") or None)
+    history.held_out = [(entry["step"], entry["eval_loss"]) for entry in state["log_history"] if "eval_loss" in entry]
+    saved = state.get("stateful_callbacks", {}).get(LighthouseCallback.__name__)
+    if isinstance(saved, dict):
+        attributes = saved["attributes"]
+        settings = attributes["settings"]
+        history.pool_ratios, history.select_topk = settings["pool_ratios"], settings["select_topk"]
+        history.dense_layers = settings["dense_layers"]
+        # By tokens the switch's step is None until it is there: all steps so far used Lighthouse.
+        history.switch_step = history.step if attributes["step"] is None else attributes["step"]
+        history.lighthouse_tokens = attributes["tokens"]
+        history.losses_are_dense = settings["eval"] == "dense"
+    return _up_to_its_step(history)
+
+
+def _up_to_its_step(history: History) -> History:
+    """An evaluation is logged twice where the Trainer repeats it: once will do."""
+    history.held_out = sorted(dict(point for point in history.held_out if point[0] <= history.step).items())
+    return history
+
+
+def _read(path: Path) -> dict | None:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+# The card
+
+
+def model_card(exported, history: History) -> ModelCard:
+    """The card of an `Exported`. The licence is left to the model's owner."""
+    causal = exported.model_class.endswith("ForCausalLM")
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation" if causal else "feature-extraction",
+        tags=["llama", "long-context", "lighthouse-attention", PAPER],
+    )
+    name = Path(exported.folder).name
+    parts = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {name}",
+        f"A plain `{exported.model_class}` of Transformers: {exported.parameters:,} parameters in {exported.dtype}.",
+        _usage(name, causal, exported.tokenizer is not None),
+        *(f"> **Warning.** {warning}" for warning in exported.warnings),
+    ]
+    parts += ["## Training", *_training(exported, history)]
+    if history.held_out:
+        parts += _losses(history)
+    parts += ["## Check", f"When it was exported: {exported.check}."]
+    parts += [
+        "## Licence",
+        "Not stated. It is for the owner of the model to choose, as `license:` in this file's head.",
+    ]
+    if history.pool_ratios is not None:
+        parts += ["## Reference", REFERENCE]
+    return ModelCard("\n\n".join(parts) + "\n")
+
+
+def _usage(name: str, causal: bool, has_tokenizer: bool) -> str:
+    auto = "AutoModelForCausalLM" if causal else "AutoModel"
+    lines = [f"from transformers import {auto}" + (", AutoTokenizer" if has_tokenizer else "")]
+    lines += ["", f'model = {auto}.from_pretrained("{name}")']
+    if has_tokenizer:
+        lines.append(f'tokenizer = AutoTokenizer.from_pretrained("{name}")')
+    code = "\n".join(["```python", *lines, "```"])
+    if not causal:
+        code += "\n\nIt has no output layer: it gives hidden states."
+    return code
+
+
+def _training(exported, history: History) -> list[str]:
+    parts = []
+    if history.switch_step == 0:
+        return ["All steps used dense attention.", *_stages(history)]
+    if history.pool_ratios is not None:
+        rows = [
+            ("`pool_ratios`", ", ".join(map(_ratio, history.pool_ratios))),
+            ("`select_topk`", _ratio(history.select_topk)),
+            ("dense layers at each end", history.dense_layers),
+        ]
+        if history.context is not None:
+            rows.append(("tokens in a sequence", f"{history.context:,}"))
+        parts = [METHOD.format(model_class=exported.model_class), _table(("setting", "value"), rows)]
+    parts += _stages(history)
+    if not parts:
+        parts.append("How it was trained is not recorded.")
+    return parts
+
+
+def _stages(history: History) -> list[str]:
+    if history.step is None:
+        return []
+    if history.switch_step is None:
+        return [f"Optimizer steps: {history.step:,}."]
+    stages = history.stages
+    names = {LIGHTHOUSE: "Lighthouse", DENSE: "dense"}
+    with_tokens = all(tokens is not None for _, _, tokens in stages)
+    head = ("stage", "steps", "tokens") if with_tokens else ("stage", "steps")
+    rows = [(names[name], f"{steps:,}", f"{tokens or 0:,}")[: len(head)] for name, steps, tokens in stages]
+    parts = [_table(head, rows)]
+    if 0 < history.switch_step < history.step:
+        parts.append(f"Switched from Lighthouse to dense attention after step {history.switch_step:,}.")
+    return parts
+
+
+def _losses(history: History) -> list[str]:
+    points = history.held_out
+    if len(points) > HELD_OUT_ROWS:  # evenly, the last one and that before the switch among them
+        kept = {round(number * (len(points) - 1) / (HELD_OUT_ROWS - 1)) for number in range(HELD_OUT_ROWS)}
+        points = [p for i, p in enumerate(points) if i in kept or p[0] == history.switch_step]
+    rows = [(f"{step:,}", f"{loss:.4f}") for step, loss in points]
+    if not history.losses_are_dense:
+        return ["## Evaluation loss", "As the Trainer logged it.", _table(("step", "eval_loss"), rows)]
+    return [
+        "## Dense held-out loss",
+        "Nats per token, measured with dense attention in both stages.",
+        _table(("step", "loss"), rows),
+    ]
+
+
+def _table(head: tuple[str, ...], rows: list[tuple]) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def _ratio(value: int | float) -> str:
+    """0.015625 is 1/64; a whole number is one."""
+    if isinstance(value, int):
+        return str(value)
+    fraction = Fraction(value).limit_denominator(2**16)
+    return "1.0" if fraction == 1 else str(fraction)
