@@ -37,6 +37,10 @@ server.set_forkserver_preload(["lighthouse.training", "transformers.models.llama
 EVERY = {"logging_steps": 2, "save_strategy": "steps", "save_steps": 3, "save_total_limit": 1}
 
 
+# What a run of two steps leaves behind.
+WHOLE = {"checkpoint-2", "config.yaml", "model", "results.json", "run.json"}
+
+
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     return write_text(tmp_path_factory.mktemp("text"))
@@ -79,6 +83,7 @@ class AtStep:
     def __call__(self):
         before = run_module._Trainer.training_step
         StopOnSignal.SAME = 0.0
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
 
         def step(trainer, *args, **kwargs):
             self.calls += 1
@@ -202,7 +207,7 @@ def test_killed_at_every_change_of_the_folder(tmp_path, text, undisturbed):
             assert ended == -signal.SIGKILL, said(folder)
             assert status(start(nothing, text, folder, resume=True, **every)) == 0, said(folder)
         assert losses(folder) == undisturbed(2, save_steps=1)
-        assert {path.name for path in folder.iterdir()} == {"checkpoint-2", "model", "results.json", "run.json"}
+        assert {path.name for path in folder.iterdir()} == WHOLE
         if ended == 0:
             break
         shutil.rmtree(folder)
