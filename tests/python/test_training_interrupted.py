@@ -55,7 +55,9 @@ def start(do, text: Path, folder: Path, *, environment=None, **changes):
 
 def status(process) -> int:
     process.join(120)
-    assert process.exitcode is not None, "the process hangs"
+    hangs = process.exitcode is None
+    process.kill()
+    assert not hangs, "the process hangs"
     return process.exitcode
 
 
