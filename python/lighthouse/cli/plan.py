@@ -1,0 +1,309 @@
+"""`lighthouse plan`: what Lighthouse makes of a length and settings, before anything is trained."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from fractions import Fraction
+from pathlib import Path
+
+import torch
+
+import lighthouse
+from lighthouse import speed
+from lighthouse.devices import check_device
+from lighthouse.settings import POOL_RATIOS, SELECT_TOPK
+from lighthouse.wrapper import LighthouseSettings
+
+EXAMPLE = """\
+examples:
+  lighthouse plan --tokens 98304 --no_estimate
+  lighthouse plan --tokens 131072 --heads 32 --kv_heads 8 --head_dim 128 --layers 32 --dtype bfloat16 --no_estimate
+  lighthouse plan --model tiny --tokens 8192 --pool_ratios 1/2 1/4 1/8 --select_topk 256
+"""
+
+MIB = 2**20
+TOKENS = 98_304
+OF_THE_LAYER = ("heads", "kv_heads", "head_dim", "layers")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs `lighthouse plan` and returns the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        found = _made(options)
+    except (ValueError, TypeError, OSError) as error:
+        print(f"lighthouse plan: error: {error}", file=sys.stderr)
+        return 2
+    except ImportError as error:
+        print(f"lighthouse plan: error: {error}", file=sys.stderr)
+        return 1
+    if options.json != "-":
+        print(_text(found))
+    try:
+        write_json(found, options.json)
+    except OSError as error:
+        print(f"lighthouse plan: error: json={options.json!r}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _made(options: argparse.Namespace) -> dict:
+    """All that is said, as numbers."""
+    device = chosen_device(options)
+    settings = LighthouseSettings(
+        pool_ratios=options.pool_ratios, select_topk=options.select_topk, dense_layers=options.dense_layers
+    )
+    plan = lighthouse.plan(options.tokens, pool_ratios=options.pool_ratios, select_topk=options.select_topk)
+    layer, config = described(options, options.tokens, device)
+    found = {
+        "tokens": plan.tokens,
+        "windows": plan.windows,
+        "entries": plan.entries,
+        "chosen": plan.chosen,
+        "parents": plan.parents,
+        "strata": [kind._asdict() for kind in plan.strata],
+        "length": plan.length,
+        "kept_share": plan.kept_share,
+        "length_share": plan.length / plan.tokens,
+        "layer": asdict(layer)
+        | {
+            "attention_work": plan.attention_work,
+            "kept_bytes": layer.kept(plan.tokens, plan.length),
+            "dense_kept_bytes": layer.kept(plan.tokens),
+        },
+        "pool_ratios": options.pool_ratios,
+        "select_topk": options.select_topk,
+    }
+    rates = None
+    if not options.no_estimate:
+        check_device("device", torch.device(device))
+        rates = speed.rates_of(layer, device, again=options.measure, say=say)
+        of_layer = speed.estimate(plan, layer, rates)
+        found["device"] = rates.device
+        found["estimate"] = asdict(of_layer) | {"speedup": of_layer.speedup}
+        found["estimate"]["graph_speedup"] = speed.estimate(plan, layer, rates, launches=False).speedup
+        found["estimate"]["pays_from_tokens"] = speed.pays_from(
+            layer, rates, pool_ratios=options.pool_ratios, select_topk=options.select_topk
+        )
+    layers = options.layers if config is None else config.num_hidden_layers
+    if layers is not None:
+        settings = settings.for_layers(layers)
+        weights = 0 if config is None else _product_weights(config)
+        step = speed.estimate_step(
+            plan, layer, layers=layers, dense_layers=settings.dense_layers, product_weights=weights, rates=rates
+        )
+        found["step"] = asdict(step) | {"layers": layers, "dense_layers": settings.dense_layers, "model": options.model}
+        found["step"] |= _memory(config, layer, plan, settings, layers, compiled=device == "cuda")
+    found["warnings"] = speed.warnings(
+        plan, layer=layer, rates=rates, pool_ratios=options.pool_ratios, select_topk=options.select_topk
+    )
+    return found
+
+
+def _product_weights(config) -> int:
+    """Weights that each token is multiplied with: those of the layers, and the output matrix."""
+    from lighthouse.training.model import empty_model
+
+    layers = empty_model(config).model.layers
+    return sum(weight.numel() for weight in layers.parameters() if weight.ndim == 2) + (
+        config.vocab_size * config.hidden_size
+    )
+
+
+def _memory(config, layer, plan, settings, layers, compiled) -> dict:
+    """Bytes of a step: of a model all of it at its peak, as pretrain runs it; of plain sizes what attention keeps."""
+    if config is None:
+        acting = layers - 2 * settings.dense_layers
+        dense = layer.kept(plan.tokens)
+        mixed = acting * layer.kept(plan.tokens, plan.length) + (layers - acting) * dense
+        return {"bytes": mixed, "dense_bytes": layers * dense}
+    from lighthouse.training.memory import estimate
+
+    kind = {"bf16": layer.dtype != "float32", "compiled": compiled}
+    return {
+        "bytes": estimate(config, plan.tokens, lighthouse=settings, **kind).peak,
+        "dense_bytes": estimate(config, plan.tokens, **kind).peak,
+    }
+
+
+def _text(found: dict) -> str:
+    layer = speed.Layer(**{name: found["layer"][name] for name in ("heads", "kv_heads", "head_dim", "dtype")})
+    lines = [f"{found['tokens']:,} tokens, {found['parents']:,} parents per level", ""]
+    lines.append(f"{'level':>6}{'window':>12}{'entries':>14}{'chosen':>14}")
+    for level, row in enumerate(zip(found["windows"], found["entries"], found["chosen"], strict=True)):
+        lines.append(
+            f"{level:>6}" + "".join(f"{number:>{width},}" for number, width in zip(row, (12, 14, 14), strict=True))
+        )
+    lines += [
+        "",
+        f"sub-sequence S   {found['length']:,} entries, S/N {found['length_share']:.2%}",
+        f"kept share       {found['kept_share']:.2%} of the tokens are in at level 0",
+        "",
+        f"A layer ({layer}), forward and backward, a batch of one:",
+        f"  attention work   {found['layer']['attention_work']:.2%} of dense",
+        f"  kept for backward {_of_dense(found['layer']['kept_bytes'], found['layer']['dense_kept_bytes'])}",
+    ]
+    if "estimate" in found:
+        its = found["estimate"]
+        lines += [
+            f"  estimate here    dense {_seconds(its['dense'])}, Lighthouse {_seconds(its['lighthouse'])}: "
+            f"{its['speedup']:.1f} times as fast, give or take {speed.ERROR:.0%}",
+            f"                   of Lighthouse's: inner attention {_seconds(its['inner'])}, its operators "
+            f"{_seconds(its['movement'])}",
+        ]
+        if its["graph_speedup"] > 1.05 * its["speedup"]:
+            lines.append(f"                   without launches, as a CUDA graph, {its['graph_speedup']:.1f} times")
+        pays = its["pays_from_tokens"]
+        lines.append(
+            f"                   faster than dense from about {pays:,} tokens on"
+            if pays
+            else "                   not faster than dense at any length up to 1,048,576"
+        )
+        lines.append(f"                   on {found['device']}")
+    if "step" in found:
+        lines += ["", *_step_lines(found["step"])]
+    for warning in found["warnings"]:
+        lines += ["", f"Warning: {warning}."]
+    return "\n".join(lines)
+
+
+def _step_lines(step: dict) -> list[str]:
+    model, dense = step["model"], 2 * step["dense_layers"]
+    lines = [
+        f"A step of {f'the model {model!r}' if model else 'attention alone'}, {step['layers']} layers, {dense} dense:"
+    ]
+    lines.append(f"  attention work   {step['attention_work']:.2%} of dense")
+    if model:
+        lines.append(f"  all products     {step['work']:.2%} of dense's operations")
+    what = "memory, at least" if model else "kept for backward"
+    lines.append(f"  {what:<16} {_of_dense(step['bytes'], step['dense_bytes'])}")
+    if step["speedup"]:
+        left_out = "at most" if model else "attention alone:"
+        lines.append(
+            f"  estimate here    {left_out} {step['speedup']:.1f} times as fast"
+            + ("; norms, rotations and the optimizer are left out (lighthouse bench --train measures)" if model else "")
+        )
+    return lines
+
+
+def _mib(size: float) -> str:
+    return f"{size / MIB:,.1f} MiB" if size < 1024 * MIB else f"{size / MIB / 1024:,.2f} GiB"
+
+
+def _of_dense(size: float, dense: float) -> str:
+    return f"{_mib(size)}, dense {_mib(dense)} ({size / dense:.2f} of it)"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:,.2f} s" if seconds >= 1 else f"{1e3 * seconds:,.2f} ms"
+
+
+# What bench takes too
+
+
+def say(line: str) -> None:
+    """Progress, on standard error."""
+    print(f"  {line}", file=sys.stderr, flush=True)
+
+
+def number(text: str) -> int | float:
+    """An option's `1/64`, `0.25` or `512`."""
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        return float(Fraction(text))
+    except (ValueError, ZeroDivisionError):
+        raise argparse.ArgumentTypeError(f"{text!r}: a number such as 512, 0.25 or 1/64 is needed") from None
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("lighthouse")
+    group.add_argument("--pool_ratios", nargs="+", type=number, default=list(POOL_RATIOS), metavar="RATIO",
+                       help="pooling ratio of each level above the tokens (default: 1/4 1/16)")  # fmt: skip
+    group.add_argument("--select_topk", type=number, default=SELECT_TOPK, metavar="K",
+                       help="parents per level: a share of the tokens, or a number (default: 1/64)")  # fmt: skip
+    group.add_argument("--dense_layers", type=int, help="layers at each end that stay dense (default: as in pretrain)")
+
+
+def add_layer(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("layer")
+    group.add_argument("--heads", type=int, help="query heads (default: 4, on a GPU 8)")
+    group.add_argument("--kv_heads", type=int, help="key-value heads (default: as many)")
+    group.add_argument("--head_dim", type=int, help="default: 64, on a GPU 128")
+    group.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],
+                       help="default: float32, on a GPU bfloat16")  # fmt: skip
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
+    parser.add_argument("--threads", type=int, help="of the CPU (default: as many as PyTorch takes)")
+    parser.add_argument("--measure", action="store_true",
+                        help=f"measure the device's rates anew (kept in {speed.cache_file()})")  # fmt: skip
+    parser.add_argument("--json", metavar="FILE", help="write the numbers there; - is standard output")
+
+
+def chosen_device(options: argparse.Namespace) -> str:
+    """The device that is asked for, or that there is. Raises `ValueError`."""
+    if options.threads is not None:
+        if options.threads < 1:
+            raise ValueError(f"threads={options.threads}: at least one is needed")
+        torch.set_num_threads(options.threads)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device='cuda': PyTorch finds no GPU here; take --device cpu")
+    return options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def described(options: argparse.Namespace, tokens: int, device: str):
+    """The layer, and the model's configuration or None. Raises `ValueError`."""
+    sizes = {name: getattr(options, name, None) for name in OF_THE_LAYER}
+    if options.model is None:
+        layers = sizes.pop("layers")
+        if layers is not None and layers < 1:
+            raise ValueError(f"layers={layers}: at least one is needed")
+        return speed.default_layer(device, dtype=options.dtype, **sizes), None
+    given = [name for name, value in sizes.items() if value is not None]
+    if given:
+        raise ValueError(
+            f"model={options.model!r} with {given[0]}={sizes[given[0]]}: the model has its own; give one of them"
+        )
+    from lighthouse.training.model import new_config
+
+    config = new_config(options.model, tokens)
+    sizes = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+    return speed.Layer(*sizes, options.dtype or speed.LAYERS[device].dtype), config
+
+
+def write_json(found: dict, file: str | None) -> None:
+    if file is None:
+        return
+    text = json.dumps(found, indent=1) + "\n"
+    if file == "-":
+        sys.stdout.write(text)
+    else:
+        Path(file).write_text(text, encoding="utf-8")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lighthouse plan",
+        description="What Lighthouse makes of a length: the levels, the sub-sequence, the work and memory of a layer "
+        "and of a training step against dense, and an estimate of the speed-up on this device from rates that are "
+        "measured once, in under a minute, and kept.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--tokens", "--context", type=int, default=TOKENS, help=f"in a sequence (default: {TOKENS:,})")
+    parser.add_argument("--model", metavar="SIZE|CONFIG", help="a size or configuration as pretrain takes it")
+    parser.add_argument("--no_estimate", action="store_true", help="measure nothing, and estimate no times")
+    add_device(parser)
+    add_layer(parser)
+    parser.add_argument("--layers", type=int, help="of the model, for a whole step")
+    add_settings(parser)
+    return parser

@@ -1,0 +1,159 @@
+"""`lighthouse bench` as a user types it: a small layer, with rates that are kept beforehand."""
+
+from __future__ import annotations
+
+import builtins
+import json
+from dataclasses import asdict
+
+import pytest
+import torch
+
+from lighthouse import speed
+from lighthouse.benchmark import Bench
+from lighthouse.cli import main
+from lighthouse.measure import WrongResult, peak_bytes
+from lighthouse.speed import Curve, Layer, Rates
+from small_llama import one_thread  # noqa: F401
+
+SMALL = "bench --device cpu --heads 2 --head_dim 16 --budget 0.2".split()
+RATES = Rates("some CPU", Curve(((1, 1e11),)), Curve(((1, 1e10),)), products=1e11)
+
+
+@pytest.fixture(autouse=True)
+def kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    speed.cache_file().parent.mkdir(parents=True)
+    numbers = {speed.cache_key(Layer(2, 2, 16, "float32"), "cpu"): asdict(RATES)}
+    speed.cache_file().write_text(json.dumps(numbers))
+
+
+def test_table_json_and_picture(tmp_path, capsys):
+    file, picture = tmp_path / "bench.json", tmp_path / "bench.png"
+    assert main([*SMALL, "--tokens", "512", "256", "--json", str(file), "--plot", str(picture)]) == 0
+    said = capsys.readouterr().out
+    for part in ("checked: the error against float64", "estimate", "256", "512", "Lighthouse is "):
+        assert part in said
+    results = json.loads(file.read_text())
+    assert [row["tokens"] for row in results["rows"]] == [256, 512]
+    for row in results["rows"]:
+        assert row["speedup"] == row["dense_seconds"] / row["lighthouse_seconds"]
+        assert row["error"] == pytest.approx(row["estimate"] / row["speedup"] - 1)
+        assert 0 < row["lighthouse_peak_bytes"] < row["dense_peak_bytes"]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_json_on_standard_output(capsys):
+    assert main([*SMALL, "--tokens", "256", "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"][0]["tokens"] == 256
+
+
+def test_interrupted_and_gone_on_with(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "bench.json"
+    arguments = [*SMALL, "--tokens", "128", "256", "--json", str(file)]
+    measure = Bench.measure
+
+    def until_256(bench, tokens):
+        if tokens == 256:
+            raise KeyboardInterrupt
+        return measure(bench, tokens)
+
+    monkeypatch.setattr(Bench, "measure", until_256)
+    assert main(arguments) == 130
+    assert "--resume goes on" in capsys.readouterr().err
+    before = json.loads(file.read_text())["rows"]
+    assert [row["tokens"] for row in before] == [128]
+
+    monkeypatch.setattr(Bench, "measure", measure)
+    assert main(arguments) == 2 and "--resume" in capsys.readouterr().err
+    assert main([*arguments, "--resume"]) == 0
+    after = json.loads(file.read_text())["rows"]
+    assert after[0] == before[0] and [row["tokens"] for row in after] == [128, 256]
+
+    capsys.readouterr()
+    assert main([*arguments, "--resume", "--select_topk", "4"]) == 2
+    assert "measured with select_topk 0.015625, now it is 4" in capsys.readouterr().err
+
+
+def test_a_training_step(tmp_path, capsys):
+    file = tmp_path / "bench.json"
+    step = "--train --model nano --context 256".split()
+    assert main([*SMALL, "--tokens", "128", *step, "--json", str(file)]) == 0
+    assert "A training step of 'nano' at 256 tokens, 2 layers dense" in capsys.readouterr().out
+    (row,) = json.loads(file.read_text())["train"]
+    assert row["speedup"] == row["lighthouse_tokens_per_second"] / row["dense_tokens_per_second"]
+    assert row["dense_peak_bytes"] > 0 and row["lighthouse_peak_bytes"] > 0
+
+
+def test_a_wrong_result_is_not_timed(monkeypatch, capsys):
+    def wrong(*_, **__):
+        raise WrongResult("error 1.0 against the float64 reference")
+
+    monkeypatch.setattr("lighthouse.benchmark.check", wrong)
+    assert main([*SMALL, "--tokens", "128"]) == 1
+    said = capsys.readouterr()
+    assert "against the float64 reference" in said.err and "speedup" not in said.out
+
+
+def test_a_check_sees_what_is_wrong(monkeypatch):
+    from lighthouse import measure
+
+    monkeypatch.setattr(measure, "attention", lambda query, key, value, **_: 1.01 * query + 0 * (key + value).sum())
+    with pytest.raises(WrongResult, match="nothing is timed"):
+        measure.check(torch.float32, "cpu", head_dim=16, tokens=200)
+
+
+def test_without_matplotlib_it_is_said_before_measuring(monkeypatch, capsys, tmp_path):
+    whole = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name.startswith("matplotlib"):
+            raise ImportError("No module named 'matplotlib'")
+        return whole(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    assert main([*SMALL, "--plot", str(tmp_path / "a.png")]) == 1
+    said = capsys.readouterr()
+    assert 'pip install "lighthouse-attn[train]"' in said.err and not said.out
+
+
+REFUSED = [
+    ("no_tokens", "--tokens 0", "tokens=0"),
+    ("budget", "--budget 0", "budget=0.0"),
+    ("resume_without_a_file", "--resume", "resume: --json FILE"),
+    ("no_folder", "--json nowhere/a.json", "json='nowhere/a.json': its folder"),
+    ("heads", "--heads 0", "heads=0"),
+    ("ratio", "--pool_ratios 0.3", "pool_ratios[0]=0.3"),
+    ("model", "--train --model gigantic", "model='gigantic'"),
+    ("context", "--train --model nano --context 131072", "context=131072: model 'nano' allows at most 65536"),
+    ("dense_layers", "--train --model nano --dense_layers 2", "dense_layers=2"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "said"), [case[1:] for case in REFUSED], ids=[case[0] for case in REFUSED])
+def test_refused_with_the_value_and_the_rule(arguments, said, capsys):
+    assert main([*SMALL, *arguments.split()]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_file_that_holds_something_else(tmp_path, capsys):
+    file = tmp_path / "other.json"
+    file.write_text("[]")
+    assert main([*SMALL, "--json", str(file), "--resume"]) == 2
+    assert "holds no results of bench" in capsys.readouterr().err
+
+
+def test_peak_is_what_is_held_at_once():
+    def run():
+        first = torch.empty(1 << 20, dtype=torch.uint8)
+        del first
+        second, third = torch.empty(1 << 20, dtype=torch.uint8), torch.empty(1 << 19, dtype=torch.uint8)
+        return second.shape, third.shape
+
+    assert peak_bytes(run, "cpu") == (1 << 20) + (1 << 19)
+
+
+def test_help_ends_with_examples(capsys):
+    with pytest.raises(SystemExit):
+        main(["bench", "--help"])
+    assert "lighthouse bench --tokens 2048 --train --model nano --context 2048" in capsys.readouterr().out
