@@ -253,7 +253,12 @@ def _why_no_weights(path: Path) -> str:
 def _from_checkpoint(folder: Path, tokenizer) -> _Source:
     config, _ = PretrainedConfig.get_config_dict(folder)
     classes = {cls.__name__: cls for entry in ARCHITECTURES for cls in (entry.bare, entry.causal)}
-    named = (config.get("architectures") or ["no class"])[0]
+    named = (config.get("architectures") or [None])[0]
+    if named is None:
+        raise ValueError(
+            f"checkpoint={str(folder)!r}: its {CONFIG} does not say of which class it is: write "
+            '"architectures": ["LlamaForCausalLM"] into it'
+        )
     if named not in classes:
         raise ValueError(f"checkpoint={str(folder)!r} is of {named}: one of {', '.join(classes)} is needed")
     model_class = classes[named]
