@@ -83,11 +83,11 @@ def rotate(folder: Path, limit: int | None, best: str | None) -> None:
     rotate_checkpoints(str(folder), save_total_limit=limit, best_model_checkpoint=best, use_mtime=False)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file that is there as a whole, or as it was before."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Writes a file that is there as a whole, or as it was before. Text becomes UTF-8."""
     partial = path.with_name(path.name + PARTIAL)
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
+    with open(partial, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
