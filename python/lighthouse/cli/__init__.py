@@ -16,6 +16,7 @@ COMMANDS = {
     "pretrain": "pre-train a Llama from scratch, first with Lighthouse, then dense",
     "plan": "what Lighthouse makes of a length and settings: S, work, memory, estimated speed-up",
     "bench": "time a layer, or a training step, on this device: dense against Lighthouse",
+    "doctor": "check this machine, and say what keeps Lighthouse from training here and what mends it",
     "inspect": "show which tokens of a text each layer and head keeps, and at which level",
     "export": "write a plain Hugging Face folder from a checkpoint, with a model card, and check it",
 }

@@ -1,0 +1,5 @@
+"""`lighthouse doctor`. It is all in `lighthouse.doctor`, which also runs as a file, where this package does not load."""
+
+from lighthouse.doctor import main
+
+__all__ = ["main"]
