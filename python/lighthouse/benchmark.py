@@ -115,7 +115,7 @@ class Bench:
         made = plan(tokens, pool_ratios=self.pool_ratios, select_topk=self.select_topk)
         rates = rates_of(self.layer, self.device, again=self.again, say=self.say)
         self.again = False
-        self.say(f"{tokens:,} tokens")
+        self.say(f"{tokens:,} tokens: time")
         layer = self.layer
         inputs, grad = leaves(tokens, layer.heads, layer.kv_heads, layer.head_dim, layer.torch_dtype, self.device)
 
@@ -135,6 +135,7 @@ class Bench:
         seconds = alternating_seconds(calls, self.device, repeats=repeats, budget=self.budget)
         for (name, function), found in zip(sides.items(), seconds, strict=True):
             row[f"{name}_seconds"] = found
+            self.say(f"{tokens:,} tokens: memory, {name}")
             row[f"{name}_peak_bytes"] = peak_bytes(used(function), self.device)
         row["speedup"] = row["dense_seconds"] / row["lighthouse_seconds"]
         row["estimate"] = estimate(made, layer, rates).speedup

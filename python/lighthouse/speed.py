@@ -33,7 +33,8 @@ from lighthouse.measure import captured, leaves, median_seconds
 from lighthouse.plan import Plan, plan
 from lighthouse.wrapper import MAX_SHARE
 
-ERROR = 0.2  # the estimate of a speed-up is within this of what is measured (docs/plan.md)
+# From so many tokens on, the estimate of a speed-up is within this of what is measured (docs/plan.md).
+ERROR, ERROR_FROM = 0.2, 8192
 
 LONG = 98_304  # tokens from which a small kept share is warned of: "100K"
 LEAST_KEPT = 0.03

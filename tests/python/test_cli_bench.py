@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import time
 from dataclasses import asdict
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from lighthouse import speed
 from lighthouse.benchmark import Bench
 from lighthouse.cli import main
-from lighthouse.measure import WrongResult, peak_bytes
+from lighthouse.measure import WrongResult, alternating_seconds, peak_bytes
 from lighthouse.speed import Curve, Layer, Rates
 from small_llama import one_thread  # noqa: F401
 
@@ -151,6 +152,21 @@ def test_peak_is_what_is_held_at_once():
         return second.shape, third.shape
 
     assert peak_bytes(run, "cpu") == (1 << 20) + (1 << 19)
+
+
+def test_the_slow_side_is_timed_once_and_the_other_as_often_as_ever():
+    calls = {"slow": 0, "quick": 0}
+
+    def taking(name, seconds):
+        def run():
+            calls[name] += 1
+            time.sleep(seconds)
+
+        return run
+
+    runs = [taking("slow", 0.2), taking("quick", 0.001)]
+    slow, quick = alternating_seconds(runs, "cpu", repeats=5, budget=0.3)
+    assert calls == {"slow": 1, "quick": 7} and slow > 0.2 > 0.1 > quick  # first calls; a warm-up and five more
 
 
 def test_help_ends_with_examples(capsys):

@@ -151,7 +151,7 @@ def _text(found: dict) -> str:
         its = found["estimate"]
         lines += [
             f"  estimate here    dense {_seconds(its['dense'])}, Lighthouse {_seconds(its['lighthouse'])}: "
-            f"{its['speedup']:.1f} times as fast, give or take {speed.ERROR:.0%}",
+            f"{its['speedup']:.1f} times as fast, {_give_or_take(found['tokens'])}",
             f"                   of Lighthouse's: inner attention {_seconds(its['inner'])}, its operators "
             f"{_seconds(its['movement'])}",
         ]
@@ -192,6 +192,12 @@ def _step_lines(step: dict) -> list[str]:
 
 def _mib(size: float) -> str:
     return f"{size / MIB:,.1f} MiB" if size < 1024 * MIB else f"{size / MIB / 1024:,.2f} GiB"
+
+
+def _give_or_take(tokens: int) -> str:
+    if tokens >= speed.ERROR_FROM:
+        return f"give or take {speed.ERROR:.0%}"
+    return f"roughly (below {speed.ERROR_FROM:,} tokens only bench tells)"
 
 
 def _of_dense(size: float, dense: float) -> str:
