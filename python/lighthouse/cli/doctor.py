@@ -1,4 +1,4 @@
-"""`lighthouse doctor`: all of it is `lighthouse.doctor`, which also runs as a file, where this package does not load."""
+"""`lighthouse doctor`: all of it is in `lighthouse.doctor`, which also runs where this package does not load."""
 
 from lighthouse.doctor import main
 
