@@ -464,3 +464,16 @@ def test_compiled_layers(tmp_path, text, monkeypatch, checkpointing, graphs):
     assert [p.loss for p in compiled.held_out] == pytest.approx([p.loss for p in eager.held_out], rel=1e-4)
     model = AutoModelForCausalLM.from_pretrained(compiled.model_folder)
     assert list(model.state_dict()) == list(new_model("nano", CONTEXT, 0).state_dict())
+
+
+def test_a_run_with_callbacks_of_the_callers_that_keeps_no_model(tmp_path, text):
+    losses = []
+
+    class Watch(TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+            losses.append(metrics["eval_loss"])
+
+    result = prepare(options(text), training(tmp_path)).train(callbacks=[Watch()], keep_model=False)
+    assert losses == [point.loss for point in result.held_out]
+    assert result.model_folder is None and PretrainResult.load(tmp_path / "results.json") == result
+    assert not (tmp_path / "model").exists()

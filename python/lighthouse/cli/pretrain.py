@@ -42,7 +42,6 @@ examples:
 """
 
 PICTURE = "comparison.png"
-GENERAL = ("-h", "--help-all", "--config", "--demo")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -109,12 +108,34 @@ def _say_where(result: PretrainResult) -> None:
 
 
 def _parser(whole_help: bool) -> HfArgumentParser:
+    parser, general = run_parser(
+        "pretrain",
+        "Pre-trains a Llama from scratch: a share of the steps with Lighthouse, the others dense. At the end the plain "
+        "model and its tokenizer are a Hugging Face folder.",
+        EXAMPLE,
+        whole_help=whole_help,
+    )
+    general.add_argument(
+        "--demo",
+        action="store_true",
+        help="two small runs from the same weights, dense and two-stage, compared; other options still count",
+    )
+    return parser
+
+
+def run_parser(
+    command: str, description: str, example: str, *, more: Sequence[type] = (), whole_help: bool = False
+) -> tuple[HfArgumentParser, argparse._ArgumentGroup]:
+    """The options of a run, for a command that trains, and their group "general", to which it may add.
+
+    `more` are dataclasses of the command's own options.
+    """
+    kinds = (*more, ModelOptions, DataOptions, LighthouseOptions, TrainingOptions)
     parser = HfArgumentParser(
-        [ModelOptions, DataOptions, LighthouseOptions, TrainingOptions],
-        prog="lighthouse pretrain",
-        description="Pre-trains a Llama from scratch: a share of the steps with Lighthouse, the others dense. At the "
-        "end the plain model and its tokenizer are a Hugging Face folder.",
-        epilog=EXAMPLE,
+        list(kinds),
+        prog=f"lighthouse {command}",
+        description=description,
+        epilog=example,
         formatter_class=_Formatter,
         allow_abbrev=False,
         add_help=False,
@@ -129,17 +150,12 @@ def _parser(whole_help: bool) -> HfArgumentParser:
         help="YAML or JSON with options by the same names; what the command line says wins, and of several files the "
         "last. Every run writes its own, config.yaml, into its folder.",
     )
-    general.add_argument(
-        "--demo",
-        action="store_true",
-        help="two small runs from the same weights, dense and two-stage, compared; other options still count",
-    )
     if not whole_help:
-        shown = field_names(ModelOptions, DataOptions, LighthouseOptions, TrainingOptions)
+        shown = field_names(*kinds)
         for action in parser._actions:
-            if action.dest not in shown and action.option_strings[0] not in GENERAL:
+            if action.dest not in shown and action not in general._group_actions:
                 action.help = argparse.SUPPRESS
-    return parser
+    return parser, general
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -153,7 +169,7 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
     def _fill_text(self, text, width, indent):
-        return text if text == EXAMPLE else super()._fill_text(text, width, indent)
+        return text if text.startswith("example") else super()._fill_text(text, width, indent)
 
     def _format_action_invocation(self, action):
         if not action.option_strings:

@@ -70,12 +70,13 @@ class HeldOut:
 class PretrainResult:
     """One run. `switch_step` is the number of Lighthouse's steps: 0 in a dense run.
 
-    The saved model is that behind `model_step`: the last step, or the best with `load_best_model_at_end`. `settings`
-    are all options by name; `warnings` say what keeps the model from use.
+    `model_folder` is None where no model was kept. The saved model is that behind `model_step`: the last step, or the
+    best with `load_best_model_at_end`. `settings` are all options by name; `warnings` say what keeps the model from
+    use.
     """
 
     name: str
-    model_folder: str
+    model_folder: str | None
     context: int
     steps: int
     switch_step: int

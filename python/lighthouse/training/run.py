@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -164,8 +165,12 @@ class Run:
             lines.append(f"Note: at {options.context:,} tokens with these settings dense attention is as fast.")
         return "\n".join([*lines, WHY_DENSE])
 
-    def train(self) -> PretrainResult:
+    def train(self, *, callbacks: Sequence[TrainerCallback] = (), keep_model: bool = True) -> PretrainResult:
         """Trains, saves the plain model with its tokenizer and the results, and returns these.
+
+        Args:
+            callbacks: further ones for the Trainer, called behind those of the run. What one raises ends the run.
+            keep_model: without it no model is saved, and the result has no `model_folder`.
 
         Raises:
             DiskFull, NotFinite: the run cannot go on; the last whole checkpoint is as it was.
@@ -204,7 +209,7 @@ class Run:
             train_dataset=train_rows,
             eval_dataset=held_out_rows,
             data_collator=data.collate,
-            callbacks=[SwitchToDense(self.switch_step), record, stop],
+            callbacks=[SwitchToDense(self.switch_step), record, stop, *callbacks],
             run=self,
             record=record,
             stop=stop,
@@ -225,7 +230,7 @@ class Run:
             else:
                 with stop:
                     trainer.train(resume_from_checkpoint=self.checkpoint)
-            return self._finish(trainer, record)
+            return self._finish(trainer, record, keep_model)
 
     @contextmanager
     def _ends(self, trainer: Trainer):
@@ -289,7 +294,7 @@ class Run:
                 f"{_gb(weights)} will not fit into the {_gb(free)} that are free: lower save_total_limit or make room"
             )
 
-    def _finish(self, trainer: _Trainer, record: Record) -> PretrainResult:
+    def _finish(self, trainer: _Trainer, record: Record, keep_model: bool) -> PretrainResult:
         trainer.check_finite(weights=True)
         if not record.held_out or record.held_out[-1]["step"] != trainer.state.global_step:
             trainer.evaluate()
@@ -308,7 +313,7 @@ class Run:
             )
         result = PretrainResult(
             name="dense" if self.switch_step == 0 else "lighthouse-only" if options.lighthouse_only else "two-stage",
-            model_folder=str(self.folder / MODEL),
+            model_folder=str(self.folder / MODEL) if keep_model else None,
             context=options.context,
             steps=state.global_step,
             switch_step=self.switch_step,
@@ -330,7 +335,8 @@ class Run:
                 self.tokenizer.save_pretrained(folder)
 
             with _space_for("the model", self.folder, _weight_bytes(plain)):
-                checkpoints.write_whole_folder(self.folder / MODEL, write)
+                if keep_model:
+                    checkpoints.write_whole_folder(self.folder / MODEL, write)
                 result.save(self.folder / RESULTS)  # the last of all: with it the run is at its end
         return result
 
