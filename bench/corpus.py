@@ -1,7 +1,8 @@
-"""Makes one text of many files, to train a model of bytes on, and reads it.
+"""Makes one text of many files, to train a model of bytes on, reads it, and makes files of it again.
 
     python bench/corpus.py linux-source-6.1/{Documentation,kernel,mm,fs} --suffixes .rst .c .h \\
         --exclude '*/translations/*' '*/nls/*' --bytes 64_000_000 --output corpus.xz
+    python bench/corpus.py corpus.xz --unpack text          # text/00000.txt and so on, for lighthouse pretrain
 
 The same folders give the same text: files are sorted by path, shuffled with a fixed seed, so that every stretch of the
 text is of one kind with every other, and taken whole until there are enough bytes.
@@ -53,6 +54,15 @@ def read(path: Path) -> tuple[bytes, str]:
     return text, hashlib.sha256(text).hexdigest()
 
 
+def unpack(corpus: Path, folder: Path) -> None:
+    """The text's files, numbered in its order, into a folder that is not there yet."""
+    folder.mkdir(parents=True)
+    parts = read(corpus)[0].split(SEPARATOR)
+    for number, part in enumerate(parts):
+        (folder / f"{number:05}.txt").write_bytes(part)
+    print(f"{folder}: {len(parts):,} files")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", type=Path, nargs="+")
@@ -61,8 +71,14 @@ def main() -> None:
     parser.add_argument(
         "--bytes", type=int, default=64_000_000, help="stop when there are so many (default 64_000_000)"
     )
-    parser.add_argument("--output", type=Path, required=True, help="the text, xz-compressed")
+    goal = parser.add_mutually_exclusive_group(required=True)
+    goal.add_argument("--output", type=Path, help="the text, xz-compressed")
+    goal.add_argument("--unpack", type=Path, help="instead: a new folder for the files of the one text that is named")
     options = parser.parse_args()
+    if options.unpack:
+        if len(options.folders) != 1:
+            parser.error("--unpack takes one text")
+        return unpack(options.folders[0], options.unpack)
     text = make(options.folders, options.suffixes, options.exclude, options.bytes)
     print("compressing, about a minute", flush=True)
     filters = [{"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": DICTIONARY}]
