@@ -19,17 +19,21 @@ import torch
 from torch.nn.attention import SDPBackend
 
 import lighthouse
-from lighthouse import devices, doctor, operators
+import lighthouse_doctor
+from lighthouse import devices, operators
 from lighthouse.cli import main
+from lighthouse_doctor import can_train, computing, facts, machine, packages
 from small_llama import one_thread  # noqa: F401
 
-PACKAGE = Path(doctor.__file__).parent
+PACKAGES = [Path(module.__file__).parent for module in (lighthouse, lighthouse_doctor)]
 INSTALLED = Path(torch.__file__).parents[1]
 LIST = """
-import json, runpy, sys
-for line in runpy.run_path(sys.argv[1])["examine"](sys.argv[2:]):
+import json, sys
+from lighthouse_doctor import examine
+for line in examine(sys.argv[1:]):
     print(json.dumps([line.check, line.status, line.found, line.fix, line.stops]))
 """
+COMMAND = "import sys; from lighthouse_doctor.command import lighthouse; sys.exit(lighthouse())"
 
 
 def python(*arguments, path=()):
@@ -42,9 +46,9 @@ def python(*arguments, path=()):
     )
 
 
-def examine(*checks, package=PACKAGE, path=()):
+def examine(*checks, path=()):
     """The lines of some checks, each as (check, status, found, fix, stops), in a process of its own."""
-    done = python("-c", LIST, package / "doctor.py", *checks, path=(*path, package.parent))
+    done = python("-c", LIST, *checks, path=(*path, PACKAGES[0].parent))
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -54,9 +58,11 @@ def one(lines):
     return line
 
 
-def copy_of_the_package(folder: Path) -> tuple[Path, Path]:
-    package = shutil.copytree(PACKAGE, folder / "lighthouse", ignore=shutil.ignore_patterns("__pycache__", "*.so"))
-    return package, Path(shutil.copy(operators.LIBRARY_PATH, package))
+def copy_of_the_packages(folder: Path) -> Path:
+    """Gives the path of the library in it."""
+    for package in PACKAGES:
+        shutil.copytree(package, folder / package.name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    return Path(shutil.copy(operators.LIBRARY_PATH, folder / "lighthouse"))
 
 
 def package_of(folder: Path, name: str, version: str, code: str, distribution: str | None = None) -> Path:
@@ -90,9 +96,9 @@ def test_a_machine_that_can_train(tmp_path, capfd):
 
 def test_a_library_that_kills_the_process_that_loads_it(tmp_path):
     """A copy cut short: the loader maps it and dies of SIGBUS."""
-    package, library = copy_of_the_package(tmp_path)
+    library = copy_of_the_packages(tmp_path)
     os.truncate(library, library.stat().st_size // 4)
-    done = python(package / "doctor.py", "--json", "-", path=[tmp_path])
+    done = python("-c", COMMAND, "doctor", "--json", "-", path=[tmp_path])
     assert done.returncode == 1
     lines = {line["check"]: line for line in json.loads(done.stdout)["lines"]}
     assert lines["library"]["status"] == "failed" and "the process died: SIG" in lines["library"]["found"]
@@ -126,7 +132,7 @@ def test_help_ends_with_examples(capsys):
 
 
 def test_a_check_that_hangs():
-    line = one(doctor.examine(["torch"], seconds=0.05))
+    line = one(lighthouse_doctor.examine(["torch"], seconds=0.05))
     assert line.stops and "gave no answer within 0.05 s" in line.found
 
 
@@ -140,9 +146,9 @@ BROKEN_LIBRARIES = [
 
 @pytest.mark.parametrize("harm, message", [b[1:] for b in BROKEN_LIBRARIES], ids=[b[0] for b in BROKEN_LIBRARIES])
 def test_a_broken_library(tmp_path, harm, message):
-    package, library = copy_of_the_package(tmp_path)
+    library = copy_of_the_packages(tmp_path)
     harm(library)
-    check, status, found, fix, stops = one(examine("library", package=package))
+    check, status, found, fix, stops = one(examine("library", path=[tmp_path]))
     assert (check, status, stops) == ("library", "failed", True)
     assert message in found and fix.startswith("pip install --force-reinstall")
 
@@ -152,7 +158,7 @@ def test_a_broken_library(tmp_path, harm, message):
 
 def test_an_old_python(monkeypatch):
     monkeypatch.setattr(sys, "version_info", (3, 9, 1))
-    assert "3.10 or later is needed" in one(doctor.check_python()).found
+    assert "3.10 or later is needed" in one(machine.check_python()).found
 
 
 TORCHES = [
@@ -176,8 +182,8 @@ def test_a_torch_that_does_not_do(tmp_path, code, message):
 
 
 def test_no_torch(monkeypatch):
-    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
-    line = one(doctor.check_torch())
+    monkeypatch.setattr(machine.importlib.util, "find_spec", lambda name: None)
+    line = one(machine.check_torch())
     assert line.stops and line.found == "not installed" and line.fix == 'pip install --upgrade "torch>=2.10"'
 
 
@@ -185,7 +191,7 @@ def test_no_torch(monkeypatch):
 
 
 @pytest.fixture
-def machine(monkeypatch, tmp_path):
+def pretended(monkeypatch, tmp_path):
     """Pretends a GPU, a driver and a torch that cannot use them."""
 
     def pretend(*, cuda=None, smi=(), bus=(), torch_cuda="12.8", hip=None, error="", hidden=None, available=False):
@@ -207,10 +213,10 @@ def machine(monkeypatch, tmp_path):
             device.mkdir(parents=True)
             (device / "class").write_text(kind + "\n")
             (device / "vendor").write_text(vendor + "\n")
-        on_the_bus = doctor.gpus_on_the_bus(tmp_path / "bus")
+        on_the_bus = facts.gpus_on_the_bus(tmp_path / "bus")
         monkeypatch.setenv("PATH", str(commands))
-        monkeypatch.setattr(doctor, "gpus_on_the_bus", lambda: on_the_bus)
-        monkeypatch.setattr(doctor, "driver_cuda", lambda: cuda)
+        monkeypatch.setattr(machine, "gpus_on_the_bus", lambda: on_the_bus)
+        monkeypatch.setattr(machine, "driver_cuda", lambda: cuda)
         monkeypatch.setattr(torch.version, "cuda", torch_cuda)
         monkeypatch.setattr(torch.version, "hip", hip)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
@@ -254,9 +260,9 @@ DRIVERS = [
 
 
 @pytest.mark.parametrize("what, status, found, fix", [d[1:] for d in DRIVERS], ids=[d[0] for d in DRIVERS])
-def test_drivers(machine, what, status, found, fix):
-    machine(**what)
-    line = one(doctor.check_driver())
+def test_drivers(pretended, what, status, found, fix):
+    pretended(**what)
+    line = one(machine.check_driver())
     assert line.status == status and found in line.found and line.stops == (status == "failed")
     assert (line.fix is None) if fix is None else (fix in line.fix and "VISIBLE_DEVICES=" in line.fix)
 
@@ -280,7 +286,7 @@ def gpus(monkeypatch):
 
 def test_a_gpu_that_others_use(gpus):
     gpus(((9, 0), 79), ((9, 0), 3))
-    free, taken = doctor.check_gpus()
+    free, taken = machine.check_gpus()
     assert (free.status, free.found) == ("ok", "A GPU, compute capability 9.0, 79.0 of 80.0 GiB free")
     assert taken.status == "note" and taken.device == "cuda:1" and "3.0 of 80.0 GiB free" in taken.found
 
@@ -301,9 +307,9 @@ def test_code_for_gpus(gpus, monkeypatch, capabilities, built, expected):
     has = operators._OPERATORS.score.default.has_kernel_for_dispatch_key(torch._C.DispatchKey.CUDA)
     if built and not has:
         pytest.skip("this build of lighthouse has no CUDA kernels")
-    lines = [line for line in doctor.check_library() if (line.device or "").startswith("cuda:")]
+    lines = [line for line in packages.check_library() if (line.device or "").startswith("cuda:")]
     assert [(line.status, line.stops) for line in lines] == expected
-    assert doctor.can_train(lines) == (not any(stops for _, stops in expected))
+    assert can_train(lines) == (not any(stops for _, stops in expected))
     for capability, line in zip(capabilities, lines, strict=True):
         if line.status == "failed":
             assert (("8.0 or later is needed" if capability < (8, 0) else "nvcc") in line.fix) and "VISIBLE" in line.fix
@@ -320,7 +326,7 @@ CUDNNS = [
 def test_cudnn(monkeypatch, number, status, found):
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: number)
-    line = one(doctor.check_cudnn())
+    line = one(machine.check_cudnn())
     assert line.status == status and found in line.found and not line.stops
     assert status == "ok" or line.fix == "pip install --upgrade nvidia-cudnn-cu12"
 
@@ -329,8 +335,8 @@ def test_cudnn(monkeypatch, number, status, found):
 
 
 def test_an_attention_that_does_not_run_says_why():
-    inputs, grad = doctor._inputs(torch, torch.device("cpu"), torch.bfloat16, 4)
-    line = doctor._backend_line(torch, SDPBackend.EFFICIENT_ATTENTION, inputs, grad, inputs, "cpu")
+    inputs, grad = computing.inputs_of(torch, torch.device("cpu"), torch.bfloat16, 4)
+    line = computing._backend_line(torch, SDPBackend.EFFICIENT_ATTENTION, inputs, grad, inputs, "cpu")
     assert line.status == "note" and "does not run in bfloat16: RuntimeError: No " in line.found
 
 
@@ -344,7 +350,7 @@ def test_an_attention_with_wrong_gradients(monkeypatch):
         return right(query, key, value, **options)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", wrong)
-    for line in doctor.check_backends():
+    for line in computing.check_backends():
         if line.device == "cpu":
             assert line.status == "failed" and "wrong in bfloat16" in line.found and not line.stops
 
@@ -359,7 +365,7 @@ WRONGS = [
 @pytest.mark.parametrize("name, change, message", [w[1:] for w in WRONGS], ids=[w[0] for w in WRONGS])
 def test_operators_that_are_wrong(monkeypatch, name, change, message):
     monkeypatch.setattr(lighthouse, name, change(getattr(lighthouse, name)))
-    lines = [line for line in doctor.check_self_test() if line.device == "cpu"]
+    lines = [line for line in computing.check_self_test() if line.device == "cpu"]
     assert one(lines).stops and message in lines[0].found and "pip install --force-reinstall" in lines[0].fix
 
 
@@ -405,9 +411,9 @@ def test_a_transformers_that_does_not_import(tmp_path):
 
 
 def test_extras_that_are_missing(monkeypatch):
-    there = doctor._version_of
-    monkeypatch.setattr(doctor, "_version_of", lambda n: None if n in ("transformers", "datasets") else there(n))
-    lines = {line.check: line for line in doctor.check_train_extra()}
+    there = packages.version_of
+    monkeypatch.setattr(packages, "version_of", lambda n: None if n in ("transformers", "datasets") else there(n))
+    lines = {line.check: line for line in packages.check_train_extra()}
     for name, found in (("transformers", "not installed: Lighthouse"), ("train extra", "not installed: datasets;")):
         assert lines[name].status == "note" and lines[name].found.startswith(found)
         assert lines[name].fix == 'pip install "lighthouse-attn[train]"'
@@ -417,18 +423,18 @@ def test_extras_that_are_missing(monkeypatch):
 
 
 def test_little_memory(monkeypatch):
-    monkeypatch.setattr(doctor, "free_memory", lambda: 2**29)
-    line = one(doctor.check_memory())
+    monkeypatch.setattr(machine, "free_memory", lambda: 2**29)
+    line = one(machine.check_memory())
     assert line.status == "note" and line.found == "0.5 GiB free"
 
 
 def test_a_full_disk(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda folder: SimpleNamespace(free=2**20))
-    assert one(doctor.check_disk()).status == "note"
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda folder: SimpleNamespace(free=2**20))
+    assert one(machine.check_disk()).status == "note"
 
 
 def test_a_folder_that_cannot_be_written(monkeypatch):
     monkeypatch.chdir("/proc")  # not even by root
-    line = one(doctor.check_disk())
+    line = one(machine.check_disk())
     assert line.status == "note" and "but nothing can be written" in line.found and "--output_dir" in line.fix

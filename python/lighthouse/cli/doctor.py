@@ -1,5 +1,5 @@
-"""`lighthouse doctor`: all of it is in `lighthouse.doctor`, which also runs where this package does not load."""
+"""`lighthouse doctor` where the package loads; where it does not, the `lighthouse` command never comes here."""
 
-from lighthouse.doctor import main
+from lighthouse_doctor.command import main
 
 __all__ = ["main"]

@@ -1,0 +1,65 @@
+"""The command line of `lighthouse doctor`, and the door of all `lighthouse` commands, which it has to stand before."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from lighthouse_doctor.examination import examine
+from lighthouse_doctor.line import can_train, verdict
+
+EXAMPLE = """\
+examples:
+  lighthouse doctor
+  lighthouse doctor --json doctor.json
+  lighthouse doctor --json - 2>/dev/null
+
+exit status: 0 Lighthouse can train here (without a GPU: on the CPU, slowly), 1 it cannot, 2 the call was not understood
+"""
+
+
+def lighthouse() -> int:
+    """The `lighthouse` command: `doctor` without importing the package, every other by `lighthouse.cli`."""
+    if sys.argv[1:2] == ["doctor"]:
+        try:
+            return main(sys.argv[2:])
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
+    from lighthouse.cli import main as command
+
+    return command()
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs `lighthouse doctor` and returns the exit status. Here and not in `cli`, which needs the whole package."""
+    parser = argparse.ArgumentParser(
+        prog="lighthouse doctor",
+        description="Says line by line what of this machine is fine for training with Lighthouse, what is not, and the "
+        "command that mends it.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the lines there too; - is standard output")
+    options = parser.parse_args(list(arguments))
+    if options.json not in (None, "-") and not Path(options.json).parent.is_dir():
+        parser.error(f"argument --json: {options.json!r}: the folder {str(Path(options.json).parent)!r} does not exist")
+    out = sys.stderr if options.json == "-" else sys.stdout
+    lines = []
+    for line in examine():
+        lines.append(line)
+        print(line, file=out, flush=True)
+    print(f"\n{verdict(lines)}", file=out)
+    if options.json is not None:
+        text = json.dumps({"can_train": can_train(lines), "lines": [asdict(line) for line in lines]}, indent=2) + "\n"
+        try:
+            sys.stdout.write(text) if options.json == "-" else Path(options.json).write_text(text, encoding="utf-8")
+        except OSError as error:
+            print(f"lighthouse doctor: error: --json {options.json!r}: {error.strerror}", file=sys.stderr)
+            return 1
+    return 0 if can_train(lines) else 1
