@@ -121,6 +121,8 @@ def test_without_matplotlib_it_is_said_before_measuring(monkeypatch, capsys, tmp
 REFUSED = [
     ("no_tokens", "--tokens 0", "tokens=0"),
     ("budget", "--budget 0", "budget=0.0"),
+    ("budget_is_no_number", "--budget nan", "budget=nan"),
+    ("more_threads_than_cores", "--threads 100000", "threads=100000: from 1 to"),
     ("resume_without_a_file", "--resume", "resume: --json FILE"),
     ("no_folder", "--json nowhere/a.json", "json='nowhere/a.json': its folder"),
     ("heads", "--heads 0", "heads=0"),

@@ -75,6 +75,8 @@ REFUSED = [
     ("layers", "--layers 0", "layers=0"),
     ("all_dense", "--layers 4 --dense_layers 2", "dense_layers=2"),
     ("threads", "--threads 0", "threads=0"),
+    ("more_threads_than_cores", "--threads 100000", "threads=100000: from 1 to"),
+    ("no_folder", "--json nowhere/a.json", "json='nowhere/a.json': its folder does not exist"),
 ]
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +21,7 @@ from lighthouse.huggingface.inspection import Choices, choices_in, choices_of
 from lighthouse.report import choice
 from lighthouse.training.model import new_model
 from small_llama import MODELS, SETTINGS, ids, one_thread, plain, wrapped  # noqa: F401
+from test_training_interrupted import small_disk  # noqa: F401
 
 CASES = [
     ("defaults", 300, {}),
@@ -126,26 +130,65 @@ def test_the_command(tmp_path, model_folder, capsys):
     assert list(json.loads(capsys.readouterr().out)["kept_share"]) == ["0", "1", "2", "3"]
 
 
+def damaged(folder):
+    shutil.copytree(folder, "../damaged")
+    os.truncate("../damaged/model.safetensors", 9999)
+    return ["../damaged"]
+
+
 WRONG = [
     ("no_model", lambda folder: ["/no/such/folder"], "model='/no/such/folder': a folder with a model"),
     ("no_text", lambda folder: [str(folder), "--text", "/no/text"], "/no/text"),
     ("a_ratio", lambda folder: [str(folder), "--pool_ratios", "0.3"], r"pool_ratios[0]=0.3"),
     ("topk", lambda folder: [str(folder), "--select_topk", "many"], "select_topk=many"),
     ("layers", lambda folder: [str(folder), "--dense_layers", "2"], "dense_layers=2"),
+    ("a_text_of_one_token", lambda folder: [str(folder), "--text", "one.txt"], "text='one.txt' has 1 tokens"),
+    ("no_text_at_all", lambda folder: [str(folder), "--text", "none.txt"], "text='none.txt' has 0 tokens"),
+    ("not_utf_8", lambda folder: [str(folder), "--text", "bytes.txt"], "text='bytes.txt' is no UTF-8 text"),
+    ("context", lambda folder: [str(folder), "--context", "0"], "context=0: at least 2"),
+    ("context_beyond_the_model", lambda folder: [str(folder), "--context", "513"], "context=513: the model allows at"),
+    ("no_gpu", lambda folder: [str(folder), "--device", "cuda"], "finds no GPU here; take --device cpu"),
+    ("output_is_a_file", lambda folder: [str(folder), "--output", "text.txt"], "output='text.txt' is a file"),
+    ("no_folder_for_json", lambda folder: [str(folder), "--json", "no/a.json"], "its folder does not exist"),
+    ("damaged_weights", damaged, "its weights cannot be read, the file is damaged"),
+    ("no_tokenizer_in_a_folder", lambda folder: [str(folder), "--tokenizer", "."], "tokenizer='.' cannot be loaded"),
 ]
 
 
 @pytest.mark.parametrize("arguments, message", [w[1:] for w in WRONG], ids=[w[0] for w in WRONG])
 def test_wrong_options(tmp_path, model_folder, capsys, monkeypatch, arguments, message):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "text.txt").write_text("some text " * 9)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    texts = {"text.txt": b"some text " * 9, "one.txt": b"x", "none.txt": b"", "bytes.txt": b"\xff\xfe"}
+    for name, text in texts.items():
+        Path(name).write_bytes(text)
     words = arguments(model_folder)
     if "--text" not in words:
         words += ["--text", "text.txt"]
     assert main(["inspect", *words]) == 2
     said = capsys.readouterr().err
     assert message in said and "Traceback" not in said
-    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+    assert {path.name for path in Path().iterdir()} == texts.keys()
+
+
+def test_a_text_shorter_than_a_window(tmp_path, model_folder, monkeypatch, capsys, caplog):
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("nine char")
+    assert main(["inspect", str(model_folder), "--text", "text.txt", "--device", "cpu"]) == 0
+    said = capsys.readouterr()
+    assert "9 tokens, a sub-sequence of 9 entries" in said.out and "9 tokens through the model" in said.err
+    assert not caplog.text
+    assert "keeps of text.txt" in Path("inspected/choice.html").read_text()
+
+
+def test_a_full_disk(small_disk, model_folder, tmp_path, capsys):  # noqa: F811
+    (tmp_path / "text.txt").write_text("some text " * 30)
+    disk = small_disk(0.02)
+    assert (
+        main(["inspect", str(model_folder), "--text", str(tmp_path / "text.txt"), "--output", str(disk / "out")]) == 1
+    )
+    assert "No space left" in capsys.readouterr().err
 
 
 def test_settings_of_the_wrapper_reach_the_choice():

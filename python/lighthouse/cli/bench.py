@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 
 from lighthouse import speed
 from lighthouse.benchmark import TOKENS, Bench, draw, need_matplotlib
-from lighthouse.cli.plan import add_device, add_layer, add_settings, chosen_device, say
+from lighthouse.cli.plan import add_device, add_layer, add_settings, check_folders, chosen_device, say
 from lighthouse.measure import WrongResult
 
 EXAMPLE = """\
@@ -60,7 +61,7 @@ def _prepared(options: argparse.Namespace) -> tuple[Bench, Path | None]:
     for tokens in options.tokens:
         if tokens < 1:
             raise ValueError(f"tokens={tokens}: at least one token is needed")
-    if options.budget <= 0:
+    if not 0 < options.budget < math.inf:
         raise ValueError(f"budget={options.budget}: seconds above 0 are needed")
     if options.resume and options.json in (None, "-"):
         raise ValueError("resume: --json FILE is needed, the file to go on with")
@@ -71,10 +72,7 @@ def _prepared(options: argparse.Namespace) -> tuple[Bench, Path | None]:
         layers = check_model(options.model, options.context)
         check_head_dim(options.model, options.context, device)
         LighthouseSettings(dense_layers=options.dense_layers).for_layers(layers)
-    for name in ("json", "plot"):
-        path = getattr(options, name)
-        if path not in (None, "-") and not Path(path).absolute().parent.is_dir():
-            raise ValueError(f"{name}={path!r}: its folder does not exist")
+    check_folders(options, "json", "plot")
     layer = speed.default_layer(
         device, heads=options.heads, kv_heads=options.kv_heads, head_dim=options.head_dim, dtype=options.dtype
     )

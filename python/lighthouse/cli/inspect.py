@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,11 +13,13 @@ from lighthouse.training.extra import require_train_extra
 require_train_extra()
 
 import torch  # noqa: E402
+from safetensors import SafetensorError  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
 from lighthouse import LighthouseWrapper  # noqa: E402
-from lighthouse.huggingface.inspection import choices_of  # noqa: E402
+from lighthouse.cli.plan import check_folders, chosen_device, say, write_json  # noqa: E402
+from lighthouse.huggingface.inspection import Choices, choices_of  # noqa: E402
 from lighthouse.report import choice  # noqa: E402
 from lighthouse.training.options import number  # noqa: E402
 from lighthouse.training.tokenizer import Encoder, load_tokenizer  # noqa: E402
@@ -28,37 +30,64 @@ example:
 """
 
 
+LONGEST_TOKEN = 64  # characters: of a text much longer than the context the rest is not even read
+
+
 def main(arguments: Sequence[str]) -> int:
+    """Runs `lighthouse inspect` and returns the exit status."""
     options = _parser().parse_args(arguments)
     disable_progress_bar()
     try:
-        paths = _inspect(options)
+        choices, pieces = _choices(options)
     except (OSError, ValueError, TypeError) as error:
         print(f"lighthouse inspect: error: {error}", file=sys.stderr)
         return 2
-    if options.json == "-":
-        print(Path(paths["json"]).read_text(), end="")
-        return 0
-    if options.json:
-        Path(options.json).write_text(Path(paths["json"]).read_text())
-    numbers = json.loads(Path(paths["json"]).read_text())
-    print(f"{numbers['tokens']:,} tokens, a sub-sequence of {numbers['sub_length']:,} entries")
-    print(f"kept as tokens by every head: {numbers['kept_by_every_head_share']:.2%}; by none: ", end="")
-    print(f"{numbers['kept_by_no_head_share']:.2%}")
-    print(f"Picture: {paths['png']}\nPage:    {paths['html']}")
+    except torch.OutOfMemoryError as error:
+        print(f"lighthouse inspect: error: {error}; a shorter --context, or --device cpu", file=sys.stderr)
+        return 1
+    say("drawing")
+    model, text = Path(options.model).resolve(), Path(options.text)
+    numbers = choice.summary(choices)
+    try:
+        paths = choice.save(
+            choices, pieces, f"What {model.parent.name}/{model.name} keeps of {text.name}", options.output
+        )
+        write_json(numbers, options.json)
+    except OSError as error:
+        print(f"lighthouse inspect: error: {error}", file=sys.stderr)
+        return 1
+    if options.json != "-":
+        print(f"{numbers['tokens']:,} tokens, a sub-sequence of {numbers['sub_length']:,} entries")
+        print(f"kept as tokens by every head: {numbers['kept_by_every_head_share']:.2%}; by none: ", end="")
+        print(f"{numbers['kept_by_no_head_share']:.2%}")
+        print(f"Picture: {paths['png']}\nPage:    {paths['html']}")
     return 0
 
 
-def _inspect(options) -> dict:
+def _choices(options: argparse.Namespace) -> tuple[Choices, list[str]]:
+    """What is kept, and the text of each token. Raises where options, model or text do not do."""
+    device = chosen_device(options)
     folder = Path(options.model)
     if not (folder / "config.json").is_file():
         raise ValueError(f"model={options.model!r}: a folder with a model of Transformers (config.json) is needed")
+    check_folders(options, "json")
+    if Path(options.output).exists() and not Path(options.output).is_dir():
+        raise ValueError(f"output={options.output!r} is a file: a folder is needed")
+    if options.context is not None and options.context < 2:
+        raise ValueError(f"context={options.context}: at least 2 tokens are needed")
+    text = _text(options.text)
+    say("reading the model")
     tokenizer_folder = options.tokenizer or (options.model if (folder / "tokenizer_config.json").is_file() else None)
     tokenizer = load_tokenizer(tokenizer_folder)
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    most = options.context or model.config.max_position_embeddings
-    text = _text(options.text)
-    ids = Encoder(tokenizer)([text.encode()])[0][:most].tolist()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+    except SafetensorError as error:
+        raise ValueError(f"model={options.model!r}: its weights cannot be read, the file is damaged: {error}") from None
+    most = model.config.max_position_embeddings
+    if options.context is not None and options.context > most:
+        raise ValueError(f"context={options.context}: the model allows at most {most}")
+    most = options.context or most
+    ids = Encoder(tokenizer)([text[: most * LONGEST_TOKEN].encode()])[0][:most].tolist()
     if len(ids) < 2:
         raise ValueError(f"text={options.text!r} has {len(ids)} tokens: at least 2 are needed")
     LighthouseWrapper(
@@ -70,11 +99,13 @@ def _inspect(options) -> dict:
         min_tokens=0,
         max_share=1.0,
     )
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    choices = choices_of(model.to(device), torch.tensor([ids], device=device))
-    pieces = [tokenizer.decode([i]) or "\ufffd" for i in ids]  # a byte alone may be no character
-    title = f"What {folder.parent.name}/{folder.name} keeps of {Path(options.text).name}"
-    return choice.save(choices, pieces, title, options.output)
+    say(f"{len(ids):,} tokens through the model")
+    logging.disable(logging.WARNING)  # that losses do not compare: there are none here
+    try:
+        choices = choices_of(model.to(device), torch.tensor([ids], device=device))
+    finally:
+        logging.disable(logging.NOTSET)
+    return choices, [tokenizer.decode([i]) or "\ufffd" for i in ids]  # a byte alone may be no character
 
 
 def _text(name: str) -> str:
@@ -102,7 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--pool_ratios", nargs="+", default=["1/4", "1/16"], metavar="RATIO", help="default: 1/4 1/16")
     parser.add_argument("--select_topk", default="1/64", help="parents per level, a number or a share (default 1/64)")
     parser.add_argument("--dense_layers", type=int, help="layers at each end that stay dense (default: as in training)")
-    parser.add_argument("--device", help="default: cuda where there is a GPU, else cpu")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     parser.add_argument("--output", default="inspected", metavar="FOLDER", help="for the files (default: inspected)")
     parser.add_argument("--json", metavar="FILE", help="write the numbers there too; - is standard output")
     return parser

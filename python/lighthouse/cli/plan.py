@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -54,6 +55,7 @@ def main(arguments: Sequence[str]) -> int:
 def _made(options: argparse.Namespace) -> dict:
     """All that is said, as numbers."""
     device = chosen_device(options)
+    check_folders(options, "json")
     settings = LighthouseSettings(
         pool_ratios=options.pool_ratios, select_topk=options.select_topk, dense_layers=options.dense_layers
     )
@@ -256,10 +258,11 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 def chosen_device(options: argparse.Namespace) -> str:
     """The device that is asked for, or that there is. Raises `ValueError`."""
-    if options.threads is not None:
-        if options.threads < 1:
-            raise ValueError(f"threads={options.threads}: at least one is needed")
-        torch.set_num_threads(options.threads)
+    threads, cores = getattr(options, "threads", None), len(os.sched_getaffinity(0))
+    if threads is not None:
+        if not 1 <= threads <= cores:
+            raise ValueError(f"threads={threads}: from 1 to {cores}, the cores of this process, are needed")
+        torch.set_num_threads(threads)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device='cuda': PyTorch finds no GPU here; take --device cpu")
     return options.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -283,6 +286,14 @@ def described(options: argparse.Namespace, tokens: int, device: str):
     config = new_config(options.model, tokens)
     sizes = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
     return speed.Layer(*sizes, options.dtype or speed.LAYERS[device].dtype), config
+
+
+def check_folders(options: argparse.Namespace, *names: str) -> None:
+    """Files and folders that are written at the end can be made: their parents are there. Raises `ValueError`."""
+    for name in names:
+        path = getattr(options, name)
+        if path not in (None, "-") and not Path(path).absolute().parent.is_dir():
+            raise ValueError(f"{name}={path!r}: its folder does not exist")
 
 
 def write_json(found: dict, file: str | None) -> None:
