@@ -25,7 +25,7 @@ inline void check_launch(const char* what) {
   std::string message = std::string(what) + ": " + cudaGetErrorString(error);
   if (error == cudaErrorNoKernelImageForDevice) {
     message += "; build lighthouse for this GPU: set CMake's LIGHTHOUSE_CUDA_ARCHITECTURES";
-  } else if (error == cudaErrorInsufficientDriver) {
+  } else if (error == cudaErrorInsufficientDriver || error == cudaErrorUnsupportedPtxVersion) {
     int driver = 0;
     cudaDriverGetVersion(&driver);
     message += "; built with CUDA " + std::to_string(CUDART_VERSION / 1000) + ", driver for CUDA " +

@@ -70,10 +70,7 @@ inline cuda::Stream current_stream(int32_t device) {
 class Cuda {
  public:
   // `like`: whose device is worked on.
-  explicit Cuda(const Tensor& like)
-      : like_(like), guard_(like.get_device_index()), stream_(current_stream(like.get_device_index())) {
-    require(like.is_cuda(), "the first tensor is not on a CUDA device, another one is: all must be on one");
-  }
+  explicit Cuda(const Tensor& like) : like_(like), guard_(index_of(like)), stream_(current_stream(index_of(like))) {}
 
   void check(const char* argument, const Tensor& tensor) const {
     require(tensor.is_cuda() && tensor.get_device_index() == like_.get_device_index(), argument,
@@ -123,6 +120,12 @@ class Cuda {
     std::optional<Tensor> tensor;
     cuda::Workspace workspace;
   };
+
+  // Asked before anything else: another device's index would be taken for a GPU's.
+  static int32_t index_of(const Tensor& tensor) {
+    require(tensor.is_cuda(), "the first tensor is not on a CUDA device, another one is: all must be on one");
+    return tensor.get_device_index();
+  }
 
   Tensor like_;
   torch::stable::accelerator::DeviceGuard guard_;

@@ -86,6 +86,14 @@ def test_sizes_on_cuda_are_known_without_one(dtype, fake_cuda, monkeypatch):
     assert output.shape == query.shape and output.dtype == dtype and output.device == query.device
 
 
+@pytest.mark.skipif(not devices.has_cuda_kernels(), reason="a build with CUDA kernels is needed")
+def test_a_first_tensor_that_is_on_no_gpu():
+    """As where only another argument is on one; said before anything is asked of CUDA."""
+    key, cuda = torch.empty(1, 1, 64, 8), torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    with pytest.raises((RuntimeError, ValueError), match="the first tensor is not on a CUDA device"):
+        torch.ops.lighthouse.score.default.redispatch(cuda, key, key)
+
+
 def test_another_kind_of_device():
     with pytest.raises(ValueError, match="query is on xpu:0: only CPU and CUDA tensors"):
         devices.check_device("query", torch.device("xpu:0"))
