@@ -228,6 +228,7 @@ WRONG = [
     ("a_file_there", ["inside/model", "--output", "file"], "is a file: take another name"),
     ("dtype", ["inside/model", "--dtype", "int8"], "'int8'"),
     ("tokenizer", ["inside/model", "--tokenizer", "empty"], "tokenizer='empty' cannot be loaded"),
+    ("no_folder_for_json", ["inside/model", "--json", "no/a.json"], "json='no/a.json': its folder does not exist"),
     ("no_output", ["inside/model", "--output"], "expected one argument"),
 ]
 

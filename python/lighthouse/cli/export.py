@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import signal
 import sys
@@ -14,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
+from lighthouse.cli.plan import check_folders, write_json
 from lighthouse.huggingface.export import DTYPES, Exported, ExportFailed, export
 from lighthouse.training.result import STOPPED
 
@@ -32,6 +32,7 @@ def main(arguments: Sequence[str]) -> int:
     console = Console(stderr=options.json == "-")
     before = signal.signal(signal.SIGTERM, _stop)  # else what is half written would stay
     try:
+        check_folders(options, "json")
         with console.status("") as status:
             exported = export(
                 options.checkpoint,
@@ -50,13 +51,11 @@ def main(arguments: Sequence[str]) -> int:
     finally:
         signal.signal(signal.SIGTERM, before)
     console.print(_table(exported))
-    if options.json is not None:
-        text = json.dumps(asdict(exported), indent=2) + "\n"
-        if options.json == "-":
-            sys.stdout.write(text)
-        else:
-            with open(options.json, "w", encoding="utf-8") as file:
-                file.write(text)
+    try:
+        write_json(asdict(exported), options.json)
+    except OSError as error:
+        print(f"lighthouse export: error: json={options.json!r}: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -48,7 +48,7 @@ def draw(choices, target) -> None:
     for i in range(1, layers):
         axes.axhline(i * heads, color="white", linewidth=1)
     axes.set_xlabel("token")
-    shown = f", the finest of each {tokens / COLUMNS:.0f} tokens" if tokens > COLUMNS else ""
+    shown = f", the finest of up to {-(-tokens // COLUMNS)} in a column" if tokens > COLUMNS else ""
     axes.set_title(f"Finest level at which each key-value head keeps each token{shown}", loc="left")
     bar = figure.colorbar(picture, ax=axes, ticks=range(levels), shrink=0.8)
     bar.ax.set_yticklabels([f"window {window}" if window > 1 else "token" for window in choices.windows])
@@ -152,16 +152,16 @@ _PAGE = """<!doctype html>
 <title>{title}</title>
 <style>
 body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; color: #111827 }}
-img {{ width: 100% }}
+.wide {{ overflow-x: auto }} .wide img {{ width: 100%; min-width: 50rem }}
 #text {{ font: 14px/1.6 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere;
   border: 1px solid #e5e7eb; padding: 1rem; max-height: 40rem; overflow-y: auto }}
-.key {{ padding: 0 .5em; border: 1px solid #e5e7eb; margin-right: .5em }}
-select {{ font: inherit }}
+.key {{ display: inline-block; padding: 0 .5em; border: 1px solid #e5e7eb; margin-right: .5em }}
+select {{ font: inherit; max-width: 100% }}
 </style></head><body>
 <h1>{title}</h1>
 {facts}
-<img alt="levels by layer, head and position; kept share by position; overlap of heads"
-  src="data:image/png;base64,{picture}">
+<div class="wide"><img alt="levels by layer, head and position; kept share by position; overlap of heads"
+  src="data:image/png;base64,{picture}"></div>
 <h2>In the text</h2>
 <p><label>Shown: <select id="which"></select></label> <span id="legend"></span></p>
 <div id="text"></div>
