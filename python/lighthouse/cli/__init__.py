@@ -14,9 +14,11 @@ import lighthouse
 
 COMMANDS = {
     "pretrain": "pre-train a Llama from scratch, first with Lighthouse, then dense",
+    "compare": "train a baseline and a two-stage run, compare them, and check and time the model to ship",
     "plan": "what Lighthouse makes of a length and settings: S, work, memory, estimated speed-up",
     "bench": "time a layer, or a training step, on this device: dense against Lighthouse",
     "doctor": "check this machine, and say what keeps Lighthouse from training here and what mends it",
+    "tune": "try settings, each in a short run, and keep the one with the lowest dense held-out loss",
     "inspect": "show which tokens of a text each layer and head keeps, and at which level",
     "export": "write a plain Hugging Face folder from a checkpoint, with a model card, and check it",
 }

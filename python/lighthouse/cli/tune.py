@@ -1,0 +1,98 @@
+"""`lighthouse tune`: the options, the checks, the study, and what is said at the end."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from lighthouse.training.extra import require_tune_extra
+
+require_tune_extra()
+
+from rich.console import Console  # noqa: E402
+from transformers.utils.logging import disable_progress_bar  # noqa: E402
+
+from lighthouse.cli.pretrain import run_parser  # noqa: E402
+from lighthouse.training import PretrainOptions, RunFailed, Stopped, configuration  # noqa: E402
+from lighthouse.training.tune import BEST, Study, TuneOptions, prepare_study  # noqa: E402
+
+EXAMPLE = """\
+examples:
+  lighthouse tune --model nano --context 2048 --steps 40 --trials 6 --output_dir runs/tune
+  lighthouse tune --config runs/tune/study.yaml --resume            goes on, or shares it from another terminal
+  lighthouse tune --model nano --context 2048 --steps 40 --sampler grid --judge tokens --fixed learning_rate batch \\
+      --levels 3 --level_ratio 1/8 1/2 --topk 16 64 --output_dir runs/grid
+  lighthouse pretrain --config runs/tune/best.yaml --steps 200 --output_dir runs/tuned
+"""
+
+DEFAULTS = {"max_steps": 200, "output_dir": "runs/tune"}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs `lighthouse tune` and returns the exit status."""
+    arguments = list(arguments)
+    parser = _parser(whole_help="--help-all" in arguments)
+    logging.basicConfig(format="%(message)s")
+    disable_progress_bar()
+    try:
+        for name in reversed(configuration.names_in(arguments)):
+            arguments = configuration.as_arguments(configuration.read(name), parser, f"config={name!r}") + arguments
+        tuning, model, data, lighthouse, training, general = parser.parse_args_into_dataclasses(
+            arguments, look_for_args_file=False
+        )
+        study = prepare_study(PretrainOptions(**asdict(model), **asdict(data), **asdict(lighthouse)), training, tuning)
+    except (ValueError, TypeError, OSError) as error:
+        print(f"lighthouse tune: error: {error}", file=sys.stderr)
+        return 2
+    return _run(study, general.json)
+
+
+def _run(study: Study, json_file: str | None) -> int:
+    # With --json - the numbers alone are on standard output.
+    console = Console(file=sys.stderr if json_file == "-" else sys.stdout)
+
+    def say(line: str) -> None:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    say(str(study))
+    try:
+        with console.status("") as status:
+            result = study.run(say, lambda line: status.update(line.replace("[", r"\[")))
+        if json_file not in (None, "-"):
+            Path(json_file).write_text(result.results.read_text(encoding="utf-8"), encoding="utf-8")
+    except (KeyboardInterrupt, Stopped) as error:
+        print(f"\nInterrupted. What is trained is kept, and `{study.go_on}` goes on.", file=sys.stderr)
+        return 130 if isinstance(error, KeyboardInterrupt) else error.code
+    except (RunFailed, OSError) as error:
+        print(f"lighthouse tune: error: {error}\n`{study.go_on}` goes on.", file=sys.stderr)
+        return 1
+    if json_file == "-":
+        sys.stdout.write(result.results.read_text(encoding="utf-8"))
+        return 0
+    if result.best is None:
+        say("No trial is complete.")
+    else:
+        best, given = result.best, result.given
+        than = "" if given is None or given is best else f"; the given setting {given.loss:.4f}"
+        say(f"\nBest: trial {best.number}, {best.setting}: {best.loss:.4f}{than}")
+        say(f"It as a run: lighthouse pretrain --config {study.folder / BEST} --steps N --output_dir FOLDER")
+    say(f"Report: {study.folder / 'report.html'}")
+    return 0
+
+
+def _parser(whole_help: bool):
+    parser, general = run_parser(
+        "tune",
+        "Tries settings around the given one, each in a short two-stage run, and judges them by the dense held-out "
+        "loss at equal time or equal tokens. The options of a run are those of the given setting, --max_steps the "
+        "length of a trial; trials save no checkpoints.",
+        EXAMPLE,
+        more=[TuneOptions],
+        whole_help=whole_help,
+    )
+    parser.set_defaults(**DEFAULTS)
+    general.add_argument("--json", metavar="FILE", help="copy the numbers there; - is standard output")
+    return parser

@@ -1,0 +1,783 @@
+"""A study of settings: each a short two-stage run, judged by its dense held-out loss at equal time or equal tokens.
+
+    from lighthouse.training.tune import TuneOptions, tune
+
+    result = tune(options, TrainingOptions(output_dir="runs/tune", max_steps=200), TuneOptions(trials=20))
+
+Optuna proposes the settings and keeps them in SQLite in the study's folder; `Run.train` trains them. Any number of
+processes of a machine may work on one study, and each may be killed at any moment.
+
+Equal time is made beforehand: the schedule of the learning rate and the switch need the number of steps. So a few steps
+of each stage are timed, and a trial gets as many steps as fit into the budget, with a whole schedule. What it really
+took stands beside its loss.
+
+The trap is a dead process: Optuna leaves its trial "running" for ever. Each running trial's log is locked by its
+process, and the system takes the lock away with the process. Who finds a trial running and unlocked, counts it as
+interrupted and lines its setting up again.
+"""
+
+from __future__ import annotations
+
+import bisect
+import copy
+import fcntl
+import gc
+import json
+import logging
+import statistics
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from time import perf_counter
+from typing import IO, Literal
+
+import optuna
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from optuna.trial import TrialState
+from sqlalchemy import URL
+from transformers import TrainerCallback
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+
+from lighthouse.measure import synchronize
+from lighthouse.plan import sub_length
+from lighthouse.report.study import page_of
+from lighthouse.settings import check_select_topk
+from lighthouse.speed import device_name
+from lighthouse.training import checkpoints, configuration
+from lighthouse.training.callbacks import Record
+from lighthouse.training.memory import DoesNotFit
+from lighthouse.training.options import PretrainOptions, TrainingOptions
+from lighthouse.training.result import DENSE, LIGHTHOUSE, HeldOut, NotFinite, RunFailed
+from lighthouse.training.run import FREE_ON_RESUME, prepare, tokens_per_step
+from lighthouse.training.search import RANGES, Setting, Space
+from lighthouse.training.study import (
+    COMPLETE,
+    FAILED,
+    INTERRUPTED,
+    PRUNED,
+    RUNNING,
+    SKIPPED,
+    WAITING,
+    StudyResult,
+    Trial,
+)
+
+DATABASE = "study.db"
+FIXED = "study.json"
+CONFIGURATION = "study.yaml"
+BEST = "best.yaml"
+TRIALS = "trials"
+NAME = "lighthouse"
+
+DEFAULT_TRIALS = 20
+WARM_UP, TIMED = 2, 3  # steps of each stage before the trials
+NOT_PRUNED = 4  # complete trials before any is pruned
+RANDOM_AFTER = 25  # settings skipped in a row: TPE is stuck where nothing is left
+GIVE_UP_AFTER = 200
+INTERRUPTIONS = 3  # of one setting: a fourth process is not risked on it
+FEWEST_FOR_IMPORTANCE = 4
+
+STATES = {
+    TrialState.COMPLETE: COMPLETE,
+    TrialState.PRUNED: PRUNED,
+    TrialState.RUNNING: RUNNING,
+    TrialState.WAITING: WAITING,
+}
+
+Say = Callable[[str], None]
+
+
+@dataclass(kw_only=True)
+class TuneOptions:
+    """What a study searches and how it judges. Raises `ValueError` naming the option and the rule.
+
+    A range is one or two values; its default is widened to hold the given setting, which is the first trial.
+    """
+
+    _argument_group_name = "tuning"
+
+    trials: int | None = field(
+        default=None,
+        metadata={
+            "help": "Settings that are trained, the given one among them, by all processes together: 20, or all of a "
+            "grid. What is skipped does not count."
+        },
+    )
+    sampler: Literal["tpe", "grid"] = field(
+        default="tpe", metadata={"help": "Optuna's TPE, or all combinations of a few values of each range."}
+    )
+    judge: Literal["time", "tokens"] = field(
+        default="time",
+        metadata={
+            "help": "Trials have equal training time, or equal tokens: on a machine that does other things too, and "
+            "for the same results each time."
+        },
+    )
+    seconds: float | None = field(
+        default=None,
+        metadata={
+            "help": "With time, the training seconds of each trial; by default what the given setting takes for "
+            "--max_steps."
+        },
+    )
+    evaluations: int = field(
+        default=5, metadata={"help": "Dense held-out losses of each trial, evenly over its dense stage."}
+    )
+    pruner: Literal["median", "none"] = field(
+        default="median",
+        metadata={"help": "Ends trials that at an evaluation are worse than the median of those before."},
+    )
+    fixed: list[str] = field(
+        default_factory=list,
+        metadata={"help": "What is not searched: any of " + ", ".join(RANGES) + ".", "metavar": "NAME"},
+    )
+    levels: list[int] | None = field(
+        default=None, metadata={"help": "Range of the number of levels, the tokens one of them. By default 2 5."}
+    )
+    level_ratio: list[str] | None = field(
+        default=None,
+        metadata={"help": "Range of the ratio from each level to the next. By default 1/10 1/2.", "metavar": "RATIO"},
+    )
+    topk: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Range of select_topk, in parents or shares of the tokens. By default 512 4096, below 98,304 "
+            "tokens as much less as the context is shorter.",
+            "metavar": "K",
+        },
+    )
+    rate_within: float | None = field(
+        default=None, metadata={"help": "Range of the learning rate: so far from the given one. By default 0.1."}
+    )
+    batch_up_to: float | None = field(
+        default=None,
+        metadata={"help": "Range of the batch: from the given one up to so much more. By default 0.4."},
+    )
+    grid_values: int = field(
+        default=3, metadata={"help": "Values of each range in a grid; every number of levels is in it."}
+    )
+
+    def __post_init__(self):
+        for name, choices in (
+            ("sampler", ("tpe", "grid")),
+            ("judge", ("time", "tokens")),
+            ("pruner", ("median", "none")),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r}: {' or '.join(choices)} is needed")
+        for name in ("trials", "evaluations", "grid_values"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}: at least one is needed")
+        if self.seconds is not None and not 0 < self.seconds < float("inf"):
+            raise ValueError(f"seconds={self.seconds}: a time above 0 is needed")
+        if self.seconds is not None and self.judge == "tokens":
+            raise ValueError(f"seconds={self.seconds} with judge='tokens': --max_steps says how many tokens")
+        unknown = [name for name in self.fixed if name not in RANGES]
+        if unknown:
+            raise ValueError(f"fixed={unknown[0]}: any of {', '.join(RANGES)} is needed")
+        if self.rate_within is not None and not 0 <= self.rate_within < 1:
+            raise ValueError(f"rate_within={self.rate_within}: a share from 0 on and below 1 is needed")
+        if self.batch_up_to is not None and not 0 <= self.batch_up_to < float("inf"):
+            raise ValueError(f"batch_up_to={self.batch_up_to}: a share from 0 on is needed, such as 0.4")
+
+
+def tune(
+    options: PretrainOptions | None = None,
+    training: TrainingOptions | None = None,
+    tuning: TuneOptions | None = None,
+    *,
+    say: Say = print,
+) -> StudyResult:
+    """Tries settings around the given one and returns what was found; the report is in `training.output_dir`.
+
+    Args:
+        options, training: of the given setting, as for `pretrain`. `max_steps` are those of a trial.
+        tuning: what is searched, and how it is judged.
+        say: is told a line per trial.
+
+    Raises:
+        ValueError, FileNotFoundError, FileExistsError: as `prepare_study` does, before any work.
+        RunFailed: the study cannot go on; `training.resume` goes on with it when that is mended.
+    """
+    return prepare_study(options, training, tuning).run(say)
+
+
+def prepare_study(
+    options: PretrainOptions | None = None, training: TrainingOptions | None = None, tuning: TuneOptions | None = None
+) -> Study:
+    """Checks a study entirely and does no work yet.
+
+    Raises:
+        ValueError: an option that does not fit, nothing to search, or a study that was begun with other options.
+        FileExistsError, FileNotFoundError: the folder holds a study already, or there is none to resume.
+    """
+    options, training, tuning = options or PretrainOptions(), training or TrainingOptions(), tuning or TuneOptions()
+    if not options.uses_lighthouse or options.lighthouse_only:
+        raise ValueError("settings are judged behind a dense stage: both stages are needed, --share 0.6 for one")
+    if training.world_size > 1:
+        raise ValueError(
+            f"{training.world_size} processes by torchrun: a trial is trained by one; start lighthouse tune --resume "
+            "once for each device instead, as docs/tune.md shows"
+        )
+    for name in ("resume_from_checkpoint", "load_best_model_at_end"):
+        if getattr(training, name):
+            raise ValueError(f"{name}={getattr(training, name)!r}: trials begin anew and are judged at their end")
+    space = Space.of(options, training, tuning)
+    steps = training.max_steps
+    if tuning.seconds is None and not _both_stages(options, training, steps):
+        raise ValueError(f"max_steps={steps}: a trial needs steps in both stages, Lighthouse's and the dense one")
+    quiet = _quiet(training, Path(training.output_dir) / "given")
+    fixed = prepare(options, quiet).settings()
+    free = FREE_ON_RESUME - {"max_steps"}
+    fixed = {name: value for name, value in fixed.items() if name not in free}
+    fixed |= {name: value for name, value in asdict(tuning).items() if name != "trials"}
+    study = Study(options, training, tuning, space, json.loads(json.dumps(fixed)))
+    study.check_folder()
+    return study
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study whose options, text and folder were found good. `str(study)` tells what is searched; `run()` does it."""
+
+    options: PretrainOptions
+    training: TrainingOptions
+    tuning: TuneOptions
+    space: Space
+    fixed: dict  # what a process that shares the study must have alike
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.training.output_dir)
+
+    @property
+    def go_on(self) -> str:
+        """The command that goes on with the study, and with which further processes share it."""
+        return f"lighthouse tune --config {self.folder / CONFIGURATION} --resume"
+
+    def __str__(self) -> str:
+        grid = self.tuning.sampler == "grid"
+        count = f"{len(self._first()):,} settings of a grid" if grid else "TPE"
+        if self.limit is not None:
+            count += f", {self.limit} are trained"
+        return f"{count}, the given setting first: {self.space.given}\n{self.space}"
+
+    @property
+    def limit(self) -> int | None:
+        """How many trials are trained; None for all of a grid."""
+        if self.tuning.trials is None and self.tuning.sampler == "tpe":
+            return DEFAULT_TRIALS
+        return self.tuning.trials
+
+    def check_folder(self) -> None:
+        """Raises if the folder does not hold what `resume` says it does."""
+        folder, file = f"output_dir={str(self.folder)!r}", self.folder / FIXED
+        if not self.training.resume:
+            if file.exists():
+                raise FileExistsError(
+                    f"{folder} holds a study already: take another folder with --output_dir, go on with that study "
+                    "with --resume, or delete the folder"
+                )
+            return
+        if not file.is_file():
+            raise FileNotFoundError(f"{folder} holds no study to resume: start it without --resume")
+        earlier = json.loads(file.read_text(encoding="utf-8"))
+        differ = [
+            f"{name} was {earlier[name]!r}, is {value!r}"
+            for name, value in self.fixed.items()
+            if name in earlier and earlier[name] != value
+        ]
+        if differ:
+            raise ValueError(
+                f"{folder}: a study goes on with the options it began with: {'; '.join(differ)}. With others it is "
+                "another study, in another --output_dir"
+            )
+
+    def run(self, say: Say = print, status: Say = lambda line: None) -> StudyResult:
+        """Trains settings until there are enough, writes the report and returns what was found.
+
+        Args:
+            say: is told a line per trial.
+            status: is told again and again where the running trial is.
+        """
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        (self.folder / TRIALS).mkdir(parents=True, exist_ok=True)
+        with self._locked():
+            study = self._open(say, status)
+        sampler = study.sampler
+        while True:
+            claimed = self._claim(study, sampler, say)
+            if claimed is None:
+                break
+            with claimed.log:
+                self._try(study, claimed, say, status)
+        with self._locked():
+            return self._conclude(study)
+
+    # The folder and the database
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """One process at a time: it looks at what there is and adds to it."""
+        with open(self.folder / "lock", "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def _open(self, say: Say, status: Say) -> optuna.Study:
+        """The study in the folder, begun if it is new: its options, its first trials, its budget."""
+        self.check_folder()  # another process may have begun meanwhile
+        if not (self.folder / FIXED).exists():
+            values = {**asdict(self.tuning), **configuration.resolved(self.options, self.training)}
+            values = {name: value for name, value in values.items() if value not in (None, [])}
+            checkpoints.write_whole(self.folder / CONFIGURATION, configuration.text_of(values))
+            checkpoints.write_whole(self.folder / FIXED, json.dumps(self.fixed, indent=1) + "\n")
+        url = URL.create("sqlite", database=str(self.folder / DATABASE)).render_as_string()
+        storage = optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 60}})
+        pruner = optuna.pruners.NopPruner()
+        if self.tuning.pruner == "median":
+            # The first loss behind the switch says how far the jump was and not how far the recovery goes.
+            pruner = optuna.pruners.MedianPruner(n_startup_trials=NOT_PRUNED, n_warmup_steps=2)
+        study = optuna.create_study(
+            storage=storage, study_name=NAME, direction="minimize", pruner=pruner, load_if_exists=True
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            # `group`: the ratios of levels that not every trial has. Processes must not draw the same numbers.
+            seed = self.training.seed + len(study.get_trials(deepcopy=False))
+            study.sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True, constant_liar=True)
+        if "budget" not in study.user_attrs:
+            study.set_user_attr("budget", self._budget(study, say, status))
+        if "first" not in study.user_attrs:
+            first = self._first()
+            for setting in first:
+                attributes = {"given": True} if setting is first[0] else {}
+                parameters = self.space.parameters(setting)
+                attributes["parameters"] = parameters
+                study.enqueue_trial(parameters, user_attrs=attributes, skip_if_exists=True)
+            study.set_user_attr("first", len(first))
+        return study
+
+    def _first(self) -> list[Setting]:
+        if self.tuning.sampler == "tpe":
+            return [self.space.given]
+        return self.space.grid(self.tuning.grid_values, self.training.seed)
+
+    def _log(self, number: int) -> Path:
+        return self.folder / TRIALS / f"{number:04}.log"
+
+    def _sweep(self, study: optuna.Study, say: Say) -> None:
+        """Lines up again what processes that are no more were at."""
+        for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            lock = _lock(self._log(trial.number))
+            if lock is None:
+                continue
+            lock.close()
+            study.tell(trial.number, state=TrialState.FAIL)
+            attributes = trial.user_attrs
+            if "skipped" in attributes or "failed" in attributes or "parameters" not in attributes:
+                continue  # killed when it was at its end, or before it had a setting
+            checkpoints.remove(self._log(trial.number).with_suffix(""))
+            times = attributes.get("interruptions", 0) + 1
+            if times >= INTERRUPTIONS:
+                say(f"trial {trial.number}: interrupted {times} times by now, its setting is not tried again")
+                continue
+            again = {name: attributes[name] for name in ("parameters", "given") if name in attributes}
+            study.enqueue_trial(attributes["parameters"], user_attrs={"interruptions": times, **again})
+            say(f"trial {trial.number}: was interrupted, its setting is tried again")
+
+    def _claim(self, study: optuna.Study, sampler, say: Say) -> _Claimed | None:
+        """The next setting to train, locked as this process's; None where there are enough, or none is left."""
+        skipped: list[str] = []
+        while True:
+            with self._locked():
+                self._sweep(study, say)
+                trials = study.get_trials(deepcopy=False)
+                waiting = any(trial.state == TrialState.WAITING for trial in trials)
+                trained = sum(trial.state != TrialState.WAITING and _trained(trial) for trial in trials)
+                done = self.limit is not None and trained >= self.limit
+                exhausted = len(skipped) >= GIVE_UP_AFTER
+                if done or exhausted or (self.tuning.sampler == "grid" and not waiting):
+                    _say_skipped(skipped, say)
+                    if exhausted:
+                        say(
+                            f"{len(skipped)} settings in a row were pointless or tried before: the ranges hold nothing "
+                            "new. Wider ones are another study."
+                        )
+                    return None
+                stuck = len(skipped) >= RANDOM_AFTER
+                study.sampler = optuna.samplers.RandomSampler(seed=len(trials)) if stuck else sampler
+                trial = study.ask()
+                setting = self.space.suggest(trial)
+                trial.set_user_attr("setting", str(setting))
+                trial.set_user_attr("options", self._values(setting))
+                trial.set_user_attr("parameters", trial.params)
+                reason = None
+                if not trial.user_attrs.get("given") and "interruptions" not in trial.user_attrs:
+                    reason = self.space.pointless(setting) or self._known(setting, trial, trials)
+                if reason is None:
+                    log = _lock(self._log(trial.number))
+                    _say_skipped(skipped, say)
+                    return _Claimed(trial, setting, log)
+                trial.set_user_attr("skipped", reason)
+                study.tell(trial, state=TrialState.FAIL)
+                skipped.append(reason)
+
+    def _known(self, setting: Setting, trial: optuna.Trial, trials: Sequence) -> str | None:
+        """Why earlier trials tell how this one would end."""
+        for earlier in trials:
+            if "skipped" in earlier.user_attrs or not _trained(earlier):
+                continue
+            if earlier.params == trial.params:
+                return f"the same as trial {earlier.number}"
+            if "out of memory" in earlier.user_attrs.get("failed", ""):
+                # Memory grows with rows, of the dense stage too, and with the sub-sequence.
+                length, batch = earlier.user_attrs["memory"]
+                if setting.batch >= batch and self._length(setting) >= length:
+                    return f"needs no less memory than trial {earlier.number}, which ran out of it"
+        return None
+
+    def _length(self, setting: Setting) -> int:
+        return sub_length(self.options.context, (1, *setting.windows), check_select_topk(setting.select_topk))
+
+    # Training
+
+    def _values(self, setting: Setting) -> dict:
+        """The setting as options by name."""
+        return {
+            "pool_ratios": [f"1/{window}" for window in setting.windows],
+            "select_topk": setting.select_topk,
+            "learning_rate": setting.learning_rate,
+            self.space.batch_option: setting.batch,
+        }
+
+    def _with(self, values: dict) -> tuple[PretrainOptions, TrainingOptions]:
+        """The study's options with a setting's in their place."""
+        ours = {name: values[name] for name in ("pool_ratios", "select_topk")}
+        training = copy.deepcopy(self.training)
+        for name in values.keys() - ours.keys():
+            setattr(training, name, values[name])
+        return replace(self.options, **ours), training
+
+    def _try(self, study: optuna.Study, claimed: _Claimed, say: Say, status: Say) -> None:
+        """Trains the claimed setting and tells the study how it ended."""
+        trial, setting = claimed.trial, claimed.setting
+        what, folder = f"trial {trial.number}: {setting}", self._log(trial.number).with_suffix("")
+        state, why, judge = TrialState.FAIL, None, None
+        try:
+            with _into(claimed.log):
+                options, training = self._with(self._values(setting))
+                seconds_per_step = None
+                if self.tuning.judge == "time":
+                    seconds_per_step = self._seconds_per_step(study, setting, folder / "timing", status)
+                    trial.set_user_attr("seconds_per_step", seconds_per_step)
+                training.max_steps = self._steps(study, options, training, seconds_per_step)
+                run = prepare(options, _quiet(training, folder))
+                judge = Judge(trial, run.switch_step, training.max_steps, self.tuning.evaluations, status, what)
+                run.train(callbacks=[judge], keep_model=False)
+            state = TrialState.COMPLETE
+        except optuna.TrialPruned as pruned:
+            state, why = TrialState.PRUNED, str(pruned)
+        except (DoesNotFit, NotFinite) as error:
+            why = str(error).split(". ")[0].split("\n")[0]
+        except (RuntimeError, MemoryError) as error:
+            if not _out_of_memory(error):
+                raise
+            why = f"out of memory: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+        gc.collect()
+        clear_device_cache()  # else what a failed trial held would be missing in the next
+        if judge is not None:
+            trial.set_user_attr("steps", judge.steps)
+            trial.set_user_attr("tokens", judge.steps * run.tokens_per_step)
+            trial.set_user_attr("seconds", judge.seconds)
+            trial.set_user_attr("held_out", judge.held_out)
+        if state == TrialState.FAIL:
+            trial.set_user_attr("failed", why)
+            trial.set_user_attr("memory", (self._length(setting), setting.batch))
+        elif why:
+            trial.set_user_attr("pruned", why)
+        loss = judge.held_out[-1]["loss"] if state == TrialState.COMPLETE else None
+        study.tell(trial, loss, state=state)
+        say(self._line(study, trial.number))
+
+    def _line(self, study: optuna.Study, number: int) -> str:
+        trials = study.get_trials(deepcopy=False)
+        trial = _trial_of(trials[number])
+        best = min((t.value for t in trials if t.state == TrialState.COMPLETE), default=None)
+        end = trial.state if trial.why is None else f"{trial.state}: {trial.why}"
+        if trial.state == COMPLETE and trial.loss == best:
+            end = "complete, best so far"
+        loss = "      " if trial.loss is None else f"{trial.loss:.4f}"
+        seconds = 0.0 if trial.seconds is None else trial.seconds
+        given = "  (given)" if trial.given else ""
+        return f"trial {number:>3}  {trial.setting}{given}  loss {loss}  {seconds:7.1f} s  {end}"
+
+    def _budget(self, study: optuna.Study, say: Say, status: Say) -> float:
+        """Seconds, or tokens, of each trial."""
+        options, training = self.options, self.training
+        if self.tuning.judge == "tokens":
+            return training.max_steps * tokens_per_step(options, training)
+        if self.tuning.seconds is not None:
+            return self.tuning.seconds
+        say(f"Timing {WARM_UP + TIMED} steps of each stage of the given setting, for the time that each trial has.")
+        folder = self.folder / TRIALS / "given"
+        try:
+            with open(folder.with_suffix(".log"), "a", encoding="utf-8") as log, _into(log):
+                per_step = self._seconds_per_step(study, self.space.given, folder, status)
+        except (RuntimeError, MemoryError) as error:
+            if not _out_of_memory(error):
+                raise
+            raise RunFailed(
+                f"The given setting, {self.space.given}, runs out of memory: give one that fits. {error}"
+            ) from None
+        budget = _seconds(options, training, training.max_steps, per_step)
+        say(f"Each trial has {budget:.1f} s of training: {training.max_steps} steps of the given setting.")
+        return budget
+
+    def _steps(self, study: optuna.Study, options, training, seconds_per_step: dict | None) -> int:
+        """How many steps fit into the budget, at least so many that both stages have one."""
+        budget = study.user_attrs["budget"]
+        if seconds_per_step is None:
+            steps = round(budget / tokens_per_step(options, training))
+        else:
+            # The time grows with the steps; the nearest number of them.
+            most = 2 + int(budget / min(seconds_per_step.values()))
+            numbers = range(1, most + 1)
+            steps = bisect.bisect_right(
+                numbers, budget, key=lambda steps: _seconds(options, training, steps - 0.5, seconds_per_step)
+            )
+        while not _both_stages(options, training, steps):
+            steps += 1
+        return steps
+
+    def _seconds_per_step(self, study: optuna.Study, setting: Setting, folder: Path, status: Say) -> dict[str, float]:
+        """By stage: measured in `folder`, or what was found before for the same levels, parents and batch."""
+        key = f"seconds per step: {replace(setting, learning_rate=0.0)}"
+        if key in study.user_attrs:
+            return study.user_attrs[key]
+        options, training = self._with(self._values(setting))
+        steps = WARM_UP + TIMED
+        options = replace(options, switch_step=steps, switch_tokens=None)
+        training.max_steps = 2 * steps
+        status(f"{setting}: timing {2 * steps} steps")
+        clock = _StepClock(training.device)
+        checkpoints.remove(folder)
+        try:
+            prepare(options, _quiet(training, folder)).train(callbacks=[clock], keep_model=False)
+        except _Timed:
+            pass
+        finally:
+            checkpoints.remove(folder)
+        found = {
+            LIGHTHOUSE: statistics.median(clock.seconds[WARM_UP:steps]),
+            DENSE: statistics.median(clock.seconds[steps + WARM_UP :]),
+        }
+        study.set_user_attr(key, found)
+        return found
+
+    # What was found
+
+    def _conclude(self, study: optuna.Study) -> StudyResult:
+        """Writes results, report and the best setting's file, and returns the results."""
+        trials = [_trial_of(trial) for trial in study.get_trials(deepcopy=False)]
+        result = StudyResult(
+            folder=str(self.folder),
+            judge=self.tuning.judge,
+            budget=study.user_attrs["budget"],
+            sampler=self.tuning.sampler,
+            device=device_name(self.training.device),
+            trials=trials,
+            importance=self._importance(study),
+            notes=self.space.notes,
+        )
+        result.save(result.results)
+        best_file = None
+        if result.best is not None:
+            best_file = self.folder / BEST
+            checkpoints.write_whole(best_file, self._best_text(result))
+        for name, content in page_of(result, best_file).files().items():
+            (self.folder / name).write_bytes(content)
+        return result
+
+    def _best_text(self, result: StudyResult) -> str:
+        best = result.best
+        options, training = self._with(best.options)
+        training.max_steps = best.steps
+        values = configuration.resolved(options, training)
+        del values["output_dir"]  # the study's
+        head = [
+            f"Trial {best.number} of the study in {self.folder}: dense held-out loss {best.loss:.4f} behind "
+            f"{best.steps} steps,",
+            f"the best of {len(result.of(COMPLETE))} complete trials. A longer run: lighthouse pretrain --config FILE "
+            "--steps N",
+        ]
+        return "".join(f"# {line}\n" for line in head) + configuration.text_of(values)
+
+    def _importance(self, study: optuna.Study) -> dict[str, float]:
+        """Each parameter's share in what makes a trial one of the best, by PED-ANOVA; empty for too few trials."""
+        if (
+            sum(trial.state == TrialState.COMPLETE for trial in study.get_trials(deepcopy=False))
+            < FEWEST_FOR_IMPORTANCE
+        ):
+            return {}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = optuna.importance.get_param_importances(study)
+        return {self.space.label(name): share for name, share in found.items()}
+
+
+class Judge(Record):
+    """Evaluates evenly over the dense stage, tells Optuna each loss, and ends a trial that it prunes.
+
+    The k-th evaluation is at the same part of each trial's dense stage, whatever its steps, so that only losses at the
+    same place of the schedule are compared; and never one from before the switch (METHOD 8).
+    """
+
+    def __init__(self, trial: optuna.Trial, switch_step: int, steps: int, evaluations: int, status: Say, what: str):
+        super().__init__(switch_step)
+        dense = steps - switch_step
+        self.trial = trial
+        self.places = {switch_step + -(-dense * k // evaluations): k for k in range(1, evaluations + 1)}
+        self.status, self.what = status, what
+
+    @property
+    def steps(self) -> int:
+        """Until now."""
+        return sum(stage["steps"] for stage in self.stages.values())
+
+    def on_step_end(self, args, state, control, **kwargs):
+        super().on_step_end(args, state, control, **kwargs)
+        self.status(f"{self.what}: step {state.global_step} of {state.max_steps}")
+        if state.global_step in self.places:
+            control.should_evaluate = True
+        return control
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        super().on_evaluate(args, state, control, metrics=metrics, **kwargs)
+        place = self.places.get(state.global_step)
+        if place is None:
+            return
+        self.trial.report(metrics["eval_loss"], place)
+        if state.global_step < state.max_steps and self.trial.should_prune():
+            raise optuna.TrialPruned(f"{metrics['eval_loss']:.4f} at step {state.global_step} of {state.max_steps}")
+
+
+class _Timed(Exception):
+    """All steps that were to be timed are."""
+
+
+class _StepClock(TrainerCallback):
+    """The seconds of each step, its data included; waits for the device."""
+
+    def __init__(self, device):
+        self.device, self.seconds, self._mark = device, [], None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._mark = perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        synchronize(self.device)
+        now = perf_counter()
+        self.seconds.append(now - self._mark)
+        self._mark = now
+        if state.global_step == state.max_steps:
+            raise _Timed
+
+
+@dataclass(frozen=True)
+class _Claimed:
+    """A setting that this process trains; `log` is open and locked."""
+
+    trial: optuna.Trial
+    setting: Setting
+    log: IO
+
+
+def _lock(path: Path) -> IO | None:
+    """The file, open and locked as long as this process lives; None where another process has it."""
+    file = open(path, "a", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    return file
+
+
+@contextmanager
+def _into(log: IO) -> Iterator[None]:
+    """All that is printed, logged and warned goes there."""
+    root = logging.getLogger()
+    before = root.handlers
+    library = logging.getLogger("transformers")
+    own = library.handlers, library.propagate
+    root.handlers = [logging.StreamHandler(log)]
+    library.handlers, library.propagate = [], True
+    try:
+        with redirect_stdout(log), redirect_stderr(log):
+            yield
+    finally:
+        root.handlers = before
+        library.handlers, library.propagate = own
+        log.flush()
+
+
+def _quiet(training: TrainingOptions, folder: Path) -> TrainingOptions:
+    """A trial's: nothing is saved, and only `Judge` says when to evaluate."""
+    training = copy.deepcopy(training)
+    training.output_dir = str(folder)
+    training.resume = False
+    training.eval_strategy, training.save_strategy = IntervalStrategy.NO, SaveStrategy.NO
+    training.eval_on_start = training.push_to_hub = False
+    training.report_to = []
+    training.disable_tqdm = True
+    return training
+
+
+def _out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or should_reduce_batch_size(error)
+
+
+def _both_stages(options: PretrainOptions, training: TrainingOptions, steps: int) -> bool:
+    return 0 < options.lighthouse_steps(steps, tokens_per_step(options, training)) < steps
+
+
+def _seconds(options: PretrainOptions, training: TrainingOptions, steps: float, per_step: dict[str, float]) -> float:
+    """What so many steps take."""
+    lighthouse = options.lighthouse_steps(steps, tokens_per_step(options, training))
+    return lighthouse * per_step[LIGHTHOUSE] + (steps - lighthouse) * per_step[DENSE]
+
+
+def _trained(trial) -> bool:
+    """Whether a trial counts: it was trained or is being trained, to whatever end but an interruption."""
+    return trial.state != TrialState.FAIL or "failed" in trial.user_attrs
+
+
+def _say_skipped(reasons: list[str], say: Say) -> None:
+    if reasons:
+        one = len(reasons) == 1
+        say(f"skipped {len(reasons)} setting{'' if one else 's'}{'' if one else ', the last'}: {reasons[-1]}")
+
+
+def _trial_of(trial: optuna.trial.FrozenTrial) -> Trial:
+    attributes = trial.user_attrs
+    state = STATES.get(trial.state)
+    if state is None:
+        state = FAILED if "failed" in attributes else SKIPPED if "skipped" in attributes else INTERRUPTED
+    return Trial(
+        number=trial.number,
+        state=state,
+        setting=attributes.get("setting", ""),
+        options=attributes.get("options", {}),
+        parameters=trial.params,
+        given=attributes.get("given", False),
+        why=attributes.get(state),
+        loss=trial.value if state == COMPLETE else None,
+        seconds=attributes.get("seconds"),
+        steps=attributes.get("steps"),
+        tokens=attributes.get("tokens"),
+        held_out=[HeldOut(**point) for point in attributes.get("held_out", [])],
+        seconds_per_step=attributes.get("seconds_per_step"),
+    )
