@@ -59,8 +59,9 @@ def test_on_an_h200_long_lengths_follow_from_short_ones():
             found = estimate(made, H200, rates, launches=False).speedup
             graph_errors[row["tokens"]] = found / row["graph_times_dense"] - 1
     assert {8192, 32_768, 98_304, 262_144, 524_288, 1_048_576} <= errors.keys()
-    assert max(map(abs, errors.values())) < 0.09  # as docs/plan.md says
-    assert max(map(abs, graph_errors.values())) < 0.11
+    assert abs(errors.pop(8192)) < 0.15  # as docs/plan.md says: launches, which the CPU makes now faster, now slower
+    assert max(map(abs, errors.values())) < 0.07
+    assert max(map(abs, graph_errors.values())) < 0.07
 
 
 CPU_ERRORS = {"float32": 0.16, "bfloat16": 0.17}
