@@ -57,6 +57,7 @@ def test_a_finished_run_by_the_command(run, tmp_path, capsys):
     assert names(tmp_path) == {"books"}
     for path in out.iterdir():
         assert ("lighthouse" in path.read_bytes().decode("latin-1").lower()) == (path.name == "README.md"), path
+    assert {path.stat().st_mode & 0o444 for path in out.iterdir()} == {(out / "config.json").stat().st_mode & 0o444}
     config = json.loads((out / "config.json").read_text())
     assert config["use_cache"] is True and config["architectures"] == ["LlamaForCausalLM"]
     assert json.loads((out / "generation_config.json").read_text())["use_cache"] is True
@@ -204,6 +205,8 @@ def places(run, tmp_path):
     (tmp_path / "other" / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}')
     shutil.copytree(run, tmp_path / "damaged", ignore=shutil.ignore_patterns("model", "runs"))
     (tmp_path / "damaged" / "checkpoint-4" / "optimizer.pt").unlink()
+    shutil.copytree(run / "model", tmp_path / "cut")
+    os.truncate(tmp_path / "cut" / "model.safetensors", 99_999)
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "notes.txt").write_text("mine")
     shutil.copytree(run / "model", tmp_path / "inside" / "model")
@@ -220,6 +223,7 @@ WRONG = [
     ("no_config", ["no_config"], "has no config.json"),
     ("another_model", ["other"], "is of GPT2LMHeadModel: one of LlamaModel, LlamaForCausalLM"),
     ("no_class", ["no_class"], 'write "architectures": ["LlamaForCausalLM"] into it'),
+    ("damaged_weights", ["cut"], "checkpoint='cut': its weights cannot be read, the file is damaged"),
     ("a_damaged_checkpoint", ["damaged/checkpoint-4"], "is not whole: its optimizer.pt is missing"),
     ("a_folder_in_use", ["inside/model", "--output", "taken"], "exists: take another folder, or replace it"),
     ("no_model_to_replace", ["inside/model", "--output", "taken", "--force"], "only a model's folder is replaced"),
@@ -261,7 +265,7 @@ def test_a_tokenizer_of_another_model(tmp_path):
 def test_help_has_an_example(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["export", "--help"])
-    assert stop.value.code == 0 and "lighthouse export runs/books --output books-small" in capsys.readouterr().out
+    assert stop.value.code == 0 and "lighthouse export runs/first --output first" in capsys.readouterr().out
 
 
 # The forgotten unwrap: the plain thing is done, and said once

@@ -19,8 +19,9 @@ from lighthouse.training.result import STOPPED
 
 EXAMPLE = """\
 examples:
-  lighthouse export runs/books --output books-small
-  lighthouse export runs/books/checkpoint-3000 --output early --dtype bfloat16 --json -
+  lighthouse pretrain --model tiny --context 2048 --steps 60 --save_steps 30 --output_dir runs/first
+  lighthouse export runs/first --output first
+  lighthouse export runs/first/checkpoint-30 --output early --dtype bfloat16 --json -
 """
 
 

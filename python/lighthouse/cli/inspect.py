@@ -26,7 +26,8 @@ from lighthouse.training.tokenizer import Encoder, load_tokenizer  # noqa: E402
 
 EXAMPLE = """\
 example:
-  lighthouse inspect runs/books/model --text book.txt --output inspected
+  lighthouse pretrain --model tiny --context 2048 --steps 60 --save_steps 30 --output_dir runs/first
+  lighthouse inspect runs/first/model --text README.md --output inspected
 """
 
 

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lighthouse.huggingface import plain_process
@@ -148,6 +149,7 @@ def export(
         if plain.can_generate():
             plain.generation_config.use_cache = True
         plain.save_pretrained(partial)
+        _make_readable(partial)
         parameters = plain.num_parameters()
         del plain
         if source.tokenizer is not None:
@@ -267,9 +269,14 @@ def _from_checkpoint(folder: Path, tokenizer) -> _Source:
         generation_config = GenerationConfig.from_pretrained(folder)
 
     def weights() -> dict[str, torch.Tensor]:
-        model, loading = model_class.from_pretrained(
-            folder, dtype="auto", local_files_only=True, use_safetensors=True, output_loading_info=True
-        )
+        try:
+            model, loading = model_class.from_pretrained(
+                folder, dtype="auto", local_files_only=True, use_safetensors=True, output_loading_info=True
+            )
+        except SafetensorError as error:
+            raise ValueError(
+                f"checkpoint={str(folder)!r}: its weights cannot be read, the file is damaged: {error}"
+            ) from None
         faults = {name: sorted(map(str, found)) for name, found in loading.items() if found}
         if faults:
             raise ValueError(f"checkpoint={str(folder)!r} does not fit its {CONFIG}: {faults}")
@@ -344,6 +351,13 @@ def _cast(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def _clean(config: PretrainedConfig) -> None:
     config.use_cache = True  # off in training only
     config._name_or_path = ""
+
+
+def _make_readable(folder: Path) -> None:
+    """Safetensors writes weights that nobody but their owner can read; who deploys them is often another."""
+    mode = (folder / CONFIG).stat().st_mode
+    for file in folder.glob("*.safetensors"):
+        file.chmod(mode)
 
 
 def _plain_model(source: _Source, weights: dict[str, torch.Tensor], dtype: torch.dtype) -> PreTrainedModel:
