@@ -7,6 +7,8 @@ import logging
 import os
 import shutil
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -260,6 +262,14 @@ def test_a_tokenizer_of_another_model(tmp_path):
     with pytest.raises(ValueError, match="ByT5Tokenizer has the id .* vocabulary ends at 60"):
         export(plain(), tmp_path / "out", tokenizer=ByT5Tokenizer())
     assert names(tmp_path) == set()
+
+
+@pytest.mark.parametrize("command, package", [("export", "rich"), ("inspect", "transformers")])
+def test_without_the_extra_it_is_named(command, package):
+    code = f"import sys; sys.modules['{package}'] = None; from lighthouse.cli import main; sys.exit(main(['{command}']))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert package in done.stderr and 'pip install "lighthouse-attn[train]"' in done.stderr
 
 
 def test_help_has_an_example(capsys):

@@ -37,13 +37,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         command = importlib.import_module(f"lighthouse.cli.{options.command}")
     except ImportError as error:
-        print(f"lighthouse {options.command}: error: {error}", file=sys.stderr)
+        print(f"lighthouse {options.command}: error: {_missing(error)}", file=sys.stderr)
         return 1
     try:
         return command.main(arguments[1:])
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _missing(error: ImportError) -> str:
+    """Names the extra that has a package which is not there."""
+    package = (error.name or "").partition(".")[0]
+    if not isinstance(error, ModuleNotFoundError) or package == "lighthouse":
+        return str(error)
+    extra = "tune" if package == "optuna" else "train"
+    return f'{package} is needed and not installed here: pip install "lighthouse-attn[{extra}]"'
 
 
 def _parser() -> argparse.ArgumentParser:
