@@ -266,7 +266,9 @@ def test_a_tokenizer_of_another_model(tmp_path):
 
 @pytest.mark.parametrize("command, package", [("export", "rich"), ("inspect", "transformers")])
 def test_without_the_extra_it_is_named(command, package):
-    code = f"import sys; sys.modules['{package}'] = None; from lighthouse.cli import main; sys.exit(main(['{command}']))"
+    code = (
+        f"import sys; sys.modules['{package}'] = None; from lighthouse.cli import main; sys.exit(main(['{command}']))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert package in done.stderr and 'pip install "lighthouse-attn[train]"' in done.stderr
