@@ -23,11 +23,12 @@ from pathlib import Path
 import setting
 import torch
 from sides import check, dense, leaves
-from timing import alternating_seconds, captured, copy_speed, median_seconds, peak_bytes
+from timing import copy_speed, peak_bytes
 from torch.nn.attention import SDPBackend
 
 import lighthouse
 from lighthouse.attention import SubSequences, causal_sdpa
+from lighthouse.measure import alternating_seconds, captured, median_seconds
 from lighthouse.operators import memory_order
 from lighthouse.settings import check_pool_ratios, check_select_topk
 

@@ -27,10 +27,11 @@ from pathlib import Path
 import setting
 import torch
 import torch.nn.functional as F
-from timing import median_seconds, peak_bytes
+from timing import peak_bytes
 from torch import Tensor, nn
 
 from lighthouse.huggingface.loss import IGNORE_INDEX, next_token_loss
+from lighthouse.measure import median_seconds
 
 GIB = 1 << 30
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "autocast": torch.float32}

@@ -1,77 +1,14 @@
-"""How long a call takes and how much memory it holds, on a CPU and on a GPU."""
+"""What the benchmarks measure beside the times of `lighthouse.measure`: the speed of a copy, and peak memory."""
 
 from __future__ import annotations
 
 import gc
-import itertools
-import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from setting import synchronize
 
-
-def median_seconds(run: Callable, device: str, *, repeats: int, budget: float) -> float:
-    """Median of up to `repeats` timed calls after a warm-up; the first call alone where it takes half the budget.
-
-    On a GPU calls are queued one behind the other, as in training: what the CPU needs to launch them counts only where
-    the GPU waits for it.
-    """
-    return alternating_seconds([run], device, repeats=repeats, budget=budget)[0]
-
-
-def alternating_seconds(runs: Sequence[Callable], device: str, *, repeats: int, budget: float) -> list[float]:
-    """The same of several calls made in turn, for differences between them: clocks change with heat and with time."""
-    first = []
-    for run in runs:
-        synchronize(device)
-        start = time.perf_counter()
-        run()
-        synchronize(device)
-        first.append(time.perf_counter() - start)
-    if sum(first) > budget / 2:
-        return first
-    if device == "cuda":
-        times = _event_seconds(runs, max(1, min(repeats, int(budget / sum(first)))))
-    else:
-        times = []
-        start = time.perf_counter()
-        while len(times) < repeats and time.perf_counter() - start < budget:
-            times.append([_seconds(run) for run in runs])
-    return [statistics.median(each) for each in zip(*times, strict=True)]
-
-
-def _seconds(run: Callable) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
-def _event_seconds(runs: Sequence[Callable], rounds: int) -> list[list[float]]:
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(len(runs) + 1)] for _ in range(rounds)]
-    for marks in events:
-        marks[0].record()
-        for run, mark in zip(runs, marks[1:], strict=True):
-            run()
-            mark.record()
-    torch.cuda.synchronize()
-    return [[a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(marks)] for marks in events]
-
-
-def captured(run: Callable, *, calls: int = 1) -> Callable:
-    """Replays a CUDA graph of `calls` calls: the GPU's own time, whatever the launches cost."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # what is set up on a first call cannot be captured
-        run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(calls):
-            run()
-    return graph.replay
+from lighthouse.measure import median_seconds
 
 
 def copy_speed(device: str) -> float:
