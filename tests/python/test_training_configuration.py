@@ -110,3 +110,13 @@ def test_the_command_line_wins_and_of_files_the_last(tmp_path):
     assert configuration.names_in(arguments) == ["a.yaml", "b.yaml"]
     ours, _ = parsed(["--context=1", "--context=2", "--use_cpu"])
     assert ours["context"] == 2
+
+
+def test_rows_move_to_a_gpu_without_waiting_for_the_step_before(cuda, tmp_path):
+    assert TrainingOptions(output_dir=str(tmp_path)).accelerator_config.non_blocking
+    users = TrainingOptions(output_dir=str(tmp_path), accelerator_config={"non_blocking": False})
+    assert not users.accelerator_config.non_blocking
+
+
+def test_nothing_moves_on_a_cpu(tmp_path):
+    assert not TrainingOptions(output_dir=str(tmp_path), use_cpu=True).accelerator_config.non_blocking

@@ -218,7 +218,10 @@ class TrainingOptions(TrainingArguments):
     def __post_init__(self):
         if self.max_steps < 1:
             raise ValueError(f"max_steps={self.max_steps}: at least one step is needed")
+        moves_are_ours = self.accelerator_config is None
         super().__post_init__()
+        if moves_are_ours and self.device.type == "cuda":
+            self.accelerator_config.non_blocking = True  # else each step waits for the one before, then for its launch
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # there is nothing to pin for; torch would warn
 
