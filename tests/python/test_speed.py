@@ -11,7 +11,7 @@ import pytest
 from lighthouse import speed
 from lighthouse.plan import plan
 from lighthouse.settings import POOL_RATIOS, SELECT_TOPK
-from lighthouse.speed import ERROR, SLICES, SQUARES, Curve, Layer, Rates, estimate
+from lighthouse.speed import ERROR, ERROR_FROM, SLICES, SQUARES, Curve, Layer, Rates, estimate
 from small_llama import one_thread  # noqa: F401
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
@@ -83,6 +83,17 @@ def test_on_a_cpu_long_lengths_follow_from_short_ones(dtype):
         assert abs(error) < NOT_FORETOLD.get((dtype, row["tokens"]), CPU_ERRORS[dtype]), row["tokens"]
         seen.add(row["tokens"])
     assert seen == {8192, 16_384, 32_768, 65_536, 131_072} and CPU_ERRORS[dtype] < ERROR
+
+
+@pytest.mark.parametrize("file", sorted(RESULTS.glob("bench-*.json")), ids=lambda file: file.stem)
+def test_recorded_estimates_are_as_near_as_is_said(file):
+    """What `lighthouse bench` measured, beside the estimate from rates of the same run."""
+    results = json.loads(file.read_text())
+    assert results["rows"]
+    for row in results["rows"]:
+        assert row["error"] == pytest.approx(row["estimate"] * row["lighthouse_seconds"] / row["dense_seconds"] - 1)
+        if row["tokens"] >= ERROR_FROM:
+            assert abs(row["error"]) <= ERROR, row["tokens"]
 
 
 def test_bytes_moved_are_those_that_the_benchmark_counts():
