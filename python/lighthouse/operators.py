@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import lighthouse
 from lighthouse import _library
@@ -226,5 +227,13 @@ def gather(*inputs) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def scatter(*inputs) -> Tensor:
-    """`torch.ops.lighthouse.scatter` with its gradient."""
-    return _OPERATORS.scatter(*inputs) if _traced() else _Scatter.apply(*inputs)
+    """`torch.ops.lighthouse.scatter` with its gradient.
+
+    Compiled code makes the output again in its backward. The product behind it would keep it, a full tensor a layer,
+    while it follows from the sub-sequence's output, which attention keeps anyway.
+    """
+    if not _traced():
+        return _Scatter.apply(*inputs)
+    if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
+        return checkpoint(_OPERATORS.scatter, *inputs, use_reentrant=False)
+    return _OPERATORS.scatter(*inputs)

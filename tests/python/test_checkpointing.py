@@ -146,3 +146,22 @@ def test_unwrapping_leaves_plain_checkpointing():
     never = enabled(plain(), {"use_reentrant": False})
     for mine, plains in zip(model.model.layers, never.model.layers, strict=True):
         assert mine._gradient_checkpointing_func.keywords == plains._gradient_checkpointing_func.keywords
+
+
+def test_compiled_code_makes_its_output_again():
+    """It follows from the sub-sequence's, which is kept: of all numbers as long as the text only the input is."""
+    layer, x = Layer(), torch.randn(1, 640, 32, requires_grad=True)
+    kept = []
+
+    def keep(tensor):
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = torch.compile(layer, fullgraph=True, backend="aot_eager_decomp_partition")(x)
+    long = {tensor.data_ptr() for tensor in kept if tensor.is_floating_point() and tensor.numel() == x.numel()}
+    assert long == {x.data_ptr()}
+    weights = [x, *layer.parameters()]
+    torch.testing.assert_close(
+        torch.autograd.grad(output.square().sum(), weights), torch.autograd.grad(layer(x).square().sum(), weights)
+    )
