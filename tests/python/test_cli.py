@@ -116,6 +116,10 @@ WRONG = [
     ("no_config", ["--config", "no.yaml"], "config='no.yaml' does not exist"),
     ("two_switches", ["--switch_step", "3", "--dense_only"], "switch_step and dense_only: only one of them"),
     ("dense_demo", ["--demo", "--dense_only"], "a comparison needs steps with Lighthouse"),
+    ("a_missing_reporter", ["--report_to", "wandb"], "report_to=['wandb']: WandbCallback requires wandb"),
+    ("a_missing_optimizer", ["--optim", "adamw_bnb_8bit"], "optim='adamw_bnb_8bit': You need to install"),
+    ("a_schedule_without_such", ["--lr_scheduler_kwargs", '{"x": 1}'], "lr_scheduler_kwargs={'x': 1}: "),
+    ("a_missing_launcher", ["--deepspeed", "zero.json"], "deepspeed"),
 ]
 
 
@@ -129,6 +133,24 @@ def test_a_wrong_option_is_an_error_of_one_line(tmp_path, monkeypatch, capsys, a
     said = capsys.readouterr().err
     assert status == 2 and message in said and "Traceback" not in said
     assert not list(tmp_path.iterdir())
+
+
+LATE = [
+    ("text_that_ends_in_the_middle", "late.txt", "run", "late.txt' is not UTF-8 text: byte 300,000 is 0xff"),
+    ("a_folder_in_a_file", "text", "text/00.txt/run", "Not a directory"),
+]
+
+
+@pytest.mark.parametrize("text, out, message", [case[1:] for case in LATE], ids=[case[0] for case in LATE])
+def test_what_is_wrong_once_the_work_has_begun_is_an_error_of_one_line(tmp_path, capsys, text, out, message):
+    write_text(tmp_path / "text")
+    (tmp_path / "late.txt").write_bytes(b"a line of text\n" * 20_000 + b"\xff")
+    data = ["--data", str(tmp_path / text), str(tmp_path / "text"), "--seed", "1"]
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["pretrain", *SMALL, *data, "--output_dir", str(tmp_path / out)]) == 2
+    said = capsys.readouterr().err
+    assert message in said and "Traceback" not in said
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_without_the_extra_it_names_what_to_install(monkeypatch, capsys):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import TrainerState
 
 from lighthouse.plan import plan
 from lighthouse.training import pretrain
@@ -49,6 +51,22 @@ def test_a_line_per_log(tmp_path, capsys, bar):
     assert len(lines) == len(parts)
     for line, wanted in zip(lines, parts, strict=True):
         assert line.startswith(wanted[0]) and all(part in line for part in wanted), line
+
+
+def test_compiling_is_not_training():
+    import torch._dynamo
+
+    def slowly(graph, inputs):
+        time.sleep(0.5)
+        return graph.forward
+
+    record, state = Record(), TrainerState(global_step=1)
+    record.on_train_begin(None, TrainerState(), None)
+    start = time.perf_counter()
+    torch.compile(lambda x: 2 * x, backend=slowly)(torch.ones(1))
+    assert time.perf_counter() - start > 0.5
+    record.on_step_end(None, state, None)
+    assert 0 <= record.seconds < 0.3
 
 
 def test_memory_is_what_the_process_holds():

@@ -7,20 +7,22 @@ import json
 import pytest
 import yaml
 
-from lighthouse.cli.pretrain import _parser
+from lighthouse.cli.pretrain import run_parser
 from lighthouse.training import PretrainOptions, TrainingOptions, configuration
 from training_runs import CHECKPOINTING
 
 
+def parser():
+    return run_parser("pretrain", "", "", whole_help=True)[0]
+
+
 def parsed(arguments):
-    model, data, lighthouse, training, _ = _parser(True).parse_args_into_dataclasses(
-        arguments, look_for_args_file=False
-    )
+    model, data, lighthouse, training, _ = parser().parse_args_into_dataclasses(arguments, look_for_args_file=False)
     return {**vars(model), **vars(data), **vars(lighthouse)}, training
 
 
 def from_file(values):
-    return parsed(configuration.as_arguments(values, _parser(True), "config"))
+    return parsed(configuration.as_arguments(values, parser(), "config"))
 
 
 VALUES = {
@@ -48,6 +50,12 @@ def test_a_file_has_the_names_and_the_types_of_the_command_line(tmp_path):
     assert ours["dense_only"] is True and ours["dense_layers"] is None and ours["context"] == 256
     assert training.learning_rate == 3e-4 and training.lr_scheduler_kwargs == {"a": 1}
     assert training.accelerator_config.split_batches is True and training.torch_compile is False
+
+
+@pytest.mark.parametrize("given, found", [(True, True), (False, None), ("full_shard", "full_shard")])
+def test_an_option_that_is_text_or_a_switch(given, found):
+    arguments = configuration.as_arguments({"fsdp": given, "dense_only": True}, parser(), "config")
+    assert parser().parse_args(arguments).fsdp == found
 
 
 @pytest.mark.parametrize("name, write", [("a.yaml", yaml.safe_dump), ("a.json", json.dumps)], ids=["yaml", "json"])

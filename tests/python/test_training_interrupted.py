@@ -97,6 +97,11 @@ class AtStep:
         run_module._Trainer.training_step = step
 
 
+def in_cutting():
+    """Kills the process while its text is cut."""
+    run_module.data._cut = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+
+
 class AtChange:
     """Kills the process at its `number`-th change of the run's folder: a file opened to write, renamed or removed.
 
@@ -187,6 +192,14 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, text, undisturbed, call
     assert (f"Going on from {last}" if last else "it begins again") in said(folder)
 
 
+def test_a_run_killed_before_its_first_step_begins_again(tmp_path, text, undisturbed):
+    folder = tmp_path / "run"
+    assert status(start(in_cutting, text, folder, max_steps=10)) == -signal.SIGKILL
+    assert {path.name for path in folder.iterdir()} == {"config.yaml", "run.json"}
+    assert status(start(nothing, text, folder, max_steps=10, resume=True)) == 0, said(folder)
+    assert losses(folder) == undisturbed(10) and "it begins again" in said(folder)
+
+
 def test_killed_at_every_change_of_the_folder(tmp_path, text, undisturbed):
     """With a whole checkpoint and half of the next: while this is cleared away, a checkpoint is written, the one before
     removed, and the model and the results are written at the end. What is left goes on each time to the same bits.
@@ -239,38 +252,40 @@ def test_a_signal(tmp_path, text, undisturbed, signals, expected, left):
         assert losses(folder) == undisturbed(10)
 
 
-def test_two_processes_stop_behind_the_same_step(tmp_path, text):
-    """The signal reaches one of them only."""
+def both(text, folder, *do, ddp_timeout=60, **changes) -> list[int]:
+    """The statuses of one run's two processes, each with its own `do`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
+    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    changes = {"max_steps": 8, "ddp_backend": "gloo", "ddp_timeout": ddp_timeout, **changes}
+    ranks = [{**world, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    processes = [start(do[n], text, folder, environment=rank, **changes) for n, rank in enumerate(ranks)]
+    return [status(process) for process in processes]
 
-    def both(folder, *do, **changes):
-        world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        processes = [
-            start(
-                do[rank],
-                text,
-                folder,
-                environment={**world, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                max_steps=8,
-                ddp_backend="gloo",
-                ddp_timeout=60,
-                **changes,
-            )
-            for rank in range(2)
-        ]
-        return [status(process) for process in processes]
 
+def test_two_processes_stop_behind_the_same_step(tmp_path, text):
+    """The signal reaches one of them only."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert both(whole, nothing, nothing) == [0, 0], said(whole) + said(whole, 1)
-    assert both(cut, nothing, AtStep(4, signal.SIGTERM)) == [143, 143], said(cut) + said(cut, 1)
+    assert both(text, whole, nothing, nothing) == [0, 0], said(whole) + said(whole, 1)
+    assert both(text, cut, nothing, AtStep(4, signal.SIGTERM)) == [143, 143], said(cut) + said(cut, 1)
     names = {path.name for path in checkpoints.last_whole(cut).iterdir()}
     assert checkpoints.last_whole(cut).name == "checkpoint-4" and {"rng_state_0.pth", "rng_state_1.pth"} <= names
-    assert both(cut, nothing, nothing, resume=True) == [0, 0], said(cut) + said(cut, 1)
+    assert both(text, cut, nothing, nothing, resume=True) == [0, 0], said(cut) + said(cut, 1)
     expected, found = losses(whole), losses(cut)
     assert found["model"] == expected["model"] and found["held_out"] == expected["held_out"]
     assert found["training"] == [(step, pytest.approx(loss, rel=1e-6)) for step, loss in expected["training"]]
+
+
+def cut_slowly():
+    cut = run_module.data._cut
+    run_module.data._cut = lambda *args: (time.sleep(12), cut(*args))
+
+
+def test_two_processes_may_cut_for_longer_than_they_may_wait_for_each_other(tmp_path, text):
+    folder = tmp_path / "run"
+    ended = both(text, folder, cut_slowly, cut_slowly, ddp_timeout=8, max_steps=1)
+    assert ended == [0, 0], said(folder) + said(folder, 1)
 
 
 @pytest.fixture
@@ -339,6 +354,13 @@ def test_a_disk_too_small_for_one_checkpoint_is_refused(text, small_disk, checkp
     with pytest.raises(DiskFull, match="a checkpoint needs about .* MB and the model .* MB, and .* MB are free there"):
         pretrain(options(text), training(folder, save_strategy="steps"))
     assert not folder.exists()
+
+
+def test_a_disk_too_small_for_the_cut_text(tmp_path, text, small_disk, monkeypatch):
+    monkeypatch.setattr(run_module.data.datasets.config, "HF_DATASETS_CACHE", small_disk(0.02))
+    with pytest.raises(DiskFull, match="no space for the cut text in .* set HF_DATASETS_CACHE"):
+        pretrain(options(text), training(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 def bad_loss(trainer, loss):

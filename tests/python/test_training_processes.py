@@ -35,9 +35,9 @@ if "SHARD_ON_CPU" in os.environ:
     run.NOT_SHARDED_ON = ()
 from lighthouse.training import run
 finish = run.Run._finish
-def told(self, trainer, record):
+def told(self, trainer, *args):
     print("MODEL", type(trainer.model).__mro__[0].__name__, type(trainer.model_wrapped).__name__, flush=True)
-    return finish(self, trainer, record)
+    return finish(self, trainer, *args)
 run.Run._finish = told
 sys.exit(main(sys.argv[1:]))
 """
@@ -98,7 +98,8 @@ def test_shards_have_the_losses_of_copies_and_go_on(tmp_path, text):
     for name in ("checkpoint-2", "checkpoint-3", "checkpoint-4", "model"):
         shutil.rmtree(tmp_path / "run" / name)
     undisturbed = losses(tmp_path / "run")
-    again = start(tmp_path, [*run, "--resume"], SHARD_ON_CPU="1")
+    shutil.copy(tmp_path / "run" / "config.yaml", tmp_path)
+    again = start(tmp_path, ["--config", str(tmp_path / "config.yaml"), "--resume"], SHARD_ON_CPU="1")
     assert again.returncode == 0, again.stdout + again.stderr
     assert "checkpoint-1" in again.stdout
     assert losses(tmp_path / "run") == [(step, pytest.approx(loss, rel=1e-6)) for step, loss in undisturbed]
@@ -132,6 +133,7 @@ def test_compiled(tmp_path, text):
         assert done.returncode == 0, done.stdout + done.stderr
     expected = losses(tmp_path / "eager")
     assert losses(tmp_path / "compiled") == [(step, pytest.approx(loss, rel=1e-4)) for step, loss in expected]
+    assert "deprecated" not in done.stderr
 
 
 def test_a_port_in_use_is_named(tmp_path, text):

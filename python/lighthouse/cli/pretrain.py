@@ -20,6 +20,7 @@ from lighthouse.training import (
     LighthouseOptions,
     ModelOptions,
     PretrainOptions,
+    Refused,
     RunFailed,
     TrainingOptions,
     configuration,
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str]) -> int:
         result = run.train()
     except RunFailed as error:
         print(f"lighthouse pretrain: error: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, Refused) else 1
     if training.process_index == 0:
         Console().print(report.table([result]))
         print(f"Plain model, for AutoModelForCausalLM and AutoTokenizer: {result.model_folder}")
@@ -112,6 +113,8 @@ def parse_run(parser: HfArgumentParser, arguments: Sequence[str]) -> tuple[Pretr
         *more, model, data, lighthouse, training, general = parser.parse_args_into_dataclasses(
             arguments, look_for_args_file=False
         )
+    except ImportError as error:  # a package that an option needs is missing
+        raise ValueError(str(error)) from error
     except DistNetworkError as error:
         port = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise OSError(

@@ -293,12 +293,10 @@ class WrappedModel(Swapped):
             num_items_in_batch=items,
             shift_labels=shift_labels,
         )
+        # Named only where there is one: later versions of Transformers call it otherwise, and warn.
+        cache = {} if call.get("use_cache") is False else {"past_key_values": outputs.past_key_values}
         result = CausalLMOutputWithPast(
-            loss=loss,
-            logits=None,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+            loss=loss, logits=None, hidden_states=outputs.hidden_states, attentions=outputs.attentions, **cache
         )
         if return_dict is None:
             return_dict = self.config.return_dict

@@ -24,6 +24,7 @@ from lighthouse.training.result import (  # noqa: E402
     DiskFull,
     NotFinite,
     PretrainResult,
+    Refused,
     RunFailed,
     Stopped,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "NotFinite",
     "PretrainOptions",
     "PretrainResult",
+    "Refused",
     "Run",
     "RunFailed",
     "Stopped",

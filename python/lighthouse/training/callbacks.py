@@ -46,7 +46,8 @@ class SwitchToDense(TrainerCallback):
 class Record(TrainerCallback, ExportableState):
     """Training seconds, steps of each stage, and the dense held-out loss against both.
 
-    The clock runs while steps are made, fetching their data included, and stands still during evaluation and saving.
+    The clock runs while steps are made, fetching their data included, and stands still during evaluation, saving and
+    compilation.
     Checkpoints carry the record: a resumed run's clock goes on from the checkpoint's, and the time between the
     checkpoint and the interruption is in no number.
     """
@@ -84,10 +85,10 @@ class Record(TrainerCallback, ExportableState):
         if saved is not None and state.global_step > 0:
             self.stages, self.held_out = saved["attributes"]["stages"], saved["attributes"]["held_out"]
         self._logged = state.global_step, self.seconds
-        self._mark = perf_counter()
+        self._mark = clock()
 
     def on_step_end(self, args, state, control, **kwargs):
-        now = perf_counter()
+        now = clock()
         stage = self.stages.setdefault(self.stage_of(state.global_step), {"steps": 0, "seconds": 0.0})
         stage["steps"] += 1
         stage["seconds"] += now - self._mark
@@ -104,10 +105,10 @@ class Record(TrainerCallback, ExportableState):
         }
         if not self.held_out or self.held_out[-1]["step"] != state.global_step:
             self.held_out.append(point)
-        self._mark = perf_counter()
+        self._mark = clock()
 
     def on_save(self, args, state, control, **kwargs):
-        self._mark = perf_counter()
+        self._mark = clock()
 
 
 class StopOnSignal(TrainerCallback):
@@ -171,6 +172,12 @@ class StopOnSignal(TrainerCallback):
             self.agreed = True
             control.should_save = True
         return control
+
+
+def clock() -> float:
+    """Seconds, of which those that torch.compile took do not count."""
+    dynamo = sys.modules.get("torch._dynamo.utils")  # not imported: nothing was compiled
+    return perf_counter() - (dynamo.calculate_time_spent()["total_wall_time"] if dynamo else 0.0)
 
 
 class FirstNotFinite:

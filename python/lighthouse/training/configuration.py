@@ -55,12 +55,14 @@ def as_arguments(values: Mapping, parser: argparse.ArgumentParser, source: str) 
             names = [option[2:] for option, action in actions.items() if action.nargs != 0]
             near = difflib.get_close_matches(name, names, n=1)
             raise ValueError(f"{source}: there is no option {name!r}" + (f"; nearest: {near[0]!r}" if near else ""))
-        if value is None:
+        if value is None or (value is False and action.type is str):  # such as fsdp, which is text or a switch
             continue
         if isinstance(value, list):
             if action.nargs not in ("+", "*"):
                 raise ValueError(f"{source}: {name} is a list: one value is needed")
             arguments += [f"--{name}", *map(_text, value)]
+        elif value is True and action.const is True:
+            arguments.append(f"--{name}")
         else:
             arguments.append(f"--{name}={_text(value)}")
     return arguments

@@ -21,6 +21,10 @@ class RunFailed(RuntimeError):
     """A run could not go on. The message says what to do; the last whole checkpoint is as it was. Exit status 1."""
 
 
+class Refused(RunFailed, ValueError):
+    """What cannot be trained on or with, found only when the text was cut or the model made. Nothing was trained."""
+
+
 class DiskFull(RunFailed):
     """There is no space for a checkpoint or for the model."""
 

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import gather_object
 from transformers import (
     PreTrainedTokenizerBase,
@@ -27,7 +28,9 @@ from transformers import (
     TrainerCallback,
     TrainerState,
     TrainingArguments,
+    get_scheduler,
 )
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import ExportableState
 from transformers.utils.generic import ExplicitEnum
 
@@ -45,7 +48,7 @@ from lighthouse.training.callbacks import (
     memory,
 )
 from lighthouse.training.memory import MemoryEstimate, check_memory, estimate
-from lighthouse.training.model import check_head_dim, model_notes, model_of, new_config
+from lighthouse.training.model import check_head_dim, empty_model, model_notes, model_of, new_config
 from lighthouse.training.options import PretrainOptions, TrainingOptions
 from lighthouse.training.result import (
     LIGHTHOUSE,
@@ -54,6 +57,7 @@ from lighthouse.training.result import (
     HeldOut,
     NotFinite,
     PretrainResult,
+    Refused,
     Stage,
     Stopped,
 )
@@ -173,15 +177,72 @@ class Run:
             keep_model: without it no model is saved, and the result has no `model_folder`.
 
         Raises:
+            Refused, a `ValueError`: the text or the model was found unfit when it was cut or made.
             DiskFull, NotFinite: the run cannot go on; the last whole checkpoint is as it was.
             Stopped: SIGTERM or SIGUSR1 was received, and a checkpoint saved.
         """
+        record, stop = Record(self.switch_step), StopOnSignal()
+        with self._begins():
+            trainer = self._trainer(record, stop, callbacks)
+        with self._ends(trainer):
+            if self.finished:
+                trainer.state = TrainerState.load_from_json(str(Path(self.checkpoint) / STATE))
+                record.on_train_begin(self.training, trainer.state, trainer.control)
+            else:
+                with stop:
+                    trainer.train(resume_from_checkpoint=self.checkpoint)
+            return self._finish(trainer, record, keep_model)
+
+    @contextmanager
+    def _begins(self):
+        """What comes ahead of the first step, and may take long. The folder is marked: a kill is an interruption too.
+
+        What is found wrong takes the mark away again.
+        """
+        main, new = self.training.process_index == 0, not (self.folder / SETTINGS).exists()
+        if main:
+            print(self._resolved, self, sep="\n", flush=True)
+        PartialState().wait_for_everyone()  # all have looked at the folder; from here on it changes
+        try:
+            if main and new:
+                self._write_settings()
+            yield
+            if main:
+                checkpoints.remove_unfinished(self.folder)
+                if self.checkpoint is not None:  # a kill may have come between a checkpoint and the removal of an older
+                    best = TrainerState.load_from_json(str(Path(self.checkpoint) / STATE)).best_model_checkpoint
+                    checkpoints.rotate(self.folder, self.training.save_total_limit, best)
+                self._write_settings()
+        except Exception as error:
+            if main and new:
+                with suppress(OSError):
+                    for name in (SETTINGS, configuration.CONFIGURATION):
+                        checkpoints.remove(self.folder / name)
+                    self.folder.rmdir()
+            if isinstance(error, OSError) and error.errno in checkpoints.NO_SPACE:
+                raise DiskFull(str(error)) from error
+            if isinstance(error, (ValueError, OSError, ImportError)):
+                raise Refused(str(error)) from error
+            raise
+        except KeyboardInterrupt:
+            if main:
+                print(f"\nInterrupted ahead of the first step. {self._how_to_go_on()}", file=sys.stderr, flush=True)
+            raise
+
+    @property
+    def _resolved(self) -> str:
+        return configuration.text_of(configuration.resolved(self.options, self.training))
+
+    def _write_settings(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        checkpoints.write_whole(self.folder / SETTINGS, json.dumps(self.settings(), indent=2) + "\n")
+        checkpoints.write_whole(self.folder / configuration.CONFIGURATION, self._resolved)
+
+    def _trainer(self, record: Record, stop: StopOnSignal, callbacks: Sequence[TrainerCallback]) -> _Trainer:
+        """The rows are cut, by the first process that comes, and the model is made."""
         options, training = self.options, self.training
-        resolved = configuration.text_of(configuration.resolved(options, training))
-        if training.process_index == 0:
-            print(resolved, self, sep="\n", flush=True)
-        with training.main_process_first(desc="cutting the text"):
-            train_rows, held_out_rows = data.rows_of(self.corpus)
+        # Not in main_process_first: the others would wait in a collective, which times out. Here they wait for a file.
+        train_rows, held_out_rows = data.rows_of(self.corpus)
         model = model_of(new_config(options.model, options.context, self.tokenizer), training.seed)
         if self.checkpoint is not None:
             _check_same_model(self.checkpoint, model)
@@ -202,8 +263,7 @@ class Run:
         if options.compile_layers and not training.torch_compile:
             for layer in model.base_model.layers:
                 layer.compile(fullgraph=True, dynamic=False)  # in place: no name changes
-        record, stop = Record(self.switch_step), StopOnSignal()
-        trainer = _Trainer(
+        return _Trainer(
             model=model,
             args=training,
             train_dataset=train_rows,
@@ -214,23 +274,6 @@ class Run:
             record=record,
             stop=stop,
         )
-        trainer.accelerator.wait_for_everyone()  # all have looked at the folder; from here on it changes
-        if trainer.is_world_process_zero():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            checkpoints.remove_unfinished(self.folder)
-            if self.checkpoint is not None:  # a kill may have come between a checkpoint and the removal of an older one
-                best = TrainerState.load_from_json(str(Path(self.checkpoint) / STATE)).best_model_checkpoint
-                checkpoints.rotate(self.folder, training.save_total_limit, best)
-            checkpoints.write_whole(self.folder / SETTINGS, json.dumps(self.settings(), indent=2) + "\n")
-            checkpoints.write_whole(self.folder / configuration.CONFIGURATION, resolved)
-        with self._ends(trainer):
-            if self.finished:
-                trainer.state = TrainerState.load_from_json(str(Path(self.checkpoint) / STATE))
-                record.on_train_begin(training, trainer.state, trainer.control)
-            else:
-                with stop:
-                    trainer.train(resume_from_checkpoint=self.checkpoint)
-            return self._finish(trainer, record, keep_model)
 
     @contextmanager
     def _ends(self, trainer: Trainer):
@@ -533,6 +576,7 @@ def prepare(options: PretrainOptions | None = None, training: TrainingOptions | 
     earlier, checkpoint = _what_is_there(training)
     tokenizer = data.load_tokenizer(options.tokenizer)
     config = new_config(options.model, options.context, tokenizer)
+    _check_parts(training, config)
     switch_step = options.lighthouse_steps(training.max_steps, tokens_per_step(options, training))
     if earlier is not None and _switches_at_a_share(options):
         switch_step = earlier["lighthouse_steps"]  # it stays where it was when the number of steps changes
@@ -563,6 +607,35 @@ def _check_processes(options: PretrainOptions, training: TrainingOptions) -> Non
             f"dataloader_num_workers={training.dataloader_num_workers} with stream: each would read all of the text; "
             "one reads ahead"
         )
+
+
+def _check_parts(training: TrainingOptions, config) -> None:
+    """The Trainer's own parts that it would make only when all else is ready: here, their packages and arguments."""
+    with _named("report_to", training.report_to):
+        for callback in get_reporting_integration_callbacks(training.report_to):
+            callback()
+    with _named("optim", training.optim):
+        Trainer.get_optimizer_cls_and_kwargs(training, empty_model(config))
+    with _named("lr_scheduler_kwargs", training.lr_scheduler_kwargs):
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=training.learning_rate)
+        steps = {"num_warmup_steps": training.get_warmup_steps(training.max_steps)}
+        get_scheduler(
+            training.lr_scheduler_type,
+            optimizer,
+            **steps,
+            num_training_steps=training.max_steps,
+            scheduler_specific_kwargs=training.lr_scheduler_kwargs,
+        )
+
+
+@contextmanager
+def _named(name: str, value):
+    """Says of a fault which option it is of."""
+    try:
+        yield
+    except (ImportError, RuntimeError, TypeError, ValueError) as error:
+        value = value.value if isinstance(value, ExplicitEnum) else value
+        raise ValueError(f"{name}={value!r}: {error}") from error
 
 
 def _memory(options: PretrainOptions, training: TrainingOptions, config, *, dense: bool) -> MemoryEstimate:
