@@ -28,7 +28,7 @@ from lighthouse.training import run as run_module
 from lighthouse.training.callbacks import StopOnSignal
 from lighthouse.training.result import DiskFull, NotFinite
 from small_llama import one_thread  # noqa: F401
-from training_runs import CONTEXT, options, training, write_text
+from training_runs import CONTEXT, options, status, training, write_text
 
 server = multiprocessing.get_context("forkserver")
 server.set_forkserver_preload(["lighthouse.training", "transformers.models.llama.modeling_llama", "pytest"])
@@ -51,14 +51,6 @@ def start(do, text: Path, folder: Path, *, environment=None, **changes):
     process = server.Process(target=_run, args=(do, text, folder, {**EVERY, **changes}, environment or {}))
     process.start()
     return process
-
-
-def status(process) -> int:
-    process.join(120)
-    hangs = process.exitcode is None
-    process.kill()
-    assert not hangs, "the process hangs"
-    return process.exitcode
 
 
 def _run(do, text, folder, changes, environment):

@@ -65,3 +65,12 @@ def training(folder: Path, **changes) -> TrainingOptions:
             **changes,
         }
     )
+
+
+def status(process) -> int:
+    """The exit status of a `multiprocessing` process, which is waited for and killed if it hangs."""
+    process.join(120)
+    hangs = process.exitcode is None
+    process.kill()
+    assert not hangs, "the process hangs"
+    return process.exitcode

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from lighthouse.training.extra import require_tune_extra
@@ -15,8 +14,8 @@ require_tune_extra()
 from rich.console import Console  # noqa: E402
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
-from lighthouse.cli.pretrain import run_parser  # noqa: E402
-from lighthouse.training import PretrainOptions, RunFailed, Stopped, configuration  # noqa: E402
+from lighthouse.cli.pretrain import parse_run, run_parser  # noqa: E402
+from lighthouse.training import RunFailed, Stopped  # noqa: E402
 from lighthouse.training.tune import BEST, Study, TuneOptions, prepare_study  # noqa: E402
 
 EXAMPLE = """\
@@ -38,12 +37,8 @@ def main(arguments: Sequence[str]) -> int:
     logging.basicConfig(format="%(message)s")
     disable_progress_bar()
     try:
-        for name in reversed(configuration.names_in(arguments)):
-            arguments = configuration.as_arguments(configuration.read(name), parser, f"config={name!r}") + arguments
-        tuning, model, data, lighthouse, training, general = parser.parse_args_into_dataclasses(
-            arguments, look_for_args_file=False
-        )
-        study = prepare_study(PretrainOptions(**asdict(model), **asdict(data), **asdict(lighthouse)), training, tuning)
+        options, training, (tuning, general) = parse_run(parser, arguments)
+        study = prepare_study(options, training, tuning)
     except (ValueError, TypeError, OSError) as error:
         print(f"lighthouse tune: error: {error}", file=sys.stderr)
         return 2

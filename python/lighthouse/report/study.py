@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
@@ -12,7 +13,9 @@ from lighthouse.report.page import Page, new_figure
 from lighthouse.report.picture import COLOURS
 from lighthouse.report.table import minutes
 
+NBSP = "\u00a0"
 GREY, AMBER, BLUE = COLOURS[:3]
+SECONDS = 100  # up to here times are said in seconds
 LISTED = 40  # skipped settings, one a line
 EVIDENCE = 10  # complete trials below which importances are little more than chance
 
@@ -27,8 +30,8 @@ def page_of(result, best_file: Path | None) -> Page:
         page.section("Loss against time")
         page.figure("loss-against-time", _curves(result), _curves_alt(result))
         page.table(
-            ("trial", "setting", "training time", "loss"),
-            [(t.number, t.setting, minutes(t.seconds), f"{t.loss:.4f}") for t in result.front],
+            ("trial", "loss", "time", *_names(result)),
+            [(t.number, f"{t.loss:.4f}", _time(t.seconds), *_values(t)) for t in result.front],
             caption="The front: no other complete trial is both faster and better.",
         )
         _importance(page, result)
@@ -52,17 +55,17 @@ def _lead(result) -> str:
 def _best(page: Page, result, best_file: Path | None) -> None:
     best, given = result.best, result.given
     page.section("The best setting")
-    rows = [(name, _shown(value)) for name, value in best.options.items()]
+    rows = list(zip(best.options, _values(best), strict=True))
     head = ["", f"trial {best.number}, the best"]
     if given is not None and given is not best:
         head.append(f"trial {given.number}, the given one")
-        rows = [(name, text, _shown(given.options[name])) for name, text in rows]
+        rows = [(*row, value) for row, value in zip(rows, _values(given), strict=True)]
     shown = [trial for trial in (best, given) if trial is not None][: len(head) - 1]
     for name, text in (
         ("dense held-out loss", lambda trial: f"{trial.loss:.4f}"),
         ("steps", lambda trial: f"{trial.steps:,}"),
         ("tokens", lambda trial: f"{trial.tokens:,}"),
-        ("training time", lambda trial: minutes(trial.seconds)),
+        ("training time", lambda trial: _time(trial.seconds)),
     ):
         rows.append((name, *map(text, shown)))
     page.table(head, rows)
@@ -114,9 +117,12 @@ def _curves(result):
     reach = max(max(ends) - min(ends), 0.02)
     highest = max(point.loss for trial in result.of("complete", "pruned") for point in trial.held_out)
     axes.set_ylim(min(ends) - 0.15 * reach, min(highest, max(ends) + 1.5 * reach) + 0.1 * reach)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda seconds, _: minutes(seconds)))
+    longest = max(trial.seconds for trial in result.of("complete", "pruned"))
+    if longest > SECONDS:
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda seconds, _: minutes(seconds)))
+    unit = "minutes:seconds" if longest > SECONDS else "seconds"
     axes.xaxis.set_major_locator(MaxNLocator(6))
-    axes.set(xlabel="training time, minutes:seconds", ylabel="dense held-out loss, nats per token")
+    axes.set(xlabel=f"training time, {unit}", ylabel="dense held-out loss, nats per token")
     axes.legend(frameon=False, fontsize=9)
     _plain(axes)
     return figure
@@ -182,7 +188,7 @@ def _slices(result):
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
             axes.xaxis.set_minor_formatter(NullFormatter())
         else:
-            axes.xaxis.set_major_locator(MaxNLocator(4, integer=name in ("levels", "batch")))
+            axes.xaxis.set_major_locator(MaxNLocator(3, integer=name in ("levels", "batch")))
         axes.set_xlabel(name, fontsize=9)
         axes.tick_params(labelsize=8)
         _plain(axes)
@@ -205,7 +211,8 @@ def _judged(result) -> str:
     if result.judge == "tokens":
         return f"At equal tokens: {result.budget:,.0f} each, in whole steps. {always}"
     text = f"At equal time: {result.budget:,.1f} s of training each, evaluation not counted. "
-    text += "How many steps these are follows from steps of both stages that were timed before the trial. "
+    text += "How many steps these are follows from steps of both stages that were timed before the trial, the "
+    text += "fastest of a few. "
     if complete:
         least, most = (limit(trial.seconds for trial in complete) for limit in (min, max))
         text += f"The complete trials really took {least:,.1f} to {most:,.1f} s, "
@@ -215,37 +222,54 @@ def _judged(result) -> str:
 
 def _trials(page: Page, result) -> None:
     page.section("Every trial")
+    trials = sorted(result.of("complete"), key=lambda trial: trial.loss)
     page.table(
-        ("trial", "setting", "state", "loss", "time", "steps", "tokens", "why"),
+        ("trial", "loss", *_names(result), "time", "steps", "state", ""),
         [
             (
-                f"{trial.number}{' (given)' if trial.given else ''}",
-                trial.setting,
-                trial.state,
+                f"{trial.number}{' (given)' if trial.given else ''}".replace(" ", NBSP),
                 "" if trial.loss is None else f"{trial.loss:.4f}",
-                "" if trial.seconds is None else minutes(trial.seconds),
+                *_values(trial),
+                "" if trial.seconds is None else _time(trial.seconds),
                 "" if trial.steps is None else f"{trial.steps:,}",
-                "" if trial.tokens is None else f"{trial.tokens:,}",
+                trial.state,
                 trial.why or "",
             )
-            for trial in sorted(result.of("complete"), key=lambda trial: trial.loss)
-            + result.of("pruned", "failed", "interrupted", "running")
+            for trial in [*trials, *result.of("pruned", "failed", "interrupted", "running")]
+            if trial.options  # else it was killed before it had a setting
         ],
-        caption="setting: pool_ratios, k parents per level (select_topk), learning rate, batch",
     )
     skipped = result.of("skipped")
     if skipped:
         page.section("Skipped before any training")
-        page.table(("trial", "setting", "why"), [(t.number, t.setting, t.why) for t in skipped[:LISTED]])
+        page.table(
+            ("trial", *_names(result), ""),
+            [(trial.number, *_values(trial), trial.why) for trial in skipped[:LISTED]],
+        )
         if len(skipped) > LISTED:
             page.text(f"And {len(skipped) - LISTED} more, which are in `results.json`.")
 
 
-def _shown(value) -> str:
-    return (
-        " ".join(map(str, value))
-        if isinstance(value, list)
-        else f"{value:.4g}"
-        if isinstance(value, float)
-        else str(value)
-    )
+def _names(result) -> list[str]:
+    """Columns of a setting."""
+    first = next((trial.options for trial in result.trials if trial.options), {})
+    return [
+        {"per_device_train_batch_size": "rows", "gradient_accumulation_steps": "accumulation"}.get(n, n) for n in first
+    ]
+
+
+def _values(trial) -> list[str]:
+    """A setting's columns; none of them breaks into lines."""
+    return [_shown(name, value).replace(" ", NBSP) for name, value in trial.options.items()]
+
+
+def _shown(name: str, value) -> str:
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    if name == "select_topk" and isinstance(value, float):
+        return str(Fraction(value).limit_denominator(65_536))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.1f}{NBSP}s" if seconds <= SECONDS else minutes(seconds)

@@ -169,19 +169,27 @@ class Run:
             lines.append(f"Note: at {options.context:,} tokens with these settings dense attention is as fast.")
         return "\n".join([*lines, WHY_DENSE])
 
-    def train(self, *, callbacks: Sequence[TrainerCallback] = (), keep_model: bool = True) -> PretrainResult:
+    def train(
+        self,
+        *,
+        callbacks: Sequence[TrainerCallback] = (),
+        keep_model: bool = True,
+        stop: StopOnSignal | None = None,
+    ) -> PretrainResult:
         """Trains, saves the plain model with its tokenizer and the results, and returns these.
 
         Args:
             callbacks: further ones for the Trainer, called behind those of the run. What one raises ends the run.
             keep_model: without it no model is saved, and the result has no `model_folder`.
+            stop: of a caller with several runs: a signal in the last step of one lets it end, and is in
+                `stop.received`.
 
         Raises:
             Refused, a `ValueError`: the text or the model was found unfit when it was cut or made.
             DiskFull, NotFinite: the run cannot go on; the last whole checkpoint is as it was.
             Stopped: SIGTERM or SIGUSR1 was received, and a checkpoint saved.
         """
-        record, stop = Record(self.switch_step), StopOnSignal()
+        record, stop = Record(self.switch_step), stop or StopOnSignal()
         with self._begins():
             trainer = self._trainer(record, stop, callbacks)
         with self._ends(trainer):

@@ -24,7 +24,6 @@ import fcntl
 import gc
 import json
 import logging
-import statistics
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -46,10 +45,10 @@ from lighthouse.report.study import page_of
 from lighthouse.settings import check_select_topk
 from lighthouse.speed import device_name
 from lighthouse.training import checkpoints, configuration
-from lighthouse.training.callbacks import Record
+from lighthouse.training.callbacks import Record, StopOnSignal
 from lighthouse.training.memory import DoesNotFit
 from lighthouse.training.options import PretrainOptions, TrainingOptions
-from lighthouse.training.result import DENSE, LIGHTHOUSE, HeldOut, NotFinite, RunFailed
+from lighthouse.training.result import DENSE, LIGHTHOUSE, HeldOut, NotFinite, RunFailed, Stopped
 from lighthouse.training.run import FREE_ON_RESUME, prepare, tokens_per_step
 from lighthouse.training.search import RANGES, Setting, Space
 from lighthouse.training.study import (
@@ -72,7 +71,7 @@ TRIALS = "trials"
 NAME = "lighthouse"
 
 DEFAULT_TRIALS = 20
-WARM_UP, TIMED = 2, 3  # steps of each stage before the trials
+WARM_UP, TIMED = 2, 4  # steps of each stage before a trial
 NOT_PRUNED = 4  # complete trials before any is pruned
 RANDOM_AFTER = 25  # settings skipped in a row: TPE is stuck where nothing is left
 GIVE_UP_AFTER = 200
@@ -305,24 +304,28 @@ class Study:
         """
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         (self.folder / TRIALS).mkdir(parents=True, exist_ok=True)
-        with self._locked():
+        with self._locked(say):  # of a new study as long as steps are timed
             study = self._open(say, status)
-        sampler = study.sampler
-        while True:
-            claimed = self._claim(study, sampler, say)
-            if claimed is None:
-                break
+        sampler, stop = study.sampler, StopOnSignal()
+        while (claimed := self._claim(study, sampler, say)) is not None:
             with claimed.log:
-                self._try(study, claimed, say, status)
+                self._try(study, claimed, stop, say, status)
+            if stop.received is not None:  # in the trial's last step, which then ends as if nothing was
+                raise Stopped("Stopped by a signal behind a trial.")
         with self._locked():
             return self._conclude(study)
 
     # The folder and the database
 
     @contextmanager
-    def _locked(self) -> Iterator[None]:
+    def _locked(self, say: Say = lambda line: None) -> Iterator[None]:
         """One process at a time: it looks at what there is and adds to it."""
-        with open(self.folder / "lock", "w") as file:
+        path = self.folder / "lock"
+        file = _lock(path)
+        if file is None:
+            say("Waiting for another process that is at the study's folder.")
+            file = open(path, "a", encoding="utf-8")
+        with file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
@@ -375,18 +378,23 @@ class Study:
             if lock is None:
                 continue
             lock.close()
-            study.tell(trial.number, state=TrialState.FAIL)
             attributes = trial.user_attrs
-            if "skipped" in attributes or "failed" in attributes or "parameters" not in attributes:
-                continue  # killed when it was at its end, or before it had a setting
-            checkpoints.remove(self._log(trial.number).with_suffix(""))
-            times = attributes.get("interruptions", 0) + 1
-            if times >= INTERRUPTIONS:
-                say(f"trial {trial.number}: interrupted {times} times by now, its setting is not tried again")
-                continue
-            again = {name: attributes[name] for name in ("parameters", "given") if name in attributes}
-            study.enqueue_trial(attributes["parameters"], user_attrs={"interruptions": times, **again})
-            say(f"trial {trial.number}: was interrupted, its setting is tried again")
+            # Without a setting it was killed at its beginning, with a reason at its end. Told last: a kill between the
+            # two lines has its setting tried twice and not never.
+            if "parameters" in attributes and "skipped" not in attributes and "failed" not in attributes:
+                checkpoints.remove(self._log(trial.number).with_suffix(""))
+                self._line_up_again(study, trial, say)
+            study.tell(trial.number, state=TrialState.FAIL)
+
+    def _line_up_again(self, study: optuna.Study, trial: optuna.trial.FrozenTrial, say: Say) -> None:
+        attributes = trial.user_attrs
+        times = attributes.get("interruptions", 0) + 1
+        if times >= INTERRUPTIONS:
+            say(f"trial {trial.number}: interrupted {times} times by now, its setting is not tried again")
+            return
+        again = {name: attributes[name] for name in ("parameters", "given") if name in attributes}
+        study.enqueue_trial(attributes["parameters"], user_attrs={"interruptions": times, **again})
+        say(f"trial {trial.number}: was interrupted, its setting is tried again")
 
     def _claim(self, study: optuna.Study, sampler, say: Say) -> _Claimed | None:
         """The next setting to train, locked as this process's; None where there are enough, or none is left."""
@@ -461,7 +469,7 @@ class Study:
             setattr(training, name, values[name])
         return replace(self.options, **ours), training
 
-    def _try(self, study: optuna.Study, claimed: _Claimed, say: Say, status: Say) -> None:
+    def _try(self, study: optuna.Study, claimed: _Claimed, stop: StopOnSignal, say: Say, status: Say) -> None:
         """Trains the claimed setting and tells the study how it ended."""
         trial, setting = claimed.trial, claimed.setting
         what, folder = f"trial {trial.number}: {setting}", self._log(trial.number).with_suffix("")
@@ -476,7 +484,7 @@ class Study:
                 training.max_steps = self._steps(study, options, training, seconds_per_step)
                 run = prepare(options, _quiet(training, folder))
                 judge = Judge(trial, run.switch_step, training.max_steps, self.tuning.evaluations, status, what)
-                run.train(callbacks=[judge], keep_model=False)
+                run.train(callbacks=[judge], keep_model=False, stop=stop)
             state = TrialState.COMPLETE
         except optuna.TrialPruned as pruned:
             state, why = TrialState.PRUNED, str(pruned)
@@ -494,8 +502,8 @@ class Study:
             trial.set_user_attr("seconds", judge.seconds)
             trial.set_user_attr("held_out", judge.held_out)
         if state == TrialState.FAIL:
-            trial.set_user_attr("failed", why)
             trial.set_user_attr("memory", (self._length(setting), setting.batch))
+            trial.set_user_attr("failed", why)
         elif why:
             trial.set_user_attr("pruned", why)
         loss = judge.held_out[-1]["loss"] if state == TrialState.COMPLETE else None
@@ -570,10 +578,8 @@ class Study:
             pass
         finally:
             checkpoints.remove(folder)
-        found = {
-            LIGHTHOUSE: statistics.median(clock.seconds[WARM_UP:steps]),
-            DENSE: statistics.median(clock.seconds[steps + WARM_UP :]),
-        }
+        # The fastest: what the device can do, whoever else uses it just now.
+        found = {LIGHTHOUSE: min(clock.seconds[WARM_UP:steps]), DENSE: min(clock.seconds[steps + WARM_UP :])}
         study.set_user_attr(key, found)
         return found
 
