@@ -61,11 +61,12 @@ def test_compiling_is_not_training():
         return graph.forward
 
     record, state = Record(), TrainerState(global_step=1)
-    record.on_train_begin(None, TrainerState(), None)
+    args = SimpleNamespace(device=torch.device("cpu"))
+    record.on_train_begin(args, TrainerState(), None)
     start = time.perf_counter()
     torch.compile(lambda x: 2 * x, backend=slowly)(torch.ones(1))
     assert time.perf_counter() - start > 0.5
-    record.on_step_end(None, state, None)
+    record.on_step_end(args, state, None)
     assert 0 <= record.seconds < 0.3
 
 
