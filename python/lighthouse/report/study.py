@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -55,10 +56,10 @@ def _lead(result) -> str:
 def _best(page: Page, result, best_file: Path | None) -> None:
     best, given = result.best, result.given
     page.section("The best setting")
-    rows = list(zip(best.options, _values(best), strict=True))
-    head = ["", f"trial {best.number}, the best"]
+    rows = list(zip(_names(result), _values(best), strict=True))
+    head = ["", f"best: trial {best.number}".replace(" ", NBSP)]
     if given is not None and given is not best:
-        head.append(f"trial {given.number}, the given one")
+        head.append(f"given: trial {given.number}".replace(" ", NBSP))
         rows = [(*row, value) for row, value in zip(rows, _values(given), strict=True)]
     shown = [trial for trial in (best, given) if trial is not None][: len(head) - 1]
     for name, text in (
@@ -233,7 +234,7 @@ def _trials(page: Page, result) -> None:
                 "" if trial.seconds is None else _time(trial.seconds),
                 "" if trial.steps is None else f"{trial.steps:,}",
                 trial.state,
-                trial.why or "",
+                _why(trial),
             )
             for trial in [*trials, *result.of("pruned", "failed", "interrupted", "running")]
             if trial.options  # else it was killed before it had a setting
@@ -243,8 +244,8 @@ def _trials(page: Page, result) -> None:
     if skipped:
         page.section("Skipped before any training")
         page.table(
-            ("trial", *_names(result), ""),
-            [(trial.number, *_values(trial), trial.why) for trial in skipped[:LISTED]],
+            ("trial", *_names(result)[:2], ""),
+            [(trial.number, *_values(trial)[:2], _why(trial)) for trial in skipped[:LISTED]],
         )
         if len(skipped) > LISTED:
             page.text(f"And {len(skipped) - LISTED} more, which are in `results.json`.")
@@ -269,6 +270,11 @@ def _shown(name: str, value) -> str:
     if name == "select_topk" and isinstance(value, float):
         return str(Fraction(value).limit_denominator(65_536))
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _why(trial) -> str:
+    """On one line: in a narrow column it would make a page of each row."""
+    return textwrap.shorten(trial.why or "", 140, placeholder=" ...").replace(" ", NBSP)
 
 
 def _time(seconds: float) -> str:

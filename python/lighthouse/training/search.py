@@ -232,10 +232,8 @@ class Space:
         if not coarsest:
             return f"dense attention: the coarsest window, {its.windows[-1]:,} tokens, is longer than the context"
         if its.parents > coarsest:
-            return (
-                f"{its.parents:,} parents per level are asked of the {coarsest:,} entries of the coarsest level: fewer "
-                "are chosen"
-            )
+            asked = f"{its.parents:,} parents per level are asked"
+            return f"{asked}, and the coarsest level has {coarsest:,}: fewer are chosen"
         if its.length > MAX_SHARE * its.tokens:
             return f"dense attention is as fast: the sub-sequence has {its.length / its.tokens:.0%} of the tokens"
         return None
