@@ -20,7 +20,7 @@ FIXED := $(shell setarch -R true 2>/dev/null && echo setarch -R)
 
 help:
 	@echo 'make test      build everything, run the C++ and the Python tests'
-	@echo 'make demo      pre-train a small model twice, dense and with Lighthouse, and compare (about 6 minutes)'
+	@echo 'make demo      lighthouse compare: a small model trained dense and in two stages, and a report (about 6 minutes)'
 	@echo 'make bench     time the C++ functions and one attention layer against dense attention'
 	@echo 'make lint      clang-format, clang-tidy, ruff'
 	@echo 'make sanitize  C++ tests under Address-, UndefinedBehavior- and ThreadSanitizer'
@@ -50,7 +50,7 @@ test: $(DEV)/.tests
 	$(BIN)/python -m pytest
 
 demo: native
-	$(BIN)/lighthouse pretrain --demo
+	$(BIN)/lighthouse compare
 
 bench: native
 	@$(LOCK) $(CMAKE) -DLIGHTHOUSE_BENCH=ON $(DEV) >$(DEV)/configure.log || \

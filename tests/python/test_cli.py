@@ -80,16 +80,6 @@ def test_a_run(tmp_path, capsys):
     assert "holds a run already" in capsys.readouterr().err
 
 
-def test_the_demo_compares_two_runs(tmp_path, capsys):
-    text, out = write_text(tmp_path / "text"), tmp_path / "demo"
-    assert main(["pretrain", "--demo", *SMALL, "--data", str(text), "--output_dir", str(out)]) == 0
-    said = capsys.readouterr().out
-    for part in ("two-stage", "as fast", "tokens/s", "comparison.png"):
-        assert part in said
-    assert (out / "comparison.png").stat().st_size > 10_000
-    assert said.replace("\n", "").rstrip().endswith(str(out / "two-stage" / "model"))
-
-
 def test_options_from_files_and_from_the_command_line(tmp_path, capsys):
     text, out = write_text(tmp_path / "text"), tmp_path / "run"
     (tmp_path / "a.yaml").write_text("max_steps: 9\nshare: 1.0\nlearning_rate: 0.5\n")
@@ -115,7 +105,6 @@ WRONG = [
     ("topk", ["--select_topk", "many"], "select_topk=many"),
     ("no_config", ["--config", "no.yaml"], "config='no.yaml' does not exist"),
     ("two_switches", ["--switch_step", "3", "--dense_only"], "switch_step and dense_only: only one of them"),
-    ("dense_demo", ["--demo", "--dense_only"], "a comparison needs steps with Lighthouse"),
     ("a_missing_reporter", ["--report_to", "wandb"], "report_to=['wandb']: WandbCallback requires wandb"),
     ("a_missing_optimizer", ["--optim", "adamw_bnb_8bit"], "optim='adamw_bnb_8bit': You need to install"),
     ("a_schedule_without_such", ["--lr_scheduler_kwargs", '{"x": 1}'], "lr_scheduler_kwargs={'x': 1}: "),
@@ -153,14 +142,15 @@ def test_what_is_wrong_once_the_work_has_begun_is_an_error_of_one_line(tmp_path,
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_without_the_extra_it_names_what_to_install(monkeypatch, capsys):
-    whole = PathFinder.find_spec
-    for name in [name for name in sys.modules if name.startswith(("lighthouse.training", "lighthouse.cli.pretrain"))]:
+@pytest.mark.parametrize("command", ["pretrain", "compare"])
+def test_without_the_extra_it_names_what_to_install(monkeypatch, capsys, command):
+    whole, imported = PathFinder.find_spec, ("lighthouse.training", "lighthouse.cli.pretrain", "lighthouse.cli.compare")
+    for name in [name for name in sys.modules if name.startswith(imported)]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.delitem(sys.modules, "datasets", raising=False)
     monkeypatch.setattr(PathFinder, "find_spec", lambda name, *rest: None if name == "datasets" else whole(name, *rest))
     monkeypatch.setattr(sys, "meta_path", [PathFinder])
-    assert main(["pretrain"]) == 1
+    assert main([command]) == 1
     said = capsys.readouterr().err
     assert "needs datasets" in said and 'pip install "lighthouse-attn[train]"' in said
 

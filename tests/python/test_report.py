@@ -1,4 +1,4 @@
-"""The table and the picture of a comparison."""
+"""The table and the pictures of runs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from matplotlib.image import imread  # noqa: E402
 from rich.console import Console  # noqa: E402
 
 from lighthouse import report  # noqa: E402
+from lighthouse.report.picture import losses  # noqa: E402
 from lighthouse.report.table import minutes  # noqa: E402
 from lighthouse.training import PretrainResult  # noqa: E402
 from lighthouse.training.result import HeldOut, Stage  # noqa: E402
@@ -47,15 +48,12 @@ def test_the_table_of_one_run_compares_with_nothing():
     assert "as fast" not in printed(report.table(RUNS[:1]))
 
 
-def test_the_baseline_at_the_time_the_other_ended():
-    # After 44 seconds the dense run has made five steps, four at its last evaluation.
-    line = "When the two-stage run ended with 2.5000, at 0:44, the dense run stood at 3.2500."
-    assert report.same_time(RUNS) == line
-    assert report.same_time(RUNS[:1]) == report.same_time(RUNS[::-1]) == ""
-
-
-def test_seconds_to_a_loss():
-    assert RUNS[0].seconds_to(3.25) == 32 and RUNS[0].seconds_to(1.0) is None
+def test_when_a_loss_is_reached():
+    """On the line between two evaluations; with Lighthouse from the switch, step 6 with 2.8333, on."""
+    assert RUNS[0].reaches(3.25) == (4, 32) and RUNS[0].reaches(1.0) is None
+    assert RUNS[0].reaches(3.875) == pytest.approx((3, 24)) and RUNS[0].reaches(9.0) == (2, 16)
+    assert RUNS[1].reaches(3.25) == RUNS[1].reaches(2.84) == (6, 12)
+    assert RUNS[1].reaches((17 / 6 + 2.625) / 2) == pytest.approx((7, 20))
     assert RUNS[0].loss_at(15.9) is None
 
 
@@ -63,15 +61,16 @@ def test_the_table_fits_eighty_columns():
     assert "two-stage" in printed(report.table(RUNS), width=80)
 
 
-def test_the_picture_shows_each_curve(tmp_path):
-    report.draw(RUNS, tmp_path / "both.png")
-    report.draw(RUNS[:1], tmp_path / "one.png")
+@pytest.mark.parametrize("against", ["time", "tokens"])
+def test_the_picture_shows_each_curve(tmp_path, against):
+    losses(RUNS, against).savefig(tmp_path / "both.png")
+    losses(RUNS[:1], against).savefig(tmp_path / "one.png")
     both, one = (imread(tmp_path / name)[..., :3] for name in ("both.png", "one.png"))
-    assert both.shape == one.shape and both.shape[0] > 500 and both.shape[1] > 900
+    assert both.shape == one.shape and both.shape[0] > 500 and both.shape[1] > 800
     assert (one < 0.9).any(axis=-1).mean() > 0.005  # not blank
     assert (both != one).any(axis=-1).mean() > 0.005
 
 
-@pytest.mark.parametrize("seconds, text", [(0, "0:00"), (59.6, "1:00"), (75.2, "1:15"), (3600, "60:00")])
+@pytest.mark.parametrize("seconds, text", [(0, "0:00"), (59.6, "1:00"), (75.2, "1:15"), (7265, "2:01:05")])
 def test_minutes(seconds, text):
     assert minutes(seconds) == text

@@ -76,6 +76,27 @@ def test_memory_is_what_the_process_holds():
     assert memory()["resident_memory_gib"] - before == pytest.approx(held.nbytes / 2**30, abs=0.1)
 
 
+def test_the_peak_of_a_stage_is_of_its_steps_alone():
+    record, state = Record(switch_step=1), SimpleNamespace(global_step=0, stateful_callbacks={})
+    args = SimpleNamespace(device=torch.device("cpu"))
+    record.on_train_begin(args, state, None)
+    if not record._peaks:
+        pytest.skip("the kernel does not let a process reset its peak")
+
+    def step(number: int, mib: int) -> int:
+        torch.ones(mib * 2**18)  # freed at once
+        state.global_step = number
+        record.on_step_end(args, state, None)
+        return record.stages[record.stage_of(number)]["peak_memory"] / 2**20
+
+    first = step(1, 300)
+    torch.ones(900 * 2**18)
+    record.on_evaluate(args, state, None, metrics={"eval_loss": 1.0})
+    second = step(2, 100)
+    assert first - second == pytest.approx(200, abs=40)
+    assert step(3, 600) - first == pytest.approx(300, abs=40) and step(4, 1) == step(3, 1)
+
+
 def steps(*values, what="loss") -> FirstNotFinite:
     first = FirstNotFinite("cpu")
     for step, value in enumerate(values, 1):

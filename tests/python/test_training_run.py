@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainingArguments
 
-from lighthouse.training import PretrainResult, checkpoints, prepare, pretrain, pretrain_both
+from lighthouse.training import PretrainResult, checkpoints, prepare, pretrain
 from lighthouse.training import run as run_module
 from lighthouse.training.model import new_model
 from small_llama import one_thread  # noqa: F401
@@ -260,14 +260,6 @@ def test_the_tokenizer_is_saved_with_it(tmp_path, text):
     result = pretrain(options(text, dense_only=True), training(tmp_path))
     tokenizer = AutoTokenizer.from_pretrained(result.model_folder)
     assert tokenizer("Füße", add_special_tokens=False).input_ids == [byte + 3 for byte in "Füße".encode()]
-
-
-def test_both_runs_begin_with_the_same_weights_and_see_the_same_text(tmp_path, text):
-    dense, two_stage = pretrain_both(options(text), training(tmp_path, max_steps=1, eval_on_start=True))
-    assert dense.held_out[0].step == two_stage.held_out[0].step == 0
-    assert dense.held_out[0].loss == two_stage.held_out[0].loss
-    assert (dense.name, two_stage.name) == ("dense", "two-stage")
-    assert [Path(r.model_folder).parent.name for r in (dense, two_stage)] == ["dense", "two-stage"]
 
 
 def test_weights_depend_on_the_seed_alone():

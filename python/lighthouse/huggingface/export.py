@@ -17,9 +17,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,9 +25,9 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lighthouse.huggingface import plain_process
 from lighthouse.huggingface.architectures import ARCHITECTURES, architecture_of
 from lighthouse.huggingface.card import History, history_of_checkpoint, history_of_model, model_card
+from lighthouse.huggingface.plain import PlainProcessFailed, in_plain_process
 from lighthouse.training import checkpoints
 from lighthouse.training.result import RESULTS
 from lighthouse.training.run import MODEL, SETTINGS
@@ -49,6 +46,10 @@ CHECKED_TOKENS = 64
 
 class ExportFailed(RuntimeError):
     """Nothing was exported: no space, or the exported folder does not give the source's logits."""
+
+
+class NoSpace(ExportFailed):
+    """The disk is full, or too small from the start."""
 
 
 @dataclass(frozen=True)
@@ -407,36 +408,17 @@ def _check(folder: Path, source: _Source, weights: dict[str, torch.Tensor], ids:
     causal = model.can_generate()
     del model, weights
     what = "logits" if causal else "hidden states"
-    with tempfile.TemporaryDirectory(prefix="lighthouse-export-") as place:
-        output = Path(place) / "output.pt"
-        request = {
-            "folder": str(folder),
-            "output": str(output),
-            "auto_class": "AutoModelForCausalLM" if causal else "AutoModel",
-            "ids": ids,
-            "text": TEXT,
-            "has_tokenizer": source.tokenizer is not None,
-            "threads": torch.get_num_threads(),
-            "hide": [str(Path(plain_process.__file__).parent)],
-        }
-        environment = {
-            **os.environ,
-            "CUDA_VISIBLE_DEVICES": "",
-            "HF_HUB_OFFLINE": "1",
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-            "TRANSFORMERS_VERBOSITY": "error",
-        }
-        done = subprocess.run(
-            [sys.executable, plain_process.__file__],
-            input=json.dumps(request),
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
-        if done.returncode != 0:
-            last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-            raise ExportFailed(f"the exported model cannot be loaded without this package: {last}")
-        found = torch.load(output)
+    request = {
+        "folder": str(folder),
+        "auto_class": "AutoModelForCausalLM" if causal else "AutoModel",
+        "ids": ids,
+        "text": TEXT,
+        "has_tokenizer": source.tokenizer is not None,
+    }
+    try:
+        found = in_plain_process("logits", request, cpu_only=True)
+    except PlainProcessFailed as error:
+        raise ExportFailed(f"the exported model cannot be loaded without this package: {error}") from None
     if found["faults"] or found["class"] != source.model_class.__name__:
         raise ExportFailed(f"the exported model is loaded as {found['class']} with {found['faults']}")
     if source.tokenizer is not None:
@@ -455,7 +437,7 @@ def _check(folder: Path, source: _Source, weights: dict[str, torch.Tensor], ids:
 
 
 class _space:
-    """Refuses a disk that is too small, and makes `ExportFailed` of one that gets full."""
+    """Refuses a disk that is too small, and makes `NoSpace` of one that gets full."""
 
     def __init__(self, folder: Path, size: int):
         self.folder, self.size = folder, size
@@ -463,14 +445,14 @@ class _space:
     def __enter__(self) -> None:
         free = checkpoints.free_bytes(self.folder)
         if free < self.size:
-            raise ExportFailed(self._message(free))
+            raise NoSpace(self._message(free))
 
     def __exit__(self, kind, error, traceback) -> None:
         # The writer of safetensors gives no error number, but names it.
         if isinstance(error, Exception) and (
             getattr(error, "errno", None) in checkpoints.NO_SPACE or "os error 28" in str(error)
         ):
-            raise ExportFailed(self._message(checkpoints.free_bytes(self.folder))) from error
+            raise NoSpace(self._message(checkpoints.free_bytes(self.folder))) from error
 
     def _message(self, free: int) -> str:
         return (

@@ -1,6 +1,5 @@
-"""A comparison of runs for people: a table for the terminal and a picture."""
+"""What is shown to people: tables for the terminal, pictures, and pages that need no other file."""
 
-from lighthouse.report.picture import draw
-from lighthouse.report.table import same_time, table
+from lighthouse.report.table import table
 
-__all__ = ["draw", "same_time", "table"]
+__all__ = ["table"]

@@ -68,11 +68,11 @@ class Page:
             return "<tr>" + "".join(f"<{tag}>{_inline(cell)}</{tag}>" for cell in row) + "</tr>"
 
         body = "".join(line(row, "td") for row in cells)
-        caption_html = f"<caption>{_inline(caption)}</caption>" if caption else ""
-        table = f"<table>{caption_html}<thead>{line(map(str, head), 'th')}</thead><tbody>{body}</tbody></table>"
+        below = f'<p class="caption">{_inline(caption)}</p>' if caption else ""
+        table = f"<table><thead>{line(map(str, head), 'th')}</thead><tbody>{body}</tbody></table>"
         marks = ["---", *["---:"] * (len(head) - 1)]
         lines = [_markdown_row(map(str, head)), _markdown_row(marks), *map(_markdown_row, cells)]
-        self._add(f'<div class="wide">{table}</div>', "\n".join(lines) + (f"\n\n{caption}" if caption else ""))
+        self._add(f'<div class="wide">{table}</div>{below}', "\n".join(lines) + (f"\n\n{caption}" if caption else ""))
 
     def figure(self, name: str, figure: Figure, alt: str) -> None:
         """A picture, `name.png` in Markdown; `alt` says what is seen, also below it."""
@@ -145,14 +145,13 @@ body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 74rem; margin: 1.5rem a
 h1 {{ font-size: 1.6rem; line-height: 1.25 }}
 h2 {{ font-size: 1.2rem; margin-top: 2rem; border-bottom: 1px solid #e5e7eb; padding-bottom: .2rem }}
 p {{ max-width: 46rem }}
-.wide {{ overflow-x: auto; margin: 1rem 0 }}
+.wide {{ overflow-x: auto; margin: 1rem 0 .4rem }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem }}
-caption {{ caption-side: bottom; text-align: left; color: #4b5563; padding-top: .4rem }}
 th, td {{ padding: .25rem .7rem; border-bottom: 1px solid #e5e7eb; text-align: right; vertical-align: top }}
 th:first-child, td:first-child {{ text-align: left; padding-left: 0 }}
 figure {{ display: inline-block; width: min(100%, 35rem); margin: .5rem 1rem .5rem 0; vertical-align: top }}
 img {{ width: 100% }}
-figcaption {{ color: #4b5563; font-size: .92rem }}
+figcaption, .caption {{ color: #4b5563; font-size: .92rem; margin-top: 0 }}
 pre {{ background: #f3f4f6; padding: .7rem; font-size: .85rem; white-space: pre-wrap; overflow-wrap: anywhere }}
 code {{ background: #f3f4f6; padding: 0 .2em; overflow-wrap: anywhere }}
 .checks {{ list-style: none; padding: 0; max-width: 46rem }}

@@ -1,84 +1,77 @@
-"""Dense held-out loss against training time, one curve a run, the switch to dense marked."""
+"""Dense held-out loss against training time or tokens, one curve a run, the switch to dense marked."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from lighthouse.report.page import new_figure
 from lighthouse.report.table import minutes
 
 COLOURS = ("#6b7280", "#d97706", "#2563eb", "#059669", "#9333ea")
+OF_RUN = {"dense": COLOURS[0], "two-stage": COLOURS[1]}
+SHOWN_ABOVE = 1.0  # nats above the lowest loss: what is higher, at the very start, would flatten all the rest
 
 
-def draw(runs: Sequence, path: str | Path) -> None:
-    """Writes a PNG of `PretrainResult`s. Needs no display."""
-    figure = Figure(figsize=(9, 5.4), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+def losses(runs: Sequence, against: str) -> Figure:
+    """A picture of `PretrainResult`s, `against` "time" or "tokens". Runs of one name, of several seeds, look alike.
+
+    A dotted line goes through the first run's final loss: the others pass it or they do not.
+    """
+    figure = new_figure()
     axes = figure.add_subplot()
-    for run, colour in zip(runs, COLOURS, strict=False):
-        _curve(axes, run, colour, label_above=run is runs[0])
-    axes.margins(x=0.1, y=0.12)
+    place = {"time": lambda run, point: point.seconds, "tokens": lambda run, point: _tokens(run, point)}[against]
+    named = set()
+    for run in runs:
+        _curve(axes, run, place, label=run.name not in named)
+        named.add(run.name)
+    lowest = min(point.loss for run in runs for point in run.held_out)
+    highest = max(point.loss for run in runs for point in run.held_out)
+    top = min(highest, lowest + SHOWN_ABOVE)
+    axes.set_ylim(lowest - 0.06 * (top - lowest), top + 0.04 * (top - lowest))
     axes.set_xlim(left=0)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda seconds, _: minutes(seconds)))
-    axes.set_xlabel("training time, minutes:seconds, without evaluation")
-    axes.set_ylabel("held-out loss with dense attention, nats per token")
-    axes.set_title(f"{runs[0].steps:,} steps on sequences of {runs[0].context:,} tokens", loc="left")
+    if len(runs) > 1:
+        axes.axhline(runs[0].loss, color=OF_RUN[runs[0].name], linewidth=0.9, linestyle=":")
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    if against == "time":
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda seconds, _: minutes(seconds)))
+        axes.set_xlabel("training time, minutes:seconds, without evaluation")
+    else:
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: short(tokens)))
+        axes.set_xlabel("tokens trained on")
+    axes.set_ylabel("dense held-out loss, nats per token")
     axes.grid(color="#e5e7eb", linewidth=0.8)
     axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     axes.legend(frameon=False, loc="upper right")
-    figure.savefig(path)
+    return figure
 
 
-def _curve(axes, run, colour: str, label_above: bool) -> None:
-    points = run.held_out
-    first = [point for point in points if point.step <= run.switch_step]
+def short(number: float) -> str:
+    """983040 is 983k, 1966080 is 1.97M."""
+    for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= unit:
+            return f"{number / unit:.3g}{name}"
+    return f"{number:.3g}"
+
+
+def _tokens(run, point) -> float:
+    return point.step * sum(stage.tokens for stage in run.stages.values()) / run.steps
+
+
+def _curve(axes, run, place, label: bool) -> None:
+    colour = OF_RUN[run.name]
+    points = [(place(run, point), point.loss) for point in run.held_out]
+    with_it = sum(point.step <= run.switch_step for point in run.held_out) if run.switch_step else 0
+    first = points[:with_it]
     second = points[len(first) - 1 :] if first else points  # joined where the stage changes
+    style = {"color": colour, "marker": "o", "markersize": 3.5}
+    labels = ["two-stage, Lighthouse", "switch to dense", "two-stage, dense" if first else run.name]
+    labels = labels if label else [None] * 3
     if first:
-        axes.plot(
-            [p.seconds for p in first],
-            [p.loss for p in first],
-            color=colour,
-            linestyle=(0, (4, 2)),
-            marker="o",
-            markersize=4,
-            label=f"{run.name}, trained with Lighthouse",
-        )
-        switch = first[-1]
-        axes.axvline(switch.seconds, color=colour, linewidth=0.8, linestyle=":")
-        axes.annotate(
-            "switch to dense",
-            (switch.seconds, 1),
-            xycoords=("data", "axes fraction"),
-            xytext=(-4, -6),
-            textcoords="offset points",
-            rotation=90,
-            ha="right",
-            va="top",
-            color=colour,
-        )
-    axes.plot(
-        [p.seconds for p in second],
-        [p.loss for p in second],
-        color=colour,
-        marker="o",
-        markersize=4,
-        markevery=slice(1 if first else 0, None),
-        label=f"{run.name}, dense" if first else run.name,
-    )
-    last = points[-1]
-    axes.annotate(
-        f"{last.loss:.3f} at {minutes(last.seconds)}",
-        (last.seconds, last.loss),
-        xytext=(0, 9 if label_above else -9),
-        textcoords="offset points",
-        ha="center",
-        va="bottom" if label_above else "top",
-        color=colour,
-        fontweight="bold",
-    )
+        axes.plot(*zip(*first, strict=True), **style, ls=(0, (4, 2)), label=labels[0])
+        axes.plot(*first[-1], color=colour, marker="D", markersize=7, ls="", label=labels[1])
+    axes.plot(*zip(*second, strict=True), **style, markevery=slice(1 if first else 0, None), label=labels[2])

@@ -1,4 +1,4 @@
-"""The runs side by side: training time, speed of each stage, dense held-out loss."""
+"""The runs side by side: training time, speed and memory of each stage, dense held-out loss."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def table(runs: Sequence) -> Table:
     baseline = runs[0]
     result = Table(
         title=f"{baseline.steps:,} steps at {baseline.context:,} tokens",
-        caption="time without evaluation and saving; loss in nats per token, always with dense attention",
+        caption="time without evaluation, saving and compilation; loss in nats per token, always with dense attention",
     )
     result.add_column("run")
     for column in ("training time", "tokens/s Lighthouse", "tokens/s dense", "held-out loss"):
@@ -28,22 +28,11 @@ def table(runs: Sequence) -> Table:
     return result
 
 
-def same_time(runs: Sequence) -> str:
-    """Where the first run, the baseline, stood when each of the others had ended; one line a run."""
-    baseline, lines = runs[0], []
-    for run in runs[1:]:
-        loss = baseline.loss_at(run.seconds)
-        if loss is not None and run.seconds < baseline.seconds:
-            lines.append(
-                f"When the {run.name} run ended with {run.loss:.4f}, at {minutes(run.seconds)}, "
-                f"the {baseline.name} run stood at {loss:.4f}."
-            )
-    return "\n".join(lines)
-
-
 def minutes(seconds: float) -> str:
-    """`75.2` is `1:15`."""
+    """`75.2` is `1:15`, `7265` is `2:01:05`."""
     whole = round(seconds)
+    if whole >= 3600:
+        return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
     return f"{whole // 60}:{whole % 60:02d}"
 
 

@@ -12,7 +12,6 @@ from lighthouse.training.extra import require_train_extra
 
 require_train_extra()
 
-from lighthouse.training.demo import demo_defaults, prepare_both, pretrain_both  # noqa: E402
 from lighthouse.training.options import (  # noqa: E402
     DataOptions,
     LighthouseOptions,
@@ -43,9 +42,6 @@ __all__ = [
     "RunFailed",
     "Stopped",
     "TrainingOptions",
-    "demo_defaults",
     "prepare",
-    "prepare_both",
     "pretrain",
-    "pretrain_both",
 ]

@@ -44,19 +44,20 @@ class SwitchToDense(TrainerCallback):
 
 
 class Record(TrainerCallback, ExportableState):
-    """Training seconds, steps of each stage, and the dense held-out loss against both.
+    """Training seconds, steps and peak memory of each stage, and the dense held-out loss against time and steps.
 
-    The clock runs while steps are made, fetching their data included, and stands still during evaluation, saving and
-    compilation.
+    The clock runs while steps are made, fetching their data included, and stands still during evaluation and saving,
+    whose memory does not count either, and while something is compiled.
     Checkpoints carry the record: a resumed run's clock goes on from the checkpoint's, and the time between the
     checkpoint and the interruption is in no number.
     """
 
     def __init__(self, switch_step: int = 0):
         self.switch_step = switch_step
-        self.stages = {}  # name: {"steps": ..., "seconds": ...}
+        self.stages = {}  # name: {"steps": ..., "seconds": ..., "peak_memory": bytes or None}
         self.held_out = []  # {"step": ..., "seconds": ..., "stage": ..., "loss": ...}
         self._mark = None
+        self._peaks = False  # whether the peak is that since the mark
         self._logged = (0, 0.0)  # steps and seconds at the last log
 
     @property
@@ -85,14 +86,22 @@ class Record(TrainerCallback, ExportableState):
         if saved is not None and state.global_step > 0:
             self.stages, self.held_out = saved["attributes"]["stages"], saved["attributes"]["held_out"]
         self._logged = state.global_step, self.seconds
-        self._mark = clock()
+        self._set_mark()
 
     def on_step_end(self, args, state, control, **kwargs):
+        if args.device.type == "cuda" and (control.should_log or control.should_evaluate or control.should_save):
+            torch.cuda.synchronize(args.device)  # steps still in flight would be in no stage's seconds
         now = clock()
         stage = self.stages.setdefault(self.stage_of(state.global_step), {"steps": 0, "seconds": 0.0})
         stage["steps"] += 1
         stage["seconds"] += now - self._mark
+        if self._peaks:
+            stage["peak_memory"] = max(stage.get("peak_memory") or 0, peak_memory())
         self._mark = now
+
+    def _set_mark(self) -> None:
+        self._peaks = reset_peak_memory()
+        self._mark = clock()
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         if not math.isfinite(metrics["eval_loss"]):
@@ -105,10 +114,10 @@ class Record(TrainerCallback, ExportableState):
         }
         if not self.held_out or self.held_out[-1]["step"] != state.global_step:
             self.held_out.append(point)
-        self._mark = clock()
+        self._set_mark()
 
     def on_save(self, args, state, control, **kwargs):
-        self._mark = clock()
+        self._set_mark()
 
 
 class StopOnSignal(TrainerCallback):
@@ -202,8 +211,29 @@ class FirstNotFinite:
         return None if step == self.NEVER else (step, self.WHAT[steps.index(step)])
 
 
+def reset_peak_memory() -> bool:
+    """From here on `peak_memory` is the peak; False where the system does not allow it."""
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+        return True
+    try:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")  # the kernel's mark of the most that was resident
+    except OSError:
+        return False
+    return True
+
+
+def peak_memory() -> int:
+    """Bytes: on CUDA the most that PyTorch had allocated, else the most that was resident of the whole process."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:"))
+
+
 def memory() -> dict[str, float]:
-    """GiB, under a name that says of what: on CUDA the most that was allocated, else what the process holds now."""
+    """GiB, under a name that says of what: on CUDA the most allocated since the last evaluation, else resident now."""
     if torch.cuda.is_initialized():
         return {"peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30}
     with open("/proc/self/statm") as file:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 from lighthouse.training.checkpoints import write_whole
@@ -49,11 +50,16 @@ class Stopped(SystemExit):
 
 @dataclass(frozen=True)
 class Stage:
-    """Optimizer steps of a stage, the seconds they took without evaluation and saving, and their tokens."""
+    """Optimizer steps of a stage, their seconds without evaluation, saving and compilation, their tokens.
+
+    `peak_memory` is in bytes, of the process that had most: on CUDA what PyTorch had allocated, on a CPU what was
+    resident of the whole process, interpreter and libraries included. None where the system does not tell.
+    """
 
     steps: int
     seconds: float
     tokens: int
+    peak_memory: int | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -96,6 +102,11 @@ class PretrainResult:
         return sum(stage.seconds for stage in self.stages.values())
 
     @property
+    def device_hours(self) -> float:
+        """The same times devices; each process has one, the CPU of one being such too."""
+        return self.seconds * self.settings.get("processes", 1) / 3600
+
+    @property
     def loss(self) -> float | None:
         """The dense held-out loss of the saved model."""
         return next((point.loss for point in reversed(self.held_out) if point.step == self.model_step), None)
@@ -112,22 +123,36 @@ class PretrainResult:
         """The dense held-out loss of the last evaluation within so many training seconds; None before the first."""
         return next((point.loss for point in reversed(self.held_out) if point.seconds <= seconds), None)
 
-    def seconds_to(self, loss: float) -> float | None:
-        """The training seconds of the first evaluation at or below `loss`; None if there is none."""
-        return next((point.seconds for point in self.held_out if point.loss <= loss), None)
+    def reaches(self, loss: float) -> tuple[float, float] | None:
+        """The steps and the training seconds at which the dense held-out loss first is `loss`; None if it never is.
 
-    def save(self, path: str | Path) -> None:
+        On the line between two evaluations. Of a run with Lighthouse only those from the switch on count.
+        """
+        points = [point for point in self.held_out if point.step >= self.switch_step]
+        if points and points[0].loss <= loss:
+            return points[0].step, points[0].seconds
+        for a, b in pairwise(points):
+            if b.loss <= loss:
+                part = (a.loss - loss) / (a.loss - b.loss)
+                return a.step + part * (b.step - a.step), a.seconds + part * (b.seconds - a.seconds)
+        return None
+
+    def numbers(self) -> dict:
+        """All of it, and what follows from it, as JSON takes it."""
         numbers = asdict(self)
         for name, stage in self.stages.items():
             numbers["stages"][name]["tokens_per_second"] = stage.tokens_per_second
-        numbers |= {"seconds": self.seconds, "loss": self.loss}
-        write_whole(Path(path), json.dumps(numbers, indent=2) + "\n")
+        return numbers | {"seconds": self.seconds, "loss": self.loss}
+
+    def save(self, path: str | Path) -> None:
+        write_whole(Path(path), json.dumps(self.numbers(), indent=2) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> PretrainResult:
         numbers = json.loads(Path(path).read_text(encoding="utf-8"))
         stages = {
-            name: Stage(stage["steps"], stage["seconds"], stage["tokens"]) for name, stage in numbers["stages"].items()
+            name: Stage(stage["steps"], stage["seconds"], stage["tokens"], stage.get("peak_memory"))
+            for name, stage in numbers["stages"].items()
         }
         return cls(
             **{key: numbers[key] for key in PLAIN},

@@ -362,6 +362,8 @@ class Run:
                 f"All {state.global_step:,} steps used Lighthouse: the model had no dense stage and is not ready for "
                 "dense attention, which is what any other program runs it with."
             )
+        peaks = torch.tensor([[stage.get("peak_memory") or 0 for stage in record.stages.values()]])
+        peaks = trainer.accelerator.gather(peaks.to(self.training.device)).amax(0).tolist()
         result = PretrainResult(
             name="dense" if self.switch_step == 0 else "lighthouse-only" if options.lighthouse_only else "two-stage",
             model_folder=str(self.folder / MODEL) if keep_model else None,
@@ -370,8 +372,8 @@ class Run:
             switch_step=self.switch_step,
             model_step=checkpoints.step_of(Path(state.best_model_checkpoint)) if best else state.global_step,
             stages={
-                name: Stage(stage["steps"], stage["seconds"], stage["steps"] * self.tokens_per_step)
-                for name, stage in record.stages.items()
+                name: Stage(stage["steps"], stage["seconds"], stage["steps"] * self.tokens_per_step, peak or None)
+                for (name, stage), peak in zip(record.stages.items(), peaks, strict=True)
             },
             held_out=[HeldOut(**point) for point in record.held_out],
             settings=self.settings(),
@@ -592,7 +594,7 @@ def prepare(options: PretrainOptions | None = None, training: TrainingOptions | 
     corpus = data.find_corpus(options, context=options.context, seed=training.seed, tokenizer=tokenizer)
     run = Run(options, training, tokenizer, corpus, switch_step, checkpoint)
     if earlier is not None:
-        _check_same(earlier, run.settings())
+        check_same(earlier, run.settings())
         if checkpoint is not None and _steps_in(checkpoint) > training.max_steps:
             raise ValueError(
                 f"max_steps={training.max_steps}: {checkpoint!r} has {_steps_in(checkpoint)} steps already; "
@@ -740,9 +742,12 @@ def _steps_in(checkpoint: str | Path) -> int:
     return TrainerState.load_from_json(str(Path(checkpoint) / STATE)).global_step
 
 
-def _check_same(earlier: dict, now: dict) -> None:
-    """Settings that only one of the two has belong to another version of Transformers and are not compared."""
-    free = FREE_ON_RESUME | {"lighthouse_steps"}  # which follows from the options
+def check_same(earlier: dict, now: dict, free: frozenset[str] = FREE_ON_RESUME) -> None:
+    """Raises `ValueError` that lists the settings, but for those in `free`, in which two runs differ.
+
+    Settings that only one of the two has belong to another version of Transformers and are not compared.
+    """
+    free = free | {"lighthouse_steps"}  # which follows from the options
     differ = [
         f"{name} was {earlier[name]!r}, is {now[name]!r}"
         for name in now

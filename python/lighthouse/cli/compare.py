@@ -1,0 +1,94 @@
+"""`lighthouse compare`: the baseline and the two-stage run, side by side, and the model that can be shipped."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from transformers.utils.logging import disable_progress_bar
+
+from lighthouse import report
+from lighthouse.cli.pretrain import parse_run, run_parser
+from lighthouse.report.comparison import checklist, passing, recovery
+from lighthouse.report.page import HTML
+from lighthouse.training import RunFailed
+from lighthouse.training.compare import HOW_TO_GO_ON, Plan, compare_defaults, prepare_comparison
+from lighthouse.training.comparison import Comparison
+from lighthouse.training.result import RESULTS, STOPPED
+
+EXAMPLE = """\
+examples:
+  lighthouse compare                                    a small case on the standard library's sources, in minutes
+  lighthouse compare --steps 40 --context 1024 --output_dir runs/quick
+  lighthouse compare --config runs/books/config.yaml --seeds 0 1 --output_dir runs/books-compared
+  lighthouse compare --config runs/books/config.yaml --seeds 0 1 --output_dir runs/books-compared --resume
+"""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs `lighthouse compare` and returns the exit status. Faults after the checks keep their traceback."""
+    arguments = list(arguments)
+    parser, general = run_parser(
+        "compare",
+        "Trains a baseline with dense attention and a two-stage run with the same seeds, data and schedule, one after "
+        "the other, and reports speed, memory and the dense held-out loss against both; strips the two-stage model, "
+        "checks it and times its inference. Takes every option of lighthouse pretrain; the defaults are a small case.",
+        EXAMPLE,
+        whole_help="--help-all" in arguments,
+    )
+    general.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="Several in place of --seed, in turn.")
+    general.add_argument("--json", metavar="FILE", help="Copy the numbers there; - is standard output.")
+    parser.set_defaults(**compare_defaults(resume="--resume" in arguments))
+    logging.basicConfig(format="%(message)s")
+    disable_progress_bar()  # of writing model files; the training's own bar is another
+    try:
+        options, training, [own] = parse_run(parser, arguments)
+        if own.json not in (None, "-") and not Path(own.json).absolute().parent.is_dir():
+            raise FileNotFoundError(f"json={own.json!r}: there is no folder {str(Path(own.json).parent)!r}")
+        plan = prepare_comparison(options, training, seeds=own.seeds)
+    except (ValueError, TypeError, OSError) as error:
+        print(f"lighthouse compare: error: {error}", file=sys.stderr)
+        return 2
+    before = signal.signal(signal.SIGTERM, _stop)  # within a run its own handler is in force
+    try:
+        with contextlib.redirect_stdout(sys.stderr) if own.json == "-" else contextlib.nullcontext():
+            found = plan.run(lambda message: print(f"\n{message}", flush=True))
+            if found is not None:
+                _say(plan, found)
+    except RunFailed as error:
+        print(f"lighthouse compare: error: {error}", file=sys.stderr)
+        return 1
+    except (KeyboardInterrupt, SystemExit):
+        print(f"The comparison in {plan.folder} is not at its end. {HOW_TO_GO_ON}", file=sys.stderr)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if found is not None and own.json is not None:
+        text = (plan.folder / RESULTS).read_text(encoding="utf-8")
+        if own.json == "-":
+            sys.stdout.write(text)
+        else:
+            Path(own.json).write_text(text, encoding="utf-8")
+    return 0
+
+
+def _say(plan: Plan, found: Comparison) -> None:
+    console = Console()
+    print()
+    for pair in found.pairs:
+        console.print(report.table(pair.runs))
+        print(passing(pair), recovery(pair), sep="\n", end="\n\n")
+    for check in checklist(found):
+        print(f"[x] {check.what}" if check.passed else f"[ ] {check.what}: FAILED", f"    {check.evidence}", sep="\n")
+    if found.stripped.exported is not None:
+        print(f"\nPlain model, for AutoModelForCausalLM and AutoTokenizer: {found.stripped.exported.folder}")
+    print(f"Report: {plan.folder / HTML}")
+
+
+def _stop(number, frame):
+    raise SystemExit(STOPPED)

@@ -1,0 +1,458 @@
+"""`lighthouse compare` and its functions: two seeds, gone on with, failed, refused; what a report makes of numbers."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from lighthouse.cli import main
+from lighthouse.huggingface.export import ExportFailed
+from lighthouse.report.comparison import checklist, page, passing, recovery
+from lighthouse.training import PretrainResult, Run, checkpoints
+from lighthouse.training import run as run_module
+from lighthouse.training.compare import compare, compare_defaults, prepare_comparison
+from lighthouse.training.comparison import Pair, Recovery, recovery_of
+from lighthouse.training.result import HeldOut, Stage, Stopped
+from small_llama import one_thread  # noqa: F401
+from test_training_interrupted import small_disk  # noqa: F401
+from training_runs import options, training, write_text
+
+compare_module = sys.modules["lighthouse.training.compare"]
+
+SEEDS = [0, 1]
+EVERY = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1, "eval_on_start": True}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return write_text(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory, text):
+    """A whole comparison of two seeds: (its folder, what was found)."""
+    folder = tmp_path_factory.mktemp("compare") / "both"
+    return folder, compare(options(text), training(folder, **EVERY), seeds=SEEDS)
+
+
+@pytest.fixture
+def again(done, tmp_path, monkeypatch):
+    """A copy of its folder that may be damaged. What comes behind the runs is not done twice."""
+    monkeypatch.setattr(compare_module, "strip", lambda *args: done[1].stripped)
+    return shutil.copytree(done[0], tmp_path / "again")
+
+
+def command(text, folder, *more) -> list[str]:
+    """The same as arguments."""
+    small = "--model nano --context 128 --held_out 2 --steps 5 --eval_steps 2 --logging_steps 1 --report_to none"
+    rest = "--pool_ratios 1/2 1/4 --select_topk 4 --share 0.6 --max_grad_norm 1.0 --use_cpu --disable_tqdm true"
+    every = "--save_strategy steps --save_steps 2 --save_total_limit 1 --eval_on_start true"
+    return ["compare", *f"{small} {rest} {every}".split(), "--data", str(text), "--output_dir", str(folder), *more]
+
+
+# What is found and written
+
+
+def test_the_folder(done):
+    folder, found = done
+    assert {path.name for path in folder.iterdir()} == {
+        *("seed-0", "seed-1", "model", "results.json", "report.html", "report.md", "loss-time.png", "loss-tokens.png")
+    }
+    numbers = json.loads((folder / "results.json").read_text())
+    assert [pair["seed"] for pair in numbers["pairs"]] == SEEDS
+    assert [run["name"] for pair in numbers["pairs"] for run in pair["runs"]] == ["dense", "two-stage"] * 2
+    assert [check["what"].split(" on ")[0] for check in numbers["checklist"]] == [
+        "Wrapper integrated",
+        "Speed-up verified",
+        "Final held-out loss matches or improves the baseline",
+        "Stripped and inference benchmarked",
+        "Model card updated",
+    ]
+    for pair in found.pairs:
+        stored = PretrainResult.load(folder / f"seed-{pair.seed}" / "two-stage" / "results.json")
+        assert stored == pair.two_stage and stored.settings["seed"] == pair.seed
+
+
+def test_both_runs_of_a_seed_begin_alike_and_only_those(done):
+    first = [[run.held_out[0] for run in pair.runs] for pair in done[1].pairs]
+    assert all(point.step == 0 for pair in first for point in pair)
+    assert all(dense.loss == two_stage.loss for dense, two_stage in first) and first[0][0].loss != first[1][0].loss
+
+
+def test_the_stripped_model_is_plain(done):
+    folder, found = done
+    inference = found.stripped.inference
+    assert inference.same_outputs and not inference.imported and set(inference.modules) == {"torch", "transformers"}
+    assert (inference.exported.prompt, inference.new_tokens) == (96, 32) and 1 <= inference.rounds <= 25
+    for speed in (inference.exported, inference.plain):
+        assert speed.prefill_tokens_per_second > 0 and speed.decode_tokens_per_second > 0
+    best = min(found.pairs, key=lambda pair: pair.two_stage.loss)
+    assert found.stripped.seed == best.seed and found.stripped.failure is None
+    model, source = (
+        AutoModelForCausalLM.from_pretrained(place)
+        for place in (folder / "model", folder / f"seed-{best.seed}" / "two-stage" / "model")
+    )
+    for weight, expected in zip(model.parameters(), source.parameters(), strict=True):
+        assert weight.equal(expected)
+    for path in (folder / "model").iterdir():
+        assert ("lighthouse" in path.read_bytes().decode("latin-1").lower()) == (path.name == "README.md"), path
+
+
+def test_the_page_says_what_was_found(done):
+    folder, found = done
+    text, markdown = (folder / "report.html").read_text(), (folder / "report.md").read_text()
+    assert not re.search(r'(src|href)="(?!data:)', text) and text.count("data:image/png") == 2
+    for pair in found.pairs:
+        for part in (passing(pair), recovery(pair), *(f"{run.loss:.4f}" for run in pair.runs)):
+            assert part in markdown, part
+    for check in checklist(found):
+        assert f"- [{'x' if check.passed else ' '}] **{check.what}" in markdown and check.evidence in markdown
+    assert "two-stage" in text and found.device in text
+
+
+def test_peak_memory_of_each_stage(done):
+    for run in (run for pair in done[1].pairs for run in pair.runs):
+        for stage in run.stages.values():
+            assert stage.peak_memory is None or 2**20 < stage.peak_memory < 2**40
+
+
+# The checklist
+
+
+def changed(found, two_stage=None, baseline=None, **stripped):
+    pairs = [
+        replace(
+            pair,
+            two_stage=replace(pair.two_stage, **two_stage or {}),
+            baseline=replace(pair.baseline, **baseline or {}),
+        )
+        for pair in found.pairs
+    ]
+    return replace(found, pairs=pairs, stripped=replace(found.stripped, **stripped))
+
+
+def stages(lighthouse, dense) -> dict:
+    """With so many seconds a step."""
+    return {"lighthouse": Stage(3, 3 * lighthouse, 384), "dense": Stage(2, 2 * dense, 256)}
+
+
+def curve(*losses) -> list[HeldOut]:
+    """At every step from 0 on, a second each."""
+    return [HeldOut(step, float(step), "dense", loss) for step, loss in enumerate(losses)]
+
+
+GOOD = {
+    "two_stage": {"stages": stages(1.0, 2.0), "held_out": curve(6, 5, 5, 5, 4, 3.5)},
+    "baseline": {"stages": {"dense": Stage(5, 10.0, 640)}, "held_out": curve(6, 5, 5, 5, 4, 4)},
+}
+CHECKS = ("integrated", "speed-up", "loss", "stripped", "card")
+FAILED = [
+    ("nothing", {}, None, ()),
+    ("slower", {"two_stage": {**GOOD["two_stage"], "stages": stages(2.5, 2.0)}}, "speed-up", ("0:12 against 0:10",)),
+    (
+        "a_higher_loss",
+        {"two_stage": {**GOOD["two_stage"], "held_out": curve(6, 5, 5, 5, 4.5, 4.1)}},
+        "loss",
+        ("4.1000 against 4.0000 (+0.1000)", "does not get to the baseline's final 4.0000", "stood at 4.0000"),
+    ),
+    (
+        "other_first_weights",
+        {"baseline": {**GOOD["baseline"], "held_out": curve(7, 5, 5, 5, 4, 4)}},
+        "integrated",
+        ("not",),
+    ),
+    (
+        "a_stage_left_out",
+        {"two_stage": {**GOOD["two_stage"], "stages": {"dense": Stage(5, 8.0, 640), "lighthouse": Stage(0, 1.0, 1)}}},
+        "integrated",
+        ("0 of 5 steps",),
+    ),
+    ("not_exported", {"exported": None, "inference": None, "failure": "logits differ"}, "stripped", ("Logits differ",)),
+    ("an_old_card", {"card_names": [], "card_lacks": ["the switch after step 3"]}, "card", ("it lacks the switch",)),
+]
+
+
+@pytest.mark.parametrize("changes, failed, parts", [f[1:] for f in FAILED], ids=[f[0] for f in FAILED])
+def test_what_is_not_shown_is_failed_with_its_numbers(done, changes, failed, parts):
+    found = changed(done[1], **{**GOOD, **changes})
+    speed = found.stripped.inference
+    if speed is not None:  # its clock is not what is tested
+        found = replace(found, stripped=replace(found.stripped, inference=replace(speed, plain=speed.exported)))
+    checks = dict(zip(CHECKS, checklist(found), strict=True))
+    expected = {failed, "card"} if changes.get("exported", 1) is None else {failed}
+    assert {name for name, check in checks.items() if not check.passed} == expected - {None}
+    text = page(found).markdown()
+    for part in parts:
+        assert part in checks[failed].evidence and part in text, part
+    if failed:
+        assert f"**{checks[failed].what}: failed**" in text and 'class="failed"' in page(found).html()
+
+
+INFERENCE = [
+    ("other_outputs", lambda speed: replace(speed, same_outputs=False), "gives other outputs"),
+    ("our_modules", lambda speed: replace(speed, modules={"torch": 3, "lighthouse": 2}), "2 of lighthouse"),
+    ("slower", lambda speed: replace(speed, exported=replace(speed.plain, decode_seconds=1.0)), "a token of decoding"),
+]
+
+
+@pytest.mark.parametrize("change, part", [i[1:] for i in INFERENCE], ids=[i[0] for i in INFERENCE])
+def test_a_model_that_is_not_plain_is_failed(done, change, part):
+    speed = done[1].stripped.inference
+    check = checklist(changed(done[1], inference=change(replace(speed, plain=speed.exported))))[3]
+    assert not check.passed and part in check.evidence
+
+
+def test_an_export_that_fails_is_a_failed_check(done, tmp_path, monkeypatch, text):
+    def fail(*args, **kwargs):
+        raise ExportFailed("the exported model's logits differ from the source's by up to 0.25")
+
+    folder = shutil.copytree(done[0], tmp_path / "again")
+    monkeypatch.setattr(compare_module, "export", fail)
+    found = compare(options(text), training(folder, **EVERY, resume=True), seeds=SEEDS)
+    stripped = checklist(found)[3]
+    assert not stripped.passed and "Not exported: the exported model's logits differ" in stripped.evidence
+    assert "by up to 0.25" in (folder / "report.html").read_text()
+
+
+# From curves
+
+
+def pair(two_stage: list[float], baseline: list[float], switch_step: int = 2) -> Pair:
+    """A second a step, and an evaluation behind each."""
+    runs = [
+        PretrainResult(name, "", 128, len(losses) - 1, switch, len(losses) - 1, {}, curve(*losses), {})
+        for name, switch, losses in (("dense", 0, baseline), ("two-stage", switch_step, two_stage))
+    ]
+    runs = [replace(run, stages={"dense": Stage(run.steps, float(run.steps), 128 * run.steps)}) for run in runs]
+    return Pair(0, *runs)
+
+
+PASSES = [
+    ("between_two_evaluations", [6, 5, 4, 3, 2], [6, 5, 4, 3, 2.5], (3.5, 3.5)),
+    ("never", [6, 5, 4, 3, 2.6], [6, 5, 4, 3, 2.5], None),
+    ("at_the_switch_already", [6, 5, 2, 3, 2.6], [6, 5, 4, 3, 2.5], (2, 2)),
+    ("before_the_switch_alone", [6, 2, 4, 3, 2.6], [6, 5, 4, 3, 2.5], None),
+    ("at_the_very_end", [6, 5, 4, 3, 2.5], [6, 5, 4, 3, 2.5], (4, 4)),
+]
+
+
+@pytest.mark.parametrize("two_stage, baseline, expected", [p[1:] for p in PASSES], ids=[p[0] for p in PASSES])
+def test_when_it_passes_the_baselines_final_loss(two_stage, baseline, expected):
+    found = pair(two_stage, baseline)
+    assert found.passes == expected
+    assert found.sooner == (None if expected is None else 4 / expected[1])
+    assert ("does not get to" in passing(found)) == (expected is None)
+
+
+RECOVERS = [
+    (
+        "no_rise",
+        [6, 5, 4, 3, 3.5],
+        Recovery(4, 0.0, 0.0, 0.0, 1, 3),
+        "no rise; 4.0000 right before the switch, behind step 2, and 3.0000 behind step 3",
+    ),
+    (
+        "back",
+        [6, 5, 4, 4.5, 5, 3],
+        Recovery(4, 1.0, 2.5, 2.5, 1, 4.5),
+        "rises by up to 1.0000, and is back there after 2 steps",
+    ),
+    ("not_back", [6, 5, 4, 4.5], Recovery(4, 0.5, None, None, 1, 4.5), "not back there at the end"),
+    ("nothing_behind", [6, 5, 4], None, "nothing was measured"),
+]
+
+
+@pytest.mark.parametrize("losses, expected, part", [r[1:] for r in RECOVERS], ids=[r[0] for r in RECOVERS])
+def test_the_recovery_behind_the_switch(losses, expected, part):
+    found = pair(losses, [6.0] * len(losses))
+    assert recovery_of(found.two_stage) == expected and part in recovery(found)
+
+
+# Going on
+
+
+def test_between_runs(again, done, text):
+    shutil.rmtree(again / "seed-1" / "two-stage")
+    plan = prepare_comparison(options(text), training(again, **EVERY, resume=True), seeds=SEEDS)
+    assert [isinstance(run, Run) for run in plan.runs] == [False, False, False, True]
+    said = []
+    found = plan.run(said.append)
+    assert [line for line in said if "finished before" in line] == said[:3] and "seed 1, two-stage" in said[3]
+    for one, two in zip(found.pairs, done[1].pairs, strict=True):
+        assert one.baseline == two.baseline
+        assert [(p.step, p.loss) for p in one.two_stage.held_out] == [(p.step, p.loss) for p in two.two_stage.held_out]
+
+
+def test_within_a_run_by_the_command(done, tmp_path, monkeypatch, capsys, text):
+    monkeypatch.setattr(compare_module, "strip", lambda *args: done[1].stripped)
+    before, calls = run_module._Trainer.training_step, []
+
+    def interrupted(trainer, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 9:  # the fourth step of the second run
+            raise KeyboardInterrupt
+        return before(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(run_module._Trainer, "training_step", interrupted)
+    folder = tmp_path / "run"
+    assert main(command(text, folder, "--seed", "0")) == 130
+    said = capsys.readouterr()
+    assert f"comparison in {folder} is not at its end. The same command with --resume" in said.err
+    assert "Traceback" not in said.err and "Run 2 of 2: seed 0, two-stage" in said.out
+    assert checkpoints.last_whole(folder / "seed-0" / "two-stage").name == "checkpoint-2"
+    assert main(command(text, folder, "--seed", "0", "--resume", "--json", "-")) == 0
+    numbers = json.loads(capsys.readouterr().out)
+    assert numbers == json.loads((folder / "results.json").read_text()) and len(calls) == 9 + 3
+    for stored, run in zip(numbers["pairs"][0]["runs"], done[1].pairs[0].runs, strict=True):
+        assert [p["loss"] for p in stored["held_out"]] == [p.loss for p in run.held_out]
+
+
+def test_a_signal_in_the_last_step_of_a_run_ends_it_before_the_next(tmp_path, text, monkeypatch):
+    before = run_module._Trainer.training_step
+
+    def stopped(trainer, *args, **kwargs):
+        if trainer.state.global_step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return before(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(run_module._Trainer, "training_step", stopped)
+    with pytest.raises(Stopped, match="behind run 1 of 2: seed 42, dense"):
+        compare(options(text), training(tmp_path / "run"))
+    assert (tmp_path / "run" / "seed-42" / "dense" / "results.json").is_file()
+    assert not (tmp_path / "run" / "seed-42" / "two-stage").exists()
+
+
+def test_more_seeds_go_on_with_those_there(again, text):
+    shutil.rmtree(again / "seed-1")
+    plan = prepare_comparison(options(text), training(again, **EVERY, resume=True), seeds=[0, 7])
+    assert [isinstance(run, Run) for run in plan.runs] == [False, False, True, True]
+    assert not (again / "seed-7").exists()
+
+
+def test_the_default_folder(tmp_path):
+    base = tmp_path / "runs"
+    for taken, free, latest in (((), "runs", "runs"), (("runs",), "runs-2", "runs"), (("runs-2",), "runs-3", "runs-2")):
+        for name in taken:
+            (tmp_path / name).mkdir()
+        assert compare_defaults(base)["output_dir"] == str(tmp_path / free)
+        assert compare_defaults(base, resume=True)["output_dir"] == str(tmp_path / latest)
+
+
+# What is refused, before any work
+
+REFUSED = [
+    ("dense_only", {"dense_only": True}, {}, "a comparison needs steps with Lighthouse"),
+    ("lighthouse_only", {"lighthouse_only": True}, {}, "a comparison needs dense steps"),
+    ("no_dense_steps", {"share": 1.0}, {}, "5 of 5 steps would use Lighthouse"),
+    ("no_step_with_it", {"share": 0.01}, {}, "0 of 5 steps would use Lighthouse"),
+    ("no_evaluation", {}, {"eval_strategy": "no"}, "eval_strategy='no'"),
+    ("the_same_seed_twice", {}, {"seeds": [3, 3]}, "seeds=[3, 3]: one seed or several different ones"),
+    ("no_seed", {}, {"seeds": [-1]}, "seeds=[-1]: -1 is no seed"),
+    ("nothing_to_resume", {}, {"resume": True}, "holds no comparison to resume"),
+    ("a_checkpoint", {}, {"resume_from_checkpoint": "x"}, "a comparison has several runs"),
+    ("a_text_shorter_than_a_context", {"context": 8192}, {}, "holds 181 tokens, and 16,384 are needed"),
+    ("a_missing_text", {"data": "/no/such/folder"}, {}, "'/no/such/folder' does not exist"),
+]
+
+
+@pytest.mark.parametrize("change, how, message", [r[1:] for r in REFUSED], ids=[r[0] for r in REFUSED])
+def test_what_cannot_be_compared_is_refused(tmp_path, text, change, how, message):
+    short = write_text(tmp_path / "short", files=2, words=20) if "context" in change else text
+    folder, seeds = tmp_path / "run", how.get("seeds")
+    how = {name: value for name, value in how.items() if name != "seeds"}
+    with pytest.raises((ValueError, OSError)) as refused:
+        prepare_comparison(options(short, **change), training(folder, **how), seeds=seeds)
+    assert message in str(refused.value) and not folder.exists()
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_in_the_folder_is_not_written_over(done, text, resume):
+    folder = done[0] / "seed-0" / "two-stage"
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(FileExistsError, match="holds something else, a run or its results: take another folder"):
+        prepare_comparison(options(text), training(folder, **EVERY, resume=resume))
+    assert sorted(folder.rglob("*")) == before
+
+
+OTHER = [
+    ("steps", {}, {"max_steps": 6}, "max_steps was 5, is 6"),
+    ("schedule", {}, {"learning_rate": 0.5}, "learning_rate was 0.002, is 0.5"),
+    ("evaluations", {}, {"eval_steps": 1}, "eval_steps was 2, is 1"),
+    ("settings", {"select_topk": "8", "share": 0.4}, {}, "share was 0.6, is 0.4; select_topk was 4, is 8"),
+]
+
+
+@pytest.mark.parametrize("change, how, message", [o[1:] for o in OTHER], ids=[o[0] for o in OTHER])
+def test_another_comparison_in_the_folder_is_refused_with_the_differences(done, text, change, how, message):
+    folder = done[0]
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(ValueError, match=f"seed-0/dense is of another comparison: .*{re.escape(message)}"):
+        prepare_comparison(options(text, **change), training(folder, **{**EVERY, **how, "resume": True}), seeds=SEEDS)
+    with pytest.raises(FileExistsError, match="holds a comparison already: .*--resume"):
+        prepare_comparison(options(text, **change), training(folder, **how), seeds=[9])
+    assert sorted(folder.rglob("*")) == before
+
+
+WRONG = [
+    ("unknown_option", ["--nonsense", "1"], "--nonsense"),
+    ("seeds", ["--seeds", "one"], "invalid int value: 'one'"),
+    ("steps", ["--steps", "0"], "max_steps=0"),
+    ("json", ["--json", "nowhere/x.json"], "json='nowhere/x.json': there is no folder 'nowhere'"),
+    ("no_config", ["--config", "no.yaml"], "config='no.yaml' does not exist"),
+    ("dense_only", ["--dense_only"], "a comparison needs steps with Lighthouse"),
+]
+
+
+@pytest.mark.parametrize("arguments, message", [w[1:] for w in WRONG], ids=[w[0] for w in WRONG])
+def test_a_wrong_option_is_an_error_of_one_line(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    try:
+        status = main(["compare", *arguments])
+    except SystemExit as stop:
+        status = stop.code
+    said = capsys.readouterr().err
+    assert status == 2 and message in said and "Traceback" not in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_help_has_examples_and_the_options_of_a_run(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["compare", "--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    for part in ("examples:", "--seeds", "--json", "--resume", "--share", "--max_steps, --steps", "--config"):
+        assert part in text, part
+
+
+# No space, nothing to write to
+
+
+def test_a_disk_full_at_the_end_leaves_nothing_half_written(small_disk, text, capsys):  # noqa: F811
+    """There is room for the two runs' models of 4 MB and not for the exported one."""
+    disk = small_disk(11.0)
+    one = command(text, disk / "run", "--save_strategy", "no")
+    assert main(one) == 1
+    said = capsys.readouterr().err
+    assert "no space for the model" in said and "with --resume goes on" in said and "Traceback" not in said
+    assert {path.name for path in (disk / "run").iterdir()} == {"seed-42"}
+    small_disk(40.0)
+    plan = prepare_comparison(options(text), training(disk / "run", eval_on_start=True, resume=True))
+    assert not any(isinstance(run, Run) for run in plan.runs)
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused(small_disk, text, capsys):  # noqa: F811
+    disk = small_disk(1.0)
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    assert not os.access(disk, os.W_OK)
+    assert main(command(text, disk / "run")) == 2
+    said = capsys.readouterr().err
+    assert f"{str(disk)!r} cannot be written to" in said and "Traceback" not in said
