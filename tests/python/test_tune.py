@@ -342,10 +342,10 @@ def test_a_loss_that_is_not_finite_is_a_failed_value(monkeypatch, text, tmp_path
         before(self, args, state, control, metrics=metrics, **kwargs)
 
     monkeypatch.setattr(Record, "on_evaluate", evaluated)
-    result = study_of(text, tmp_path, GRID).run(lambda line: None)
+    result = study_of(text, tmp_path, GRID | {"trials": 2}).run(lambda line: None)
     failed = [trial for trial in result.trials if trial.number == 1 and trial.state != "skipped"]
     assert all(trial.state == "failed" and "loss is nan" in trial.why for trial in failed)
-    assert len(result.of("complete", "failed")) == 3 and len(result.of("complete")) >= 2
+    assert len(result.of("complete", "failed")) == 2 and len(result.of("complete")) >= 1
 
 
 def test_another_error_ends_the_study_and_its_setting_is_tried_again(monkeypatch, text, tmp_path):

@@ -49,7 +49,7 @@ from lighthouse.training.callbacks import Record, StopOnSignal
 from lighthouse.training.memory import DoesNotFit
 from lighthouse.training.options import PretrainOptions, TrainingOptions
 from lighthouse.training.result import DENSE, LIGHTHOUSE, HeldOut, NotFinite, RunFailed, Stopped
-from lighthouse.training.run import FREE_ON_RESUME, prepare, tokens_per_step
+from lighthouse.training.run import FREE_ON_RESUME, check_same, prepare, tokens_per_step
 from lighthouse.training.search import RANGES, Setting, Space
 from lighthouse.training.study import (
     COMPLETE,
@@ -284,16 +284,10 @@ class Study:
         if not file.is_file():
             raise FileNotFoundError(f"{folder} holds no study to resume: start it without --resume")
         earlier = json.loads(file.read_text(encoding="utf-8"))
-        differ = [
-            f"{name} was {earlier[name]!r}, is {value!r}"
-            for name, value in self.fixed.items()
-            if name in earlier and earlier[name] != value
-        ]
-        if differ:
-            raise ValueError(
-                f"{folder}: a study goes on with the options it began with: {'; '.join(differ)}. With others it is "
-                "another study, in another --output_dir"
-            )
+        try:
+            check_same(earlier, self.fixed, frozenset())
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}. With others it is another study, in another --output_dir") from None
 
     def run(self, say: Say = print, status: Say = lambda line: None) -> StudyResult:
         """Trains settings until there are enough, writes the report and returns what was found.
