@@ -230,7 +230,7 @@ def scatter(*inputs) -> Tensor:
     """`torch.ops.lighthouse.scatter` with its gradient.
 
     Compiled code makes the output again in its backward. The product behind it would keep it, a full tensor a layer,
-    while it follows from the sub-sequence's output, which attention keeps anyway.
+    while it follows from the sub-sequence's output, which attention keeps anyway. (torch 2.11 keeps it all the same.)
     """
     if not _traced():
         return _Scatter.apply(*inputs)
