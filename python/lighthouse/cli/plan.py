@@ -85,7 +85,7 @@ def _made(options: argparse.Namespace) -> dict:
         check_device("device", torch.device(device))
         rates = speed.rates_of(layer, device, again=options.measure, say=say)
         of_layer = speed.estimate(plan, layer, rates)
-        found["device"] = rates.device
+        found["device"], found["device_type"] = rates.device, device
         found["estimate"] = asdict(of_layer) | {"speedup": of_layer.speedup}
         found["estimate"]["graph_speedup"] = speed.estimate(plan, layer, rates, launches=False).speedup
         found["estimate"]["pays_from_tokens"] = speed.pays_from(
@@ -153,7 +153,7 @@ def _text(found: dict) -> str:
         its = found["estimate"]
         lines += [
             f"  estimate here    dense {_seconds(its['dense'])}, Lighthouse {_seconds(its['lighthouse'])}: "
-            f"{its['speedup']:.1f} times as fast, {_give_or_take(found['tokens'])}",
+            f"{its['speedup']:.1f} times as fast, {_give_or_take(found['tokens'], found['device_type'])}",
             f"                   of Lighthouse's: inner attention {_seconds(its['inner'])}, its operators "
             f"{_seconds(its['movement'])}",
         ]
@@ -196,10 +196,11 @@ def _mib(size: float) -> str:
     return f"{size / MIB:,.1f} MiB" if size < 1024 * MIB else f"{size / MIB / 1024:,.2f} GiB"
 
 
-def _give_or_take(tokens: int) -> str:
-    if tokens >= speed.ERROR_FROM:
+def _give_or_take(tokens: int, device: str) -> str:
+    least = speed.ERROR_FROM[device]
+    if tokens >= least:
         return f"give or take {speed.ERROR:.0%}"
-    return f"roughly (below {speed.ERROR_FROM:,} tokens only bench tells)"
+    return f"roughly (below {least:,} tokens only bench tells)"
 
 
 def _of_dense(size: float, dense: float) -> str:

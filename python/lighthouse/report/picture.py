@@ -5,14 +5,32 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator
 
 from lighthouse.report.page import new_figure
 from lighthouse.report.table import minutes
 
 COLOURS = ("#6b7280", "#d97706", "#2563eb", "#059669", "#9333ea")
 OF_RUN = {"dense": COLOURS[0], "two-stage": COLOURS[1]}
-SHOWN_ABOVE = 1.0  # nats above the lowest loss: what is higher, at the very start, would flatten all the rest
+TICKS = (
+    1,
+    5,
+    10,
+    15,
+    30,
+    60,
+    120,
+    300,
+    600,
+    900,
+    1800,
+    3600,
+    7200,
+    14400,
+    43200,
+    86400,
+)  # seconds, as clocks have them
+SHOWN_ABOVE = 1.5  # nats above the lowest loss: what is higher, at the very start, would flatten all the rest
 
 
 def losses(runs: Sequence, against: str) -> Figure:
@@ -34,11 +52,13 @@ def losses(runs: Sequence, against: str) -> Figure:
     axes.set_xlim(left=0)
     if len(runs) > 1:
         axes.axhline(runs[0].loss, color=OF_RUN[runs[0].name], linewidth=0.9, linestyle=":")
-    axes.xaxis.set_major_locator(MaxNLocator(6))
     if against == "time":
+        longest = max(point.seconds for run in runs for point in run.held_out)
+        axes.xaxis.set_major_locator(MultipleLocator(next((s for s in TICKS if longest <= 7 * s), longest / 7)))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda seconds, _: minutes(seconds)))
         axes.set_xlabel("training time, minutes:seconds, without evaluation")
     else:
+        axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: short(tokens)))
         axes.set_xlabel("tokens trained on")
     axes.set_ylabel("dense held-out loss, nats per token")
