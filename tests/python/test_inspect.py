@@ -130,6 +130,13 @@ def test_the_command(tmp_path, model_folder, capsys):
     assert list(json.loads(capsys.readouterr().out)["kept_share"]) == ["0", "1", "2", "3"]
 
 
+def test_of_a_text_much_longer_than_the_context_the_rest_is_not_read(tmp_path, model_folder):
+    text = tmp_path / "text.txt"
+    text.write_bytes(b"The light of a house on the rock. " * 2000 + b"\xff no UTF-8")
+    command = ["inspect", str(model_folder), "--text", str(text), "--context", "100", "--output", str(tmp_path / "out")]
+    assert main([*command, "--device", "cpu"]) == 0
+
+
 def damaged(folder):
     shutil.copytree(folder, "../damaged")
     os.truncate("../damaged/model.safetensors", 9999)

@@ -76,7 +76,7 @@ def _choices(options: argparse.Namespace) -> tuple[Choices, list[str]]:
         raise ValueError(f"output={options.output!r} is a file: a folder is needed")
     if options.context is not None and options.context < 2:
         raise ValueError(f"context={options.context}: at least 2 tokens are needed")
-    text = _text(options.text)
+    _text(options.text, 1)  # what is not there is said before the model is read
     say("reading the model")
     tokenizer_folder = options.tokenizer or (options.model if (folder / "tokenizer_config.json").is_file() else None)
     tokenizer = load_tokenizer(tokenizer_folder)
@@ -88,7 +88,8 @@ def _choices(options: argparse.Namespace) -> tuple[Choices, list[str]]:
     if options.context is not None and options.context > most:
         raise ValueError(f"context={options.context}: the model allows at most {most}")
     most = options.context or most
-    ids = Encoder(tokenizer)([text[: most * LONGEST_TOKEN].encode()])[0][:most].tolist()
+    text = _text(options.text, most * LONGEST_TOKEN)
+    ids = Encoder(tokenizer)([text.encode()])[0][:most].tolist()
     if len(ids) < 2:
         raise ValueError(f"text={options.text!r} has {len(ids)} tokens: at least 2 are needed")
     LighthouseWrapper(
@@ -109,9 +110,11 @@ def _choices(options: argparse.Namespace) -> tuple[Choices, list[str]]:
     return choices, [tokenizer.decode([i]) or "\ufffd" for i in ids]  # a byte alone may be no character
 
 
-def _text(name: str) -> str:
+def _text(name: str, characters: int) -> str:
+    """The first of them."""
     try:
-        return Path(name).read_text(encoding="utf-8")
+        with open(name, encoding="utf-8") as file:
+            return file.read(characters)
     except UnicodeDecodeError as error:
         raise ValueError(f"text={name!r} is no UTF-8 text: {error}") from None
 
