@@ -15,7 +15,7 @@ from transformers import TrainerState
 from lighthouse.plan import plan
 from lighthouse.training import pretrain
 from lighthouse.training.callbacks import FirstNotFinite, Record, StopOnSignal, SwitchToDense, memory
-from lighthouse.training.result import NotFinite
+from lighthouse.training.result import DENSE, LIGHTHOUSE, NotFinite
 from small_llama import one_thread  # noqa: F401
 from training_runs import CONTEXT, options, training, write_text
 
@@ -53,6 +53,19 @@ def test_a_line_per_log(tmp_path, capsys, bar):
         assert line.startswith(wanted[0]) and all(part in line for part in wanted), line
 
 
+def model_in(stage: str):
+    return SimpleNamespace(lighthouse_enabled=stage == LIGHTHOUSE)
+
+
+def test_a_step_counts_for_what_the_model_did_in_it_and_not_for_what_was_planned():
+    record, state = Record(switch_step=2), SimpleNamespace(global_step=0, stateful_callbacks={})
+    args = SimpleNamespace(device=torch.device("cpu"))
+    record.on_train_begin(args, state, None)
+    for state.global_step, stage in enumerate((LIGHTHOUSE, DENSE, DENSE), 1):
+        record.on_step_end(args, state, None, model=model_in(stage))
+    assert {name: stage["steps"] for name, stage in record.stages.items()} == {LIGHTHOUSE: 1, DENSE: 2}
+
+
 def test_compiling_is_not_training():
     import torch._dynamo
 
@@ -66,7 +79,7 @@ def test_compiling_is_not_training():
     start = time.perf_counter()
     torch.compile(lambda x: 2 * x, backend=slowly)(torch.ones(1))
     assert time.perf_counter() - start > 0.5
-    record.on_step_end(args, state, None)
+    record.on_step_end(args, state, None, model=model_in(DENSE))
     assert 0 <= record.seconds < 0.3
 
 
@@ -86,7 +99,7 @@ def test_the_peak_of_a_stage_is_of_its_steps_alone():
     def step(number: int, mib: int) -> int:
         torch.ones(mib * 2**18)  # freed at once
         state.global_step = number
-        record.on_step_end(args, state, None)
+        record.on_step_end(args, state, None, model=model_in(record.stage_of(number)))
         return record.stages[record.stage_of(number)]["peak_memory"] / 2**20
 
     first = step(1, 300)

@@ -88,11 +88,13 @@ class Record(TrainerCallback, ExportableState):
         self._logged = state.global_step, self.seconds
         self._set_mark()
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args, state, control, model, **kwargs):
         if args.device.type == "cuda" and (control.should_log or control.should_evaluate or control.should_save):
             torch.cuda.synchronize(args.device)  # steps still in flight would be in no stage's seconds
         now = clock()
-        stage = self.stages.setdefault(self.stage_of(state.global_step), {"steps": 0, "seconds": 0.0})
+        # What the model did and not what was planned: the two are compared where a run is judged.
+        name = LIGHTHOUSE if model.lighthouse_enabled else DENSE
+        stage = self.stages.setdefault(name, {"steps": 0, "seconds": 0.0})
         stage["steps"] += 1
         stage["seconds"] += now - self._mark
         if self._peaks:
