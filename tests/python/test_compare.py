@@ -294,7 +294,7 @@ def test_between_runs(again, done, text):
 
 def test_within_a_run_by_the_command(done, tmp_path, monkeypatch, capsys, text):
     monkeypatch.setattr(compare_module, "strip", lambda *args: done[1].stripped)
-    before, calls = run_module._Trainer.training_step, []
+    before, calls = run_module.RunTrainer.training_step, []
 
     def interrupted(trainer, *args, **kwargs):
         calls.append(1)
@@ -302,7 +302,7 @@ def test_within_a_run_by_the_command(done, tmp_path, monkeypatch, capsys, text):
             raise KeyboardInterrupt
         return before(trainer, *args, **kwargs)
 
-    monkeypatch.setattr(run_module._Trainer, "training_step", interrupted)
+    monkeypatch.setattr(run_module.RunTrainer, "training_step", interrupted)
     folder = tmp_path / "run"
     assert main(command(text, folder, "--seed", "0")) == 130
     said = capsys.readouterr()
@@ -317,14 +317,14 @@ def test_within_a_run_by_the_command(done, tmp_path, monkeypatch, capsys, text):
 
 
 def test_a_signal_in_the_last_step_of_a_run_ends_it_before_the_next(tmp_path, text, monkeypatch):
-    before = run_module._Trainer.training_step
+    before = run_module.RunTrainer.training_step
 
     def stopped(trainer, *args, **kwargs):
         if trainer.state.global_step == 4:
             os.kill(os.getpid(), signal.SIGTERM)
         return before(trainer, *args, **kwargs)
 
-    monkeypatch.setattr(run_module._Trainer, "training_step", stopped)
+    monkeypatch.setattr(run_module.RunTrainer, "training_step", stopped)
     with pytest.raises(Stopped, match="behind run 1 of 2: seed 42, dense"):
         compare(options(text), training(tmp_path / "run"))
     assert (tmp_path / "run" / "seed-42" / "dense" / "results.json").is_file()

@@ -75,7 +75,7 @@ class AtStep:
         self.call, self.signals, self.calls = call, signals, 0
 
     def __call__(self):
-        before = run_module._Trainer.training_step
+        before = run_module.RunTrainer.training_step
         StopOnSignal.SAME = 0.0
         signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
 
@@ -86,7 +86,7 @@ class AtStep:
                     os.kill(os.getpid(), number)
             return before(trainer, *args, **kwargs)
 
-        run_module._Trainer.training_step = step
+        run_module.RunTrainer.training_step = step
 
 
 def in_cutting():
@@ -386,12 +386,12 @@ BAD = [
 def test_what_is_not_finite_ends_the_run_and_is_never_saved(tmp_path, text, monkeypatch, spoil, message):
     batches = {}
 
-    class Spoiled(run_module._Trainer):
+    class Spoiled(run_module.RunTrainer):
         def compute_loss(self, model, inputs, *args, **kwargs):
             batches.setdefault(self.state.global_step + 1, []).append(inputs["input_ids"])
             return spoil(self, super().compute_loss(model, inputs, *args, **kwargs))
 
-    monkeypatch.setattr(run_module, "_Trainer", Spoiled)
+    monkeypatch.setattr(run_module, "RunTrainer", Spoiled)
     every = {"save_strategy": "steps", "save_steps": 2, "logging_steps": 10, "eval_strategy": "no"}
     rows = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     with pytest.raises(NotFinite) as stopped:

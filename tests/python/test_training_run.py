@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, T
 from lighthouse.training import PretrainResult, checkpoints, prepare, pretrain
 from lighthouse.training import run as run_module
 from lighthouse.training.model import new_model
+from lighthouse.training.resume import FREE_ON_RESUME
 from small_llama import one_thread  # noqa: F401
 from training_runs import CHECKPOINTING, CONTEXT, options, training, write_text
 
@@ -44,12 +45,12 @@ def seen(monkeypatch):
             steps.append((state.global_step, bool(calls)))
             calls.clear()
 
-    before = run_module._Trainer.__init__
+    before = run_module.RunTrainer.__init__
 
     def with_watch(self, **kwargs):
         before(self, **{**kwargs, "callbacks": [*kwargs["callbacks"], Watch()]})
 
-    monkeypatch.setattr(run_module._Trainer, "__init__", with_watch)
+    monkeypatch.setattr(run_module.RunTrainer, "__init__", with_watch)
     return steps
 
 
@@ -387,7 +388,7 @@ def test_what_decides_no_loss_may_change(saved, text):
 
 
 def test_each_option_that_may_change_is_one_of_the_trainers():
-    assert run_module.FREE_ON_RESUME - {f.name for f in fields(TrainingArguments)} <= {
+    assert FREE_ON_RESUME - {f.name for f in fields(TrainingArguments)} <= {
         "resume",
         "gradient_checkpointing",
         "gradient_checkpointing_kwargs",

@@ -285,14 +285,14 @@ def test_a_grid_is_trained_to_its_end(text, tmp_path):
 
 def ends(monkeypatch, text, folder, when, error, **changes):
     """A grid whose step fails where `when(run)` holds."""
-    before = run_module._Trainer.training_step
+    before = run_module.RunTrainer.training_step
 
     def step(trainer, *args, **kwargs):
         if when(trainer.run):
             raise error
         return before(trainer, *args, **kwargs)
 
-    monkeypatch.setattr(run_module._Trainer, "training_step", step)
+    monkeypatch.setattr(run_module.RunTrainer, "training_step", step)
     return study_of(text, folder, {**GRID, **changes.pop("tuning", {})}, **changes).run(lambda line: None)
 
 
@@ -403,14 +403,14 @@ def _process(text: Path, folder: Path, tuning: dict, resume: bool, kill_in: int 
         os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
     torch.set_num_threads(1)
     if kill_in is not None:
-        before = run_module._Trainer.training_step
+        before = run_module.RunTrainer.training_step
 
         def step(trainer, *args, **kwargs):
             if trainer.run.folder.name == f"{kill_in:04}" and trainer.state.global_step == 2:
                 os.kill(os.getpid(), signal.SIGKILL)
             return before(trainer, *args, **kwargs)
 
-        run_module._Trainer.training_step = step
+        run_module.RunTrainer.training_step = step
     study_of(text, folder, tuning, resume=resume).run(print)
 
 
@@ -435,7 +435,7 @@ def test_a_killed_study_goes_on(text, tmp_path):
 
 def test_a_setting_that_always_ends_its_process_is_given_up(text, tmp_path, monkeypatch):
     monkeypatch.setattr(tune_module, "INTERRUPTIONS", 2)
-    before = run_module._Trainer.training_step
+    before = run_module.RunTrainer.training_step
 
     def step(trainer, *args, **kwargs):
         if trainer.run.options.pool_ratios == [1 / 4, 1 / 16]:
@@ -444,7 +444,7 @@ def test_a_setting_that_always_ends_its_process_is_given_up(text, tmp_path, monk
 
     for resume in (False, True):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(run_module._Trainer, "training_step", step)
+            patch.setattr(run_module.RunTrainer, "training_step", step)
             study_of(text, tmp_path, GRID, resume=resume).run(lambda line: None)
     said = []
     result = study_of(text, tmp_path, GRID, resume=True).run(said.append)
@@ -497,13 +497,13 @@ def test_an_interruption_says_how_to_go_on(text, tmp_path, capsys, monkeypatch, 
     def step(trainer, *args, **kwargs):
         raise error
 
-    monkeypatch.setattr(run_module._Trainer, "training_step", step)
+    monkeypatch.setattr(run_module.RunTrainer, "training_step", step)
     assert main(["tune", *SMALL, "--data", str(text), "--output_dir", str(tmp_path / "study")]) == code
     assert f"`lighthouse tune --config {tmp_path / 'study' / 'study.yaml'} --resume` goes on" in capsys.readouterr().err
 
 
 def test_a_signal_in_the_last_step_of_a_trial_ends_the_study_behind_it(text, tmp_path, monkeypatch):
-    before = run_module._Trainer.training_step
+    before = run_module.RunTrainer.training_step
 
     def step(trainer, *args, **kwargs):
         if trainer.state.global_step + 1 == trainer.state.max_steps:
@@ -511,7 +511,7 @@ def test_a_signal_in_the_last_step_of_a_trial_ends_the_study_behind_it(text, tmp
         return before(trainer, *args, **kwargs)
 
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(run_module._Trainer, "training_step", step)
+        patch.setattr(run_module.RunTrainer, "training_step", step)
         study_of(text, tmp_path, GRID).run(lambda line: None)
     result = study_of(text, tmp_path, GRID | {"trials": 1}, resume=True).run(lambda line: None)
     assert [trial.state for trial in result.trials if trial.state != "waiting"] == ["complete"]

@@ -17,7 +17,7 @@ from lighthouse.huggingface.callback import LighthouseCallback
 from lighthouse.huggingface.wrapped import WrappedModel
 from lighthouse.training.callbacks import Record
 from lighthouse.training.result import DENSE, LIGHTHOUSE, RESULTS
-from lighthouse.training.run import SETTINGS, STATE
+from lighthouse.training.resume import SETTINGS, STATE
 
 PAPER = "arXiv:2605.06554"
 HELD_OUT_ROWS = 12

@@ -30,7 +30,7 @@ from lighthouse.huggingface.card import History, history_of_checkpoint, history_
 from lighthouse.huggingface.plain import PlainProcessFailed, in_plain_process
 from lighthouse.training import checkpoints
 from lighthouse.training.result import RESULTS
-from lighthouse.training.run import MODEL, SETTINGS
+from lighthouse.training.resume import MODEL, SETTINGS
 from lighthouse.training.tokenizer import load_tokenizer
 
 logger = logging.getLogger("lighthouse")

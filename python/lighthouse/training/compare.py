@@ -33,7 +33,8 @@ from lighthouse.training.checkpoints import NO_SPACE, write_whole
 from lighthouse.training.comparison import Comparison, Pair, Stripped
 from lighthouse.training.options import PretrainOptions, TrainingOptions
 from lighthouse.training.result import RESULTS, DiskFull, PretrainResult, Stopped
-from lighthouse.training.run import FREE_ON_RESUME, MODEL, SETTINGS, Run, check_same, prepare
+from lighthouse.training.resume import FREE_ON_RESUME, MODEL, SETTINGS, check_same
+from lighthouse.training.run import Run, prepare
 
 DENSE, TWO_STAGE = "dense", "two-stage"
 

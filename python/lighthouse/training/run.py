@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import sys
 from collections.abc import Sequence
 from contextlib import contextmanager, suppress
@@ -19,11 +18,8 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
 from transformers import (
     PreTrainedTokenizerBase,
-    PrinterCallback,
-    ProgressCallback,
     Trainer,
     TrainerCallback,
     TrainerState,
@@ -31,7 +27,6 @@ from transformers import (
     get_scheduler,
 )
 from transformers.integrations import get_reporting_integration_callbacks
-from transformers.trainer_callback import ExportableState
 from transformers.utils.generic import ExplicitEnum
 
 import lighthouse.huggingface  # noqa: F401  the wrapper would import it only when a run has begun
@@ -39,19 +34,14 @@ from lighthouse import LighthouseWrapper
 from lighthouse.plan import plan
 from lighthouse.training import checkpoints, configuration, data
 from lighthouse.training.callbacks import (
-    FirstNotFinite,
-    Lines,
-    PlainLines,
     Record,
     StopOnSignal,
     SwitchToDense,
-    memory,
 )
 from lighthouse.training.memory import MemoryEstimate, check_memory, estimate
 from lighthouse.training.model import check_head_dim, empty_model, model_notes, model_of, new_config
 from lighthouse.training.options import PretrainOptions, TrainingOptions
 from lighthouse.training.result import (
-    LIGHTHOUSE,
     RESULTS,
     DiskFull,
     HeldOut,
@@ -61,32 +51,11 @@ from lighthouse.training.result import (
     Stage,
     Stopped,
 )
+from lighthouse.training.resume import MODEL, SETTINGS, STATE, check_same, check_same_model, steps_in, what_is_there
+from lighthouse.training.trainer import RunTrainer, checkpoint_bytes, gb, space_for, weight_bytes
 from lighthouse.wrapper import LighthouseSettings
 
 logger = logging.getLogger(__name__)
-
-# Options of the Trainer that may be others when a run goes on, since no loss depends on them. All that are not here,
-# those of later versions of Transformers too, must be as they were.
-FREE_ON_RESUME = frozenset(
-    # Where it goes on from and how far. More steps stretch the schedule of the learning rate, which is said.
-    "resume resume_from_checkpoint output_dir max_steps num_train_epochs "
-    # What is printed, logged, reported and published.
-    "logging_strategy logging_steps logging_first_step log_on_each_node logging_nan_inf_filter log_level "
-    "log_level_replica disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id "
-    "trackio_static_space_id include_num_input_tokens_seen skip_memory_metrics debug do_train do_eval do_predict "
-    "push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision "
-    # When the held-out loss is measured, in batches of which size, and when checkpoints are saved.
-    "eval_strategy eval_steps eval_delay eval_on_start eval_accumulation_steps eval_do_concat_batches "
-    "eval_use_gather_object prediction_loss_only include_for_metrics batch_eval_metrics per_device_eval_batch_size "
-    "save_strategy save_steps save_total_limit save_on_each_node load_best_model_at_end metric_for_best_model "
-    "greater_is_better "
-    # How rows are fetched, not which or in what order.
-    "dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor "
-    "dataloader_multiprocessing_context "
-    # Memory for time, or what is kept as the kind of device and the number of processes below.
-    "gradient_checkpointing gradient_checkpointing_kwargs activation_checkpointing activation_checkpointing_kwargs "
-    "torch_empty_cache_steps ddp_timeout local_rank use_cpu".split()
-)
 
 # Options of the Trainer that would break what this file promises, and why.
 REFUSED = {
@@ -96,10 +65,6 @@ REFUSED = {
     "restore_callback_states_from_checkpoint": "what a run keeps is restored already",
     "save_only_model": "no run could go on from such checkpoints",
 }
-
-SETTINGS = "run.json"
-STATE = "trainer_state.json"
-MODEL = "model"
 
 # Where accelerate runs copies in place of shards, without a word.
 NOT_SHARDED_ON = frozenset({"cpu", "mps"})
@@ -128,7 +93,7 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether the checkpoint to go on from has all the steps, so that only the end is left to do."""
-        return self.checkpoint is not None and _steps_in(self.checkpoint) == self.training.max_steps
+        return self.checkpoint is not None and steps_in(self.checkpoint) == self.training.max_steps
 
     @property
     def tokens_per_step(self) -> int:
@@ -246,14 +211,14 @@ class Run:
         checkpoints.write_whole(self.folder / SETTINGS, json.dumps(self.settings(), indent=2) + "\n")
         checkpoints.write_whole(self.folder / configuration.CONFIGURATION, self._resolved)
 
-    def _trainer(self, record: Record, stop: StopOnSignal, callbacks: Sequence[TrainerCallback]) -> _Trainer:
+    def _trainer(self, record: Record, stop: StopOnSignal, callbacks: Sequence[TrainerCallback]) -> RunTrainer:
         """The rows are cut, by the first process that comes, and the model is made."""
         options, training = self.options, self.training
         # Not in main_process_first: the others would wait in a collective, which times out. Here they wait for a file.
         train_rows, held_out_rows = data.rows_of(self.corpus)
         model = model_of(new_config(options.model, options.context, self.tokenizer), training.seed)
         if self.checkpoint is not None:
-            _check_same_model(self.checkpoint, model)
+            check_same_model(self.checkpoint, model)
         if self.finished:
             model = type(model).from_pretrained(self._last_or_best(), dtype=model.dtype)
         self._check_space(model)
@@ -271,7 +236,7 @@ class Run:
         if options.compile_layers and not training.torch_compile:
             for layer in model.base_model.layers:
                 layer.compile(fullgraph=True, dynamic=False)  # in place: no name changes
-        return _Trainer(
+        return RunTrainer(
             model=model,
             args=training,
             train_dataset=train_rows,
@@ -323,7 +288,7 @@ class Run:
         training, free = self.training, checkpoints.free_bytes(self.folder)
         if training.process_index != 0:
             return
-        weights, one, saves = _weight_bytes(model), 0, 0
+        weights, one, saves = weight_bytes(model), 0, 0
         if training.save_strategy != "no" and not self.finished:
             one = checkpoint_bytes(model, training)
             saves = 1
@@ -336,16 +301,16 @@ class Run:
                 saves = max(1, min(saves, training.save_total_limit + 1 - there))  # one more while the oldest is there
         if free < max(one, weights):
             raise DiskFull(
-                f"output_dir={str(self.folder)!r}: a checkpoint needs about {_gb(one)} and the model {_gb(weights)}, "
-                f"and {_gb(free)} are free there: make room, or take another output_dir"
+                f"output_dir={str(self.folder)!r}: a checkpoint needs about {gb(one)} and the model {gb(weights)}, "
+                f"and {gb(free)} are free there: make room, or take another output_dir"
             )
         if free < saves * one + weights:
             logger.warning(
-                f"output_dir={str(self.folder)!r}: {saves} more checkpoints of about {_gb(one)} and the model of "
-                f"{_gb(weights)} will not fit into the {_gb(free)} that are free: lower save_total_limit or make room"
+                f"output_dir={str(self.folder)!r}: {saves} more checkpoints of about {gb(one)} and the model of "
+                f"{gb(weights)} will not fit into the {gb(free)} that are free: lower save_total_limit or make room"
             )
 
-    def _finish(self, trainer: _Trainer, record: Record, keep_model: bool) -> PretrainResult:
+    def _finish(self, trainer: RunTrainer, record: Record, keep_model: bool) -> PretrainResult:
         trainer.check_finite(weights=True)
         if not record.held_out or record.held_out[-1]["step"] != trainer.state.global_step:
             trainer.evaluate()
@@ -387,160 +352,11 @@ class Run:
                 plain.save_pretrained(folder, state_dict=weights)
                 self.tokenizer.save_pretrained(folder)
 
-            with _space_for("the model", self.folder, _weight_bytes(plain)):
+            with space_for("the model", self.folder, weight_bytes(plain)):
                 if keep_model:
                     checkpoints.write_whole_folder(self.folder / MODEL, write)
                 result.save(self.folder / RESULTS)  # the last of all: with it the run is at its end
         return result
-
-
-class _Trainer(Trainer):
-    """Transformers' Trainer whose checkpoints are whole and finite, that stops behind a step, and logs more."""
-
-    def __init__(self, *, run: Run, record: Record, stop: StopOnSignal, args: TrainingOptions, **kwargs):
-        super().__init__(args=args, **kwargs)
-        self.run = run
-        self.record = record
-        self.stop = stop
-        self.plan = plan(run.options.context, pool_ratios=run.options.pool_ratios, select_topk=run.options.select_topk)
-        self.not_finite = FirstNotFinite(args.device)
-        self.places = []  # (step, places of a batch) since the last check
-        self.open_loss = _OpenLoss(self)
-        self.add_callback(self.open_loss)
-        self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
-        self.add_callback(PlainLines() if args.disable_tqdm else Lines())
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:
-            step = self.state.global_step
-            lighthouse = self.record.stage_of(step) == LIGHTHOUSE
-            logs["lighthouse"] = int(lighthouse)
-            logs["kept_share"] = self.plan.kept_share if lighthouse else 1.0
-            logs["sub_length"] = self.plan.length if lighthouse else self.plan.tokens
-            steps_per_second = self.record.steps_per_second(step)
-            if steps_per_second is not None:
-                logs["tokens_per_second"] = steps_per_second * self.run.tokens_per_step
-            logs |= memory()
-        super().log(logs, start_time)
-
-    def training_step(self, model, inputs, *args, **kwargs):
-        if "place" in inputs:  # where the rows are in the text: for `_rows_of`, not for the model
-            self.places.append((self.state.global_step + 1, inputs.pop("place")))
-        loss = super().training_step(model, inputs, *args, **kwargs)
-        self.not_finite.note("loss", loss, self.state.global_step + 1)
-        return loss
-
-    def _get_grad_norm(self, *args, **kwargs):
-        norm = super()._get_grad_norm(*args, **kwargs)
-        if not self.args.fp16:  # whose scaler tries too large a scale on purpose, and leaves such a step out
-            whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of a DTensor
-            self.not_finite.note("gradient norm", whole, self.state.global_step + 1)
-        return norm
-
-    def _maybe_log_save_evaluate(self, *args, **kwargs):
-        control = self.control
-        if control.should_log or control.should_evaluate or control.should_save:
-            self.check_finite(weights=control.should_save)
-        super()._maybe_log_save_evaluate(*args, **kwargs)
-        if self.stop.agreed:
-            # Not by `should_training_stop`: the Trainer would end as if all was done, and with load_best_model_at_end
-            # and save_total_limit=1 remove the checkpoint again.
-            raise Stopped(f"Stopped by a signal behind step {self.state.global_step}.")
-
-    def check_finite(self, weights: bool) -> None:
-        """Raises `NotFinite` if a step since the start was not, or with `weights` one of these is not."""
-        found = self.not_finite.found(self.accelerator.gather)
-        if found is not None:
-            step, what = found
-            raise NotFinite(f"step {step}: the {what} is not finite, on {self._rows_of(step)}")
-        self.places.clear()
-        if weights:
-            finite = torch.ones((), dtype=torch.bool, device=self.args.device)
-            for weight in self.model.parameters():
-                local = weight.to_local() if hasattr(weight, "to_local") else weight  # of a DTensor
-                finite &= torch.isfinite(local.detach()).all()
-            if not self.accelerator.gather(finite[None]).all():
-                raise NotFinite(f"step {self.state.global_step}: a weight is not finite behind it")
-
-    def _rows_of(self, step: int) -> str:
-        """What the text of the `step`-th step was, in all processes."""
-        describe = getattr(self.run.corpus, "describe", str)
-        places = [place for of, batch in self.places if of == step for place in batch.tolist()]
-        return "; ".join(gather_object([describe(place) for place in places])) or "rows that are not known"
-
-    def _save_checkpoint(self, model, trial) -> None:
-        args, folder = self.args, self.run.folder
-        checkpoint = folder / f"{checkpoints.PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        self.open_loss.take()
-        limit, args.save_total_limit = args.save_total_limit, None  # the oldest goes when this one is whole
-        try:
-            with _space_for(checkpoint.name, folder, checkpoint_bytes(self.model, args)):
-                try:
-                    super()._save_checkpoint(model, trial)
-                    self.accelerator.wait_for_everyone()
-                    if args.should_save:
-                        checkpoints.seal(checkpoint)
-                except BaseException:
-                    checkpoints.remove(checkpoint)
-                    raise
-        finally:
-            args.save_total_limit = limit
-        if args.should_save:
-            checkpoints.rotate(folder, limit, self.state.best_model_checkpoint)
-
-
-class _OpenLoss(TrainerCallback, ExportableState):
-    """The sum of the losses since the last log, kept in the checkpoint.
-
-    Else the next log after resuming would be the mean of fewer steps than an undisturbed run's. With several processes
-    it is their mean, rounded once more.
-    """
-
-    def __init__(self, trainer: Trainer):
-        self.trainer = trainer
-        self.sum, self.since = 0.0, 0
-
-    def take(self) -> None:
-        self.sum = self.trainer.accelerator.gather(self.trainer._tr_loss).mean().item()
-        self.since = self.trainer._globalstep_last_logged
-
-    def state(self) -> dict:
-        return {"args": {}, "attributes": {"sum": self.sum, "since": self.since}}
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        saved = state.stateful_callbacks.get(type(self).__name__)
-        if saved is not None and state.global_step > 0:
-            self.trainer._tr_loss += saved["attributes"]["sum"]
-            self.trainer._globalstep_last_logged = saved["attributes"]["since"]
-
-
-@contextmanager
-def _space_for(what: str, folder: Path, needed: int):
-    """Makes `DiskFull` of what a full disk raises. PyTorch's writer gives no error number: the free space tells."""
-    try:
-        yield
-    except Exception as error:
-        free = checkpoints.free_bytes(folder)
-        if getattr(error, "errno", None) in checkpoints.NO_SPACE or "os error 28" in str(error) or free < needed:
-            raise DiskFull(
-                f"output_dir={str(folder)!r} has no space for {what}: about {_gb(needed)} are needed, {_gb(free)} are "
-                "free now. What was half written is removed. Make room, or lower save_total_limit."
-            ) from error
-        raise
-
-
-def _weight_bytes(model) -> int:
-    return sum(weight.numel() * weight.element_size() for weight in model.parameters())
-
-
-def checkpoint_bytes(model, training: TrainingOptions) -> int:
-    """About how large a checkpoint is: the weights, and of AdamW two numbers of 4 bytes for each."""
-    states = 8 if training.optim in ("adamw_torch", "adamw_torch_fused") else 0
-    return _weight_bytes(model) + states * sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-
-
-def _gb(size: int) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
 
 def tokens_per_step(options: PretrainOptions, training: TrainingOptions) -> int:
@@ -583,7 +399,7 @@ def prepare(options: PretrainOptions | None = None, training: TrainingOptions | 
         check_head_dim(options.model, options.context, training.device.type)
     training.logging_nan_inf_filter = False  # it hides what is to stop the run, and waits for the device in each step
     training.remove_unused_columns = False  # a row's place in the text is one
-    earlier, checkpoint = _what_is_there(training)
+    earlier, checkpoint = what_is_there(training)
     tokenizer = data.load_tokenizer(options.tokenizer)
     config = new_config(options.model, options.context, tokenizer)
     _check_parts(training, config)
@@ -595,9 +411,9 @@ def prepare(options: PretrainOptions | None = None, training: TrainingOptions | 
     run = Run(options, training, tokenizer, corpus, switch_step, checkpoint)
     if earlier is not None:
         check_same(earlier, run.settings())
-        if checkpoint is not None and _steps_in(checkpoint) > training.max_steps:
+        if checkpoint is not None and steps_in(checkpoint) > training.max_steps:
             raise ValueError(
-                f"max_steps={training.max_steps}: {checkpoint!r} has {_steps_in(checkpoint)} steps already; "
+                f"max_steps={training.max_steps}: {checkpoint!r} has {steps_in(checkpoint)} steps already; "
                 "ask for as many or more"
             )
     return run
@@ -672,101 +488,3 @@ def _switches_at_a_share(options: PretrainOptions) -> bool:
     """Only then does the switch depend on `max_steps`: a step, a number of tokens or "never" stay what they are."""
     fixed = options.lighthouse_only or options.switch_step is not None or options.switch_tokens is not None
     return options.uses_lighthouse and not fixed
-
-
-def _what_is_there(training: TrainingOptions) -> tuple[dict | None, str | None]:
-    """The settings of the run in the output folder and the checkpoint to go on from; None where there is none."""
-    folder = Path(training.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"output_dir={str(folder)!r} is a file: a folder is needed")
-    # Asked for by the environment too: every process looks before one of them writes.
-    names = os.listdir(folder) if folder.is_dir() else []
-    there = checkpoints.checkpoints_in(folder)
-    if not training.resume and training.resume_from_checkpoint is None:
-        if SETTINGS in names or RESULTS in names or MODEL in names or there:
-            raise FileExistsError(
-                f"output_dir={str(folder)!r} holds a run already: take another folder with --output_dir, go on with "
-                "that run with --resume, or delete the folder"
-            )
-        return None, None
-    say = _say if training.process_index == 0 else lambda message: None
-    if training.resume_from_checkpoint is None:
-        checkpoint = checkpoints.last_whole(folder, say)
-        if checkpoint is None and SETTINGS in names:
-            say(f"{folder} holds a run that was interrupted before its first whole checkpoint: it begins again.")
-            return json.loads((folder / SETTINGS).read_text(encoding="utf-8")), None
-        if checkpoint is None:
-            raise FileNotFoundError(
-                f"output_dir={str(folder)!r} holds no checkpoint to resume from: start the run without --resume"
-            )
-    else:
-        checkpoint = Path(training.resume_from_checkpoint)
-        _check_checkpoint(checkpoint, folder, there, SETTINGS in names)
-    settings = checkpoint.parent / SETTINGS
-    if not settings.is_file():
-        raise FileNotFoundError(
-            f"{str(settings)!r} is missing: {str(checkpoint)!r} is not from a run of lighthouse pretrain"
-        )
-    return json.loads(settings.read_text(encoding="utf-8")), str(checkpoint)
-
-
-def _check_checkpoint(checkpoint: Path, folder: Path, there: list[Path], holds_a_run: bool) -> None:
-    """Raises if the checkpoint that was asked for by name cannot be gone on from in `folder`."""
-    name = f"resume_from_checkpoint={str(checkpoint)!r}"
-    if not checkpoint.is_dir():
-        raise FileNotFoundError(f"{name} is not a folder with a whole checkpoint")
-    fault = checkpoints.fault_of(checkpoint)
-    if fault is not None:
-        raise FileNotFoundError(f"{name} is not a folder with a whole checkpoint: {fault}")
-    if checkpoint.parent.resolve() != folder.resolve():
-        if holds_a_run:
-            raise FileExistsError(
-                f"output_dir={str(folder)!r} holds another run than {name}: take the checkpoint's own folder, or a new "
-                "one"
-            )
-        return
-    later = [path.name for path in there if checkpoints.step_of(path) > checkpoints.step_of(checkpoint)]
-    if later:
-        raise FileExistsError(
-            f"{name}: there are later ones, {', '.join(later)}, which would be mixed with the new: remove them, or go "
-            "on in a new output_dir"
-        )
-
-
-def _say(message: str) -> None:
-    print(message, flush=True)
-
-
-def _steps_in(checkpoint: str | Path) -> int:
-    """The optimizer steps that a checkpoint has behind it."""
-    return TrainerState.load_from_json(str(Path(checkpoint) / STATE)).global_step
-
-
-def check_same(earlier: dict, now: dict, free: frozenset[str] = FREE_ON_RESUME) -> None:
-    """Raises `ValueError` that lists the settings, but for those in `free`, in which two runs differ.
-
-    Settings that only one of the two has belong to another version of Transformers and are not compared.
-    """
-    free = free | {"lighthouse_steps"}  # which follows from the options
-    differ = [
-        f"{name} was {earlier[name]!r}, is {now[name]!r}"
-        for name in now
-        if name in earlier and name not in free and earlier[name] != now[name]
-    ]
-    if differ:
-        raise ValueError("a resumed run goes on with the settings it began with: " + "; ".join(differ))
-
-
-def _check_same_model(checkpoint: str | Path, model) -> None:
-    """The options may name a file that holds another configuration than it did."""
-    if not (Path(checkpoint) / "config.json").is_file():
-        return  # sharded by the Trainer, whose loading then compares the weights' names and shapes
-    earlier, now = type(model.config).from_pretrained(checkpoint).to_dict(), model.config.to_dict()
-    free = {"architectures", "dtype", "transformers_version", "use_cache"}  # written or changed by saving and wrapping
-    differ = [
-        f"{name} was {earlier.get(name)!r}, is {now.get(name)!r}"
-        for name in sorted(earlier.keys() | now.keys())
-        if name not in free and not name.startswith("_") and earlier.get(name) != now.get(name)
-    ]
-    if differ:
-        raise ValueError("a resumed run goes on with the model it began with: " + "; ".join(differ))

@@ -49,7 +49,8 @@ from lighthouse.training.callbacks import Record, StopOnSignal
 from lighthouse.training.memory import DoesNotFit
 from lighthouse.training.options import PretrainOptions, TrainingOptions
 from lighthouse.training.result import DENSE, LIGHTHOUSE, HeldOut, NotFinite, RunFailed, Stopped
-from lighthouse.training.run import FREE_ON_RESUME, check_same, prepare, tokens_per_step
+from lighthouse.training.resume import FREE_ON_RESUME, check_same
+from lighthouse.training.run import prepare, tokens_per_step
 from lighthouse.training.search import RANGES, Setting, Space
 from lighthouse.training.study import (
     COMPLETE,

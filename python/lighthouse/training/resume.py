@@ -1,0 +1,142 @@
+"""What is in a run's folder, and whether a run may go on from there.
+
+A resumed run must be the one that began: the same model, text, batch, schedule and precision. Only what no loss depends
+on may be another.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from transformers import TrainerState
+
+from lighthouse.training import checkpoints
+from lighthouse.training.options import TrainingOptions
+from lighthouse.training.result import RESULTS
+
+SETTINGS = "run.json"
+STATE = "trainer_state.json"
+MODEL = "model"
+
+# Options of the Trainer that may be others when a run goes on, since no loss depends on them. All that are not here,
+# those of later versions of Transformers too, must be as they were.
+FREE_ON_RESUME = frozenset(
+    # Where it goes on from and how far. More steps stretch the schedule of the learning rate, which is said.
+    "resume resume_from_checkpoint output_dir max_steps num_train_epochs "
+    # What is printed, logged, reported and published.
+    "logging_strategy logging_steps logging_first_step log_on_each_node logging_nan_inf_filter log_level "
+    "log_level_replica disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id "
+    "trackio_static_space_id include_num_input_tokens_seen skip_memory_metrics debug do_train do_eval do_predict "
+    "push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision "
+    # When the held-out loss is measured, in batches of which size, and when checkpoints are saved.
+    "eval_strategy eval_steps eval_delay eval_on_start eval_accumulation_steps eval_do_concat_batches "
+    "eval_use_gather_object prediction_loss_only include_for_metrics batch_eval_metrics per_device_eval_batch_size "
+    "save_strategy save_steps save_total_limit save_on_each_node load_best_model_at_end metric_for_best_model "
+    "greater_is_better "
+    # How rows are fetched, not which or in what order.
+    "dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor "
+    "dataloader_multiprocessing_context "
+    # Memory for time, or what is kept as the kind of device and the number of processes below.
+    "gradient_checkpointing gradient_checkpointing_kwargs activation_checkpointing activation_checkpointing_kwargs "
+    "torch_empty_cache_steps ddp_timeout local_rank use_cpu".split()
+)
+
+
+def what_is_there(training: TrainingOptions) -> tuple[dict | None, str | None]:
+    """The settings of the run in the output folder and the checkpoint to go on from; None where there is none."""
+    folder = Path(training.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"output_dir={str(folder)!r} is a file: a folder is needed")
+    # Asked for by the environment too: every process looks before one of them writes.
+    names = os.listdir(folder) if folder.is_dir() else []
+    there = checkpoints.checkpoints_in(folder)
+    if not training.resume and training.resume_from_checkpoint is None:
+        if SETTINGS in names or RESULTS in names or MODEL in names or there:
+            raise FileExistsError(
+                f"output_dir={str(folder)!r} holds a run already: take another folder with --output_dir, go on with "
+                "that run with --resume, or delete the folder"
+            )
+        return None, None
+    say = _say if training.process_index == 0 else lambda message: None
+    if training.resume_from_checkpoint is None:
+        checkpoint = checkpoints.last_whole(folder, say)
+        if checkpoint is None and SETTINGS in names:
+            say(f"{folder} holds a run that was interrupted before its first whole checkpoint: it begins again.")
+            return json.loads((folder / SETTINGS).read_text(encoding="utf-8")), None
+        if checkpoint is None:
+            raise FileNotFoundError(
+                f"output_dir={str(folder)!r} holds no checkpoint to resume from: start the run without --resume"
+            )
+    else:
+        checkpoint = Path(training.resume_from_checkpoint)
+        _check_checkpoint(checkpoint, folder, there, SETTINGS in names)
+    settings = checkpoint.parent / SETTINGS
+    if not settings.is_file():
+        raise FileNotFoundError(
+            f"{str(settings)!r} is missing: {str(checkpoint)!r} is not from a run of lighthouse pretrain"
+        )
+    return json.loads(settings.read_text(encoding="utf-8")), str(checkpoint)
+
+
+def _check_checkpoint(checkpoint: Path, folder: Path, there: list[Path], holds_a_run: bool) -> None:
+    """Raises if the checkpoint that was asked for by name cannot be gone on from in `folder`."""
+    name = f"resume_from_checkpoint={str(checkpoint)!r}"
+    if not checkpoint.is_dir():
+        raise FileNotFoundError(f"{name} is not a folder with a whole checkpoint")
+    fault = checkpoints.fault_of(checkpoint)
+    if fault is not None:
+        raise FileNotFoundError(f"{name} is not a folder with a whole checkpoint: {fault}")
+    if checkpoint.parent.resolve() != folder.resolve():
+        if holds_a_run:
+            raise FileExistsError(
+                f"output_dir={str(folder)!r} holds another run than {name}: take the checkpoint's own folder, or a new "
+                "one"
+            )
+        return
+    later = [path.name for path in there if checkpoints.step_of(path) > checkpoints.step_of(checkpoint)]
+    if later:
+        raise FileExistsError(
+            f"{name}: there are later ones, {', '.join(later)}, which would be mixed with the new: remove them, or go "
+            "on in a new output_dir"
+        )
+
+
+def _say(message: str) -> None:
+    print(message, flush=True)
+
+
+def steps_in(checkpoint: str | Path) -> int:
+    """The optimizer steps that a checkpoint has behind it."""
+    return TrainerState.load_from_json(str(Path(checkpoint) / STATE)).global_step
+
+
+def check_same(earlier: dict, now: dict, free: frozenset[str] = FREE_ON_RESUME) -> None:
+    """Raises `ValueError` that lists the settings, but for those in `free`, in which two runs differ.
+
+    Settings that only one of the two has belong to another version of Transformers and are not compared.
+    """
+    free = free | {"lighthouse_steps"}  # which follows from the options
+    differ = [
+        f"{name} was {earlier[name]!r}, is {now[name]!r}"
+        for name in now
+        if name in earlier and name not in free and earlier[name] != now[name]
+    ]
+    if differ:
+        raise ValueError("a resumed run goes on with the settings it began with: " + "; ".join(differ))
+
+
+def check_same_model(checkpoint: str | Path, model) -> None:
+    """The options may name a file that holds another configuration than it did."""
+    if not (Path(checkpoint) / "config.json").is_file():
+        return  # sharded by the Trainer, whose loading then compares the weights' names and shapes
+    earlier, now = type(model.config).from_pretrained(checkpoint).to_dict(), model.config.to_dict()
+    free = {"architectures", "dtype", "transformers_version", "use_cache"}  # written or changed by saving and wrapping
+    differ = [
+        f"{name} was {earlier.get(name)!r}, is {now.get(name)!r}"
+        for name in sorted(earlier.keys() | now.keys())
+        if name not in free and not name.startswith("_") and earlier.get(name) != now.get(name)
+    ]
+    if differ:
+        raise ValueError("a resumed run goes on with the model it began with: " + "; ".join(differ))

@@ -1,0 +1,172 @@
+"""Transformers' Trainer as a run needs it: whole and finite checkpoints, a stop behind a step, more in the logs."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate.utils import gather_object
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from lighthouse.plan import plan
+from lighthouse.training import checkpoints
+from lighthouse.training.callbacks import FirstNotFinite, Lines, PlainLines, Record, StopOnSignal, memory
+from lighthouse.training.options import TrainingOptions
+from lighthouse.training.result import LIGHTHOUSE, DiskFull, NotFinite, Stopped
+
+if TYPE_CHECKING:
+    from lighthouse.training.run import Run
+
+
+class RunTrainer(Trainer):
+    """Transformers' Trainer whose checkpoints are whole and finite, that stops behind a step, and logs more."""
+
+    def __init__(self, *, run: Run, record: Record, stop: StopOnSignal, args: TrainingOptions, **kwargs):
+        super().__init__(args=args, **kwargs)
+        self.run = run
+        self.record = record
+        self.stop = stop
+        self.plan = plan(run.options.context, pool_ratios=run.options.pool_ratios, select_topk=run.options.select_topk)
+        self.not_finite = FirstNotFinite(args.device)
+        self.places = []  # (step, places of a batch) since the last check
+        self.open_loss = _OpenLoss(self)
+        self.add_callback(self.open_loss)
+        self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
+        self.add_callback(PlainLines() if args.disable_tqdm else Lines())
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            step = self.state.global_step
+            lighthouse = self.record.stage_of(step) == LIGHTHOUSE
+            logs["lighthouse"] = int(lighthouse)
+            logs["kept_share"] = self.plan.kept_share if lighthouse else 1.0
+            logs["sub_length"] = self.plan.length if lighthouse else self.plan.tokens
+            steps_per_second = self.record.steps_per_second(step)
+            if steps_per_second is not None:
+                logs["tokens_per_second"] = steps_per_second * self.run.tokens_per_step
+            logs |= memory()
+        super().log(logs, start_time)
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        if "place" in inputs:  # where the rows are in the text: for `_rows_of`, not for the model
+            self.places.append((self.state.global_step + 1, inputs.pop("place")))
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self.not_finite.note("loss", loss, self.state.global_step + 1)
+        return loss
+
+    def _get_grad_norm(self, *args, **kwargs):
+        norm = super()._get_grad_norm(*args, **kwargs)
+        if not self.args.fp16:  # whose scaler tries too large a scale on purpose, and leaves such a step out
+            whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of a DTensor
+            self.not_finite.note("gradient norm", whole, self.state.global_step + 1)
+        return norm
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        control = self.control
+        if control.should_log or control.should_evaluate or control.should_save:
+            self.check_finite(weights=control.should_save)
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        if self.stop.agreed:
+            # Not by `should_training_stop`: the Trainer would end as if all was done, and with load_best_model_at_end
+            # and save_total_limit=1 remove the checkpoint again.
+            raise Stopped(f"Stopped by a signal behind step {self.state.global_step}.")
+
+    def check_finite(self, weights: bool) -> None:
+        """Raises `NotFinite` if a step since the start was not, or with `weights` one of these is not."""
+        found = self.not_finite.found(self.accelerator.gather)
+        if found is not None:
+            step, what = found
+            raise NotFinite(f"step {step}: the {what} is not finite, on {self._rows_of(step)}")
+        self.places.clear()
+        if weights:
+            finite = torch.ones((), dtype=torch.bool, device=self.args.device)
+            for weight in self.model.parameters():
+                local = weight.to_local() if hasattr(weight, "to_local") else weight  # of a DTensor
+                finite &= torch.isfinite(local.detach()).all()
+            if not self.accelerator.gather(finite[None]).all():
+                raise NotFinite(f"step {self.state.global_step}: a weight is not finite behind it")
+
+    def _rows_of(self, step: int) -> str:
+        """What the text of the `step`-th step was, in all processes."""
+        describe = getattr(self.run.corpus, "describe", str)
+        places = [place for of, batch in self.places if of == step for place in batch.tolist()]
+        return "; ".join(gather_object([describe(place) for place in places])) or "rows that are not known"
+
+    def _save_checkpoint(self, model, trial) -> None:
+        args, folder = self.args, self.run.folder
+        checkpoint = folder / f"{checkpoints.PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        self.open_loss.take()
+        limit, args.save_total_limit = args.save_total_limit, None  # the oldest goes when this one is whole
+        try:
+            with space_for(checkpoint.name, folder, checkpoint_bytes(self.model, args)):
+                try:
+                    super()._save_checkpoint(model, trial)
+                    self.accelerator.wait_for_everyone()
+                    if args.should_save:
+                        checkpoints.seal(checkpoint)
+                except BaseException:
+                    checkpoints.remove(checkpoint)
+                    raise
+        finally:
+            args.save_total_limit = limit
+        if args.should_save:
+            checkpoints.rotate(folder, limit, self.state.best_model_checkpoint)
+
+
+class _OpenLoss(TrainerCallback, ExportableState):
+    """The sum of the losses since the last log, kept in the checkpoint.
+
+    Else the next log after resuming would be the mean of fewer steps than an undisturbed run's. With several processes
+    it is their mean, rounded once more.
+    """
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+        self.sum, self.since = 0.0, 0
+
+    def take(self) -> None:
+        self.sum = self.trainer.accelerator.gather(self.trainer._tr_loss).mean().item()
+        self.since = self.trainer._globalstep_last_logged
+
+    def state(self) -> dict:
+        return {"args": {}, "attributes": {"sum": self.sum, "since": self.since}}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        saved = state.stateful_callbacks.get(type(self).__name__)
+        if saved is not None and state.global_step > 0:
+            self.trainer._tr_loss += saved["attributes"]["sum"]
+            self.trainer._globalstep_last_logged = saved["attributes"]["since"]
+
+
+@contextmanager
+def space_for(what: str, folder: Path, needed: int):
+    """Makes `DiskFull` of what a full disk raises. PyTorch's writer gives no error number: the free space tells."""
+    try:
+        yield
+    except Exception as error:
+        free = checkpoints.free_bytes(folder)
+        if getattr(error, "errno", None) in checkpoints.NO_SPACE or "os error 28" in str(error) or free < needed:
+            raise DiskFull(
+                f"output_dir={str(folder)!r} has no space for {what}: about {gb(needed)} are needed, {gb(free)} are "
+                "free now. What was half written is removed. Make room, or lower save_total_limit."
+            ) from error
+        raise
+
+
+def weight_bytes(model) -> int:
+    """What all weights take as they are."""
+    return sum(weight.numel() * weight.element_size() for weight in model.parameters())
+
+
+def checkpoint_bytes(model, training: TrainingOptions) -> int:
+    """About how large a checkpoint is: the weights, and of AdamW two numbers of 4 bytes for each."""
+    states = 8 if training.optim in ("adamw_torch", "adamw_torch_fused") else 0
+    return weight_bytes(model) + states * sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+
+
+def gb(size: int) -> str:
+    """A size for people."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
