@@ -75,12 +75,11 @@ def test_compiling_is_not_training():
 
     record, state = Record(), TrainerState(global_step=1)
     args = SimpleNamespace(device=torch.device("cpu"))
-    record.on_train_begin(args, TrainerState(), None)
     start = time.perf_counter()
+    record.on_train_begin(args, TrainerState(), None)
     torch.compile(lambda x: 2 * x, backend=slowly)(torch.ones(1))
-    assert time.perf_counter() - start > 0.5
     record.on_step_end(args, state, None, model=model_in(DENSE))
-    assert 0 <= record.seconds < 0.3
+    assert 0 <= record.seconds <= time.perf_counter() - start - 0.5
 
 
 def test_memory_is_what_the_process_holds():
