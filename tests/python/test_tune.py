@@ -14,6 +14,7 @@ import sqlite3
 import sys
 from importlib.machinery import PathFinder
 from pathlib import Path
+from types import SimpleNamespace
 
 import optuna
 import pytest
@@ -23,11 +24,12 @@ import yaml
 from lighthouse.cli import main
 from lighthouse.cli.pretrain import parse_run, run_parser
 from lighthouse.training import run as run_module
+from lighthouse.training import search
 from lighthouse.training import tune as tune_module
-from lighthouse.training.callbacks import Record
+from lighthouse.training.callbacks import Record, StopOnSignal
 from lighthouse.training.result import Stopped
 from lighthouse.training.search import Setting, Space
-from lighthouse.training.tune import Study, TuneOptions, prepare_study
+from lighthouse.training.tune import Judge, Study, TuneOptions, prepare_study
 from small_llama import one_thread  # noqa: F401
 from training_runs import options, status, training, write_text
 
@@ -117,6 +119,18 @@ def test_a_grid_has_the_given_setting_first_and_every_combination_once(text):
     assert {point.windows for point in points} == {(2,), (4,), (8,), (2, 4), (4, 16), (8, 64)}
     assert sorted({point.learning_rate for point in points}) == pytest.approx([1.8e-3, 2e-3, 2.2e-3])
     assert points != space.grid(3, seed=1) and points == space.grid(3, seed=0)
+
+
+def test_the_given_learning_rate_is_one_of_a_grids_to_the_last_bit(text):
+    space = space_of(text, {"fixed": ["pool_ratios", "select_topk", "batch"]}, learning_rate=3e-4)
+    assert len(space.grid(3, seed=0)) == 3 and 3e-4 not in [point.learning_rate for point in space.grid(3, seed=0)[1:]]
+
+
+def test_ranges_of_more_pyramids_than_there_is_time_for(text, monkeypatch):
+    wide = {"levels": [2, 8], "level_ratio": ["1/64", "1/2"]}
+    assert space_of(text, wide).levels == (2, 8)
+    monkeypatch.setattr(search, "LOOKED_AT", 100)
+    assert space_of(text, {**wide, "topk": ["500"]}, select_topk="500").topk == (500, 500)
 
 
 # What is refused
@@ -395,6 +409,19 @@ def test_the_time_of_the_given_settings_steps_is_each_trials(text, tmp_path):
     assert result.given.steps == 6 and result.budget == pytest.approx(3 * sum(per_step.values()))
 
 
+def test_the_clock_waits_for_the_device_where_a_trial_is_evaluated(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    judge = Judge(None, switch_step=2, steps=4, evaluations=1, status=lambda line: None, what="")
+    args, state = SimpleNamespace(device=torch.device("cuda")), SimpleNamespace(stateful_callbacks={}, max_steps=4)
+    state.global_step = 0
+    judge.on_train_begin(args, state, None)
+    for state.global_step in (3, 4):
+        control = SimpleNamespace(should_log=False, should_evaluate=False, should_save=False)
+        judge.on_step_end(args, state, control, model=SimpleNamespace(lighthouse_enabled=False))
+        assert len(waited) == control.should_evaluate == (state.global_step == 4)
+
+
 # Processes
 
 
@@ -450,6 +477,22 @@ def test_a_setting_that_always_ends_its_process_is_given_up(text, tmp_path, monk
     result = study_of(text, tmp_path, GRID, resume=True).run(said.append)
     assert result.given is None and len(result.of("interrupted")) == 2 and len(result.of("complete")) == 2
     assert any("interrupted 2 times by now, its setting is not tried again" in line for line in said)
+
+
+def test_a_trial_that_ends_while_it_is_looked_at_was_not_interrupted(text, tmp_path, monkeypatch):
+    study = study_of(text, tmp_path, GRID)
+    (tmp_path / "trials").mkdir()
+    stored = study._open(StopOnSignal(), print, print)
+    trial, before = stored.ask(), tune_module._lock
+
+    def lock(path):
+        stored.tell(trial, 1.0)
+        return before(path)
+
+    monkeypatch.setattr(tune_module, "_lock", lock)
+    study._sweep(stored, print)
+    states = [found.state for found in stored.get_trials()]
+    assert states == [optuna.trial.TrialState.COMPLETE] + 3 * [optuna.trial.TrialState.WAITING]
 
 
 def test_two_processes_share_a_study(text, tmp_path):
@@ -517,12 +560,27 @@ def test_a_signal_in_the_last_step_of_a_trial_ends_the_study_behind_it(text, tmp
     assert [trial.state for trial in result.trials if trial.state != "waiting"] == ["complete"]
 
 
+def test_a_signal_in_the_last_step_that_is_timed_ends_the_study(text, tmp_path, monkeypatch):
+    before = run_module.RunTrainer.training_step
+
+    def step(trainer, *args, **kwargs):
+        if trainer.run.folder.name == "given" and trainer.state.global_step + 1 == trainer.state.max_steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return before(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(run_module.RunTrainer, "training_step", step)
+    with pytest.raises(Stopped):
+        study_of(text, tmp_path, GRID | {"judge": "time"}).run(lambda line: None)
+    assert (tmp_path / "study.db").exists() and not list((tmp_path / "trials").glob("0*"))
+
+
 WRONG = [
     ("sampler", ["--sampler", "cma"], "invalid choice: 'cma'"),
     ("trials", ["--trials", "0"], "trials=0: at least one is needed"),
     ("topk", ["--topk", "many"], "topk=many: a number such as 512, 0.25 or 1/64"),
     ("share", ["--share", "2"], "share=2.0"),
     ("no_study", ["--resume"], "holds no study to resume"),
+    ("json", ["--json", "nowhere/x.json"], "json='nowhere/x.json': its folder does not exist"),
     ("no_config", ["--config", "no.yaml"], "config='no.yaml' does not exist"),
 ]
 

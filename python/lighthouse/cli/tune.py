@@ -14,6 +14,7 @@ require_tune_extra()
 from rich.console import Console  # noqa: E402
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
+from lighthouse.cli.plan import check_folders  # noqa: E402
 from lighthouse.cli.pretrain import parse_run, run_parser  # noqa: E402
 from lighthouse.training import RunFailed, Stopped  # noqa: E402
 from lighthouse.training.tune import BEST, Study, TuneOptions, prepare_study  # noqa: E402
@@ -38,6 +39,7 @@ def main(arguments: Sequence[str]) -> int:
     disable_progress_bar()
     try:
         options, training, (tuning, general) = parse_run(parser, arguments)
+        check_folders(general, "json")
         study = prepare_study(options, training, tuning)
     except (ValueError, TypeError, OSError) as error:
         print(f"lighthouse tune: error: {error}", file=sys.stderr)

@@ -35,6 +35,7 @@ LEVEL_RATIO = (1 / 10, 1 / 2)
 TOPK = (512, 4096)  # of `LONG` tokens or more
 RATE_WITHIN = 0.1
 BATCH_UP_TO = 0.4
+LOOKED_AT = 100_000  # settings, in seconds: of wider ranges the trials themselves show whether any is worth training
 
 ROWS, ACCUMULATION = "per_device_train_batch_size", "gradient_accumulation_steps"
 
@@ -211,7 +212,9 @@ class Space:
             topk = _spread(*self.topk, values, log=True)
         if "learning_rate" in self.searched:
             low, high = self.rates
-            rates = [low + (high - low) * i / (values - 1) for i in range(values)] if values > 1 else rates
+            between = [low + (high - low) * i / (values - 1) for i in range(values)] if values > 1 else rates
+            # The given one, rounded otherwise, would be another setting.
+            rates = [rates[0] if math.isclose(rate, rates[0]) else rate for rate in between]
         if "batch" in self.searched:
             batches = _spread(*self.batches, values)
         points = [Setting(*point) for point in itertools.product(windows, topk, rates, batches)]
@@ -249,7 +252,7 @@ class Space:
         tried, first, why = 0, None, None
         for setting in self._corners():
             reason = self.pointless(setting)
-            if reason is None:
+            if reason is None or tried == LOOKED_AT:
                 return
             tried += 1
             first, why = first or setting, why or reason
@@ -273,8 +276,9 @@ class Space:
             )
             every = itertools.chain([smallest], larger)
         topk = _spread(*self.topk, 3, log=True) if "select_topk" in self.searched else [self.given.select_topk]
-        for windows, parents in itertools.product(every, topk):
-            yield Setting(windows, parents, self.given.learning_rate, self.given.batch)
+        for windows in every:  # one at a time: wide ranges have millions
+            for parents in topk:
+                yield Setting(windows, parents, self.given.learning_rate, self.given.batch)
 
     def _ends(self) -> dict[str, tuple]:
         """The ends of what is searched."""

@@ -299,14 +299,15 @@ class Study:
         """
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         (self.folder / TRIALS).mkdir(parents=True, exist_ok=True)
+        stop = StopOnSignal()
         with self._locked(say):  # of a new study as long as steps are timed
-            study = self._open(say, status)
-        sampler, stop = study.sampler, StopOnSignal()
-        while (claimed := self._claim(study, sampler, say)) is not None:
+            study = self._open(stop, say, status)
+        sampler = study.sampler
+        while stop.received is None and (claimed := self._claim(study, sampler, say)) is not None:
             with claimed.log:
                 self._try(study, claimed, stop, say, status)
-            if stop.received is not None:  # in the trial's last step, which then ends as if nothing was
-                raise Stopped("Stopped by a signal behind a trial.")
+        if stop.received is not None:  # in the last step of a trial, which then ends as if nothing was
+            raise Stopped("Stopped by a signal behind a trial.")
         with self._locked():
             return self._conclude(study)
 
@@ -324,7 +325,7 @@ class Study:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
-    def _open(self, say: Say, status: Say) -> optuna.Study:
+    def _open(self, stop: StopOnSignal, say: Say, status: Say) -> optuna.Study:
         """The study in the folder, begun if it is new: its options, its first trials, its budget."""
         self.check_folder()  # another process may have begun meanwhile
         if not (self.folder / FIXED).exists():
@@ -347,14 +348,17 @@ class Study:
             seed = self.training.seed + len(study.get_trials(deepcopy=False))
             study.sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True, constant_liar=True)
         if "budget" not in study.user_attrs:
-            study.set_user_attr("budget", self._budget(study, say, status))
+            study.set_user_attr("budget", self._budget(study, stop, say, status))
         if "first" not in study.user_attrs:
             first = self._first()
+            # Those that a process which was killed here lined up. Optuna's own look, at each, takes minutes for a grid.
+            there = [trial.user_attrs["parameters"] for trial in study.get_trials(deepcopy=False)]
             for setting in first:
                 attributes = {"given": True} if setting is first[0] else {}
                 parameters = self.space.parameters(setting)
                 attributes["parameters"] = parameters
-                study.enqueue_trial(parameters, user_attrs=attributes, skip_if_exists=True)
+                if parameters not in there:
+                    study.enqueue_trial(parameters, user_attrs=attributes)
             study.set_user_attr("first", len(first))
         return study
 
@@ -368,11 +372,12 @@ class Study:
 
     def _sweep(self, study: optuna.Study, say: Say) -> None:
         """Lines up again what processes that are no more were at."""
+        running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        left = {trial.number for trial in running if self._is_free(trial.number)}
+        # Read again: one may have ended, and given its lock back, since it was read.
         for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            lock = _lock(self._log(trial.number))
-            if lock is None:
+            if trial.number not in left:
                 continue
-            lock.close()
             attributes = trial.user_attrs
             # Without a setting it was killed at its beginning, with a reason at its end. Told last: a kill between the
             # two lines has its setting tried twice and not never.
@@ -380,6 +385,13 @@ class Study:
                 checkpoints.remove(self._log(trial.number).with_suffix(""))
                 self._line_up_again(study, trial, say)
             study.tell(trial.number, state=TrialState.FAIL)
+
+    def _is_free(self, number: int) -> bool:
+        """Whether no process is at the trial."""
+        lock = _lock(self._log(number))
+        if lock is not None:
+            lock.close()
+        return lock is not None
 
     def _line_up_again(self, study: optuna.Study, trial: optuna.trial.FrozenTrial, say: Say) -> None:
         attributes = trial.user_attrs
@@ -474,7 +486,7 @@ class Study:
                 options, training = self._with(self._values(setting))
                 seconds_per_step = None
                 if self.tuning.judge == "time":
-                    seconds_per_step = self._seconds_per_step(study, setting, folder / "timing", status)
+                    seconds_per_step = self._seconds_per_step(study, setting, folder / "timing", stop, status)
                     trial.set_user_attr("seconds_per_step", seconds_per_step)
                 training.max_steps = self._steps(study, options, training, seconds_per_step)
                 run = prepare(options, _quiet(training, folder))
@@ -517,7 +529,7 @@ class Study:
         given = "  (given)" if trial.given else ""
         return f"trial {number:>3}  {trial.setting}{given}  loss {loss}  {seconds:7.1f} s  {end}"
 
-    def _budget(self, study: optuna.Study, say: Say, status: Say) -> float:
+    def _budget(self, study: optuna.Study, stop: StopOnSignal, say: Say, status: Say) -> float:
         """Seconds, or tokens, of each trial."""
         options, training = self.options, self.training
         if self.tuning.judge == "tokens":
@@ -528,7 +540,7 @@ class Study:
         folder = self.folder / TRIALS / "given"
         try:
             with open(folder.with_suffix(".log"), "a", encoding="utf-8") as log, _into(log):
-                per_step = self._seconds_per_step(study, self.space.given, folder, status)
+                per_step = self._seconds_per_step(study, self.space.given, folder, stop, status)
         except (RuntimeError, MemoryError) as error:
             if not _out_of_memory(error):
                 raise
@@ -555,7 +567,9 @@ class Study:
             steps += 1
         return steps
 
-    def _seconds_per_step(self, study: optuna.Study, setting: Setting, folder: Path, status: Say) -> dict[str, float]:
+    def _seconds_per_step(
+        self, study: optuna.Study, setting: Setting, folder: Path, stop: StopOnSignal, status: Say
+    ) -> dict[str, float]:
         """By stage: measured in `folder`, or what was found before for the same levels, parents and batch."""
         key = f"seconds per step: {replace(setting, learning_rate=0.0)}"
         if key in study.user_attrs:
@@ -568,7 +582,7 @@ class Study:
         clock = _StepClock(training.device)
         checkpoints.remove(folder)
         try:
-            prepare(options, _quiet(training, folder)).train(callbacks=[clock], keep_model=False)
+            prepare(options, _quiet(training, folder)).train(callbacks=[clock], keep_model=False, stop=stop)
         except _Timed:
             pass
         finally:
@@ -599,7 +613,7 @@ class Study:
             best_file = self.folder / BEST
             checkpoints.write_whole(best_file, self._best_text(result))
         for name, content in page_of(result, best_file).files().items():
-            (self.folder / name).write_bytes(content)
+            checkpoints.write_whole(self.folder / name, content)
         return result
 
     def _best_text(self, result: StudyResult) -> str:
@@ -649,10 +663,10 @@ class Judge(Record):
         return sum(stage["steps"] for stage in self.stages.values())
 
     def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step in self.places:
+            control.should_evaluate = True  # ahead of the clock, which then waits for the device
         super().on_step_end(args, state, control, **kwargs)
         self.status(f"{self.what}: step {state.global_step} of {state.max_steps}")
-        if state.global_step in self.places:
-            control.should_evaluate = True
         return control
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
