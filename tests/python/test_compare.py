@@ -331,6 +331,22 @@ def test_a_signal_in_the_last_step_of_a_run_ends_it_before_the_next(tmp_path, te
     assert not (tmp_path / "run" / "seed-42" / "two-stage").exists()
 
 
+def test_of_several_processes_the_first_alone_reports_also_where_all_runs_are_finished(done, text, monkeypatch):
+    monkeypatch.setattr(run_module.TrainingOptions, "process_index", 1)
+    before = {path: path.stat().st_mtime_ns for path in done[0].rglob("*")}
+    plan = prepare_comparison(options(text), training(done[0], **EVERY, resume=True), seeds=SEEDS)
+    assert plan.run() is None
+    assert {path: path.stat().st_mtime_ns for path in done[0].rglob("*")} == before
+
+
+def test_a_run_that_was_killed_while_its_folder_was_marked_begins_again(tmp_path, text):
+    begun = tmp_path / "run" / "seed-42" / "dense"
+    begun.mkdir(parents=True)
+    (begun / "run.json.partial").write_text("{")
+    plan = prepare_comparison(options(text), training(tmp_path / "run", resume=True))
+    assert all(isinstance(run, Run) for run in plan.runs)
+
+
 def test_more_seeds_go_on_with_those_there(again, text):
     shutil.rmtree(again / "seed-1")
     plan = prepare_comparison(options(text), training(again, **EVERY, resume=True), seeds=[0, 7])
@@ -406,7 +422,7 @@ WRONG = [
     ("unknown_option", ["--nonsense", "1"], "--nonsense"),
     ("seeds", ["--seeds", "one"], "invalid int value: 'one'"),
     ("steps", ["--steps", "0"], "max_steps=0"),
-    ("json", ["--json", "nowhere/x.json"], "json='nowhere/x.json': there is no folder 'nowhere'"),
+    ("json", ["--json", "nowhere/x.json"], "json='nowhere/x.json': its folder does not exist"),
     ("no_config", ["--config", "no.yaml"], "config='no.yaml' does not exist"),
     ("dense_only", ["--dense_only"], "a comparison needs steps with Lighthouse"),
 ]

@@ -13,6 +13,7 @@ from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
 from lighthouse import report
+from lighthouse.cli.plan import check_folders
 from lighthouse.cli.pretrain import parse_run, run_parser
 from lighthouse.report.comparison import checklist, passing, recovery
 from lighthouse.report.page import HTML
@@ -48,8 +49,7 @@ def main(arguments: Sequence[str]) -> int:
     disable_progress_bar()  # of writing model files; the training's own bar is another
     try:
         options, training, [own] = parse_run(parser, arguments)
-        if own.json not in (None, "-") and not Path(own.json).absolute().parent.is_dir():
-            raise FileNotFoundError(f"json={own.json!r}: there is no folder {str(Path(own.json).parent)!r}")
+        check_folders(own, "json")
         plan = prepare_comparison(options, training, seeds=own.seeds)
     except (ValueError, TypeError, OSError) as error:
         print(f"lighthouse compare: error: {error}", file=sys.stderr)

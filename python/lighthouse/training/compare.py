@@ -108,7 +108,7 @@ def prepare_comparison(
         for seed in seeds
         for name in (DENSE, TWO_STAGE)
     ]
-    return Plan(folder, seeds, runs)
+    return Plan(folder, seeds, runs, training.process_index == 0)
 
 
 def _check(options: PretrainOptions, training: TrainingOptions, seeds: list[int]) -> None:
@@ -156,7 +156,7 @@ def _prepare_one(options: PretrainOptions, training: TrainingOptions, folder: Pa
     training = copy.deepcopy(training)
     training.seed = seed
     finished = (folder / RESULTS).is_file() and (folder / MODEL).is_dir()
-    begun = folder.is_dir() and any(folder.iterdir())
+    begun = (folder / SETTINGS).is_file()
     training.resume = begun and not finished
     # What is finished is not touched: only for its settings it is prepared as a run that would begin elsewhere.
     training.output_dir = str(folder / "again" if finished else folder)
@@ -183,10 +183,11 @@ class Plan:
     folder: Path
     seeds: list[int]
     runs: list[Run | PretrainResult]
+    first_process: bool  # which makes the report
 
     def run(self, say: Callable[[str], None] = lambda message: None) -> Comparison | None:
         """Does it, or what of it is left to do. `compare` says what it returns and raises."""
-        results, training, stop = [], None, StopOnSignal()
+        results, stop = [], StopOnSignal()
         for number, run in enumerate(self.runs):
             seed, kind = self.seeds[number // 2], (DENSE, TWO_STAGE)[number % 2]
             name = f"Run {number + 1} of {len(self.runs)}: seed {seed}, {kind}"
@@ -196,11 +197,10 @@ class Plan:
                 continue
             say(name)
             _give_back_memory()
-            training = run.training
             results.append(run.train(stop=stop))
             if stop.received is not None:  # in the last step of a run, which it let end
                 raise Stopped(f"Stopped by a signal behind {name.lower()}.")
-        if training is not None and training.process_index != 0:
+        if not self.first_process:
             return None
         pairs = [Pair(*each) for each in zip(self.seeds, results[::2], results[1::2], strict=True)]
         with _full_disk_is_said(self.folder):
