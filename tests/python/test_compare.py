@@ -172,9 +172,15 @@ FAILED = [
     ),
     (
         "a_stage_left_out",
-        {"two_stage": {**GOOD["two_stage"], "stages": {"dense": Stage(5, 8.0, 640), "lighthouse": Stage(0, 1.0, 1)}}},
+        {"two_stage": {**GOOD["two_stage"], "stages": {"dense": Stage(5, 8.0, 640)}}},
         "integrated",
         ("0 of 5 steps",),
+    ),
+    (
+        "a_baseline_with_lighthouse",
+        {"baseline": {**GOOD["baseline"], "stages": {"lighthouse": Stage(5, 10.0, 640)}}},
+        "integrated",
+        ("the baseline's, which had Lighthouse on.",),
     ),
     ("not_exported", {"exported": None, "inference": None, "failure": "logits differ"}, "stripped", ("Logits differ",)),
     ("an_old_card", {"card_names": [], "card_lacks": ["the switch after step 3"]}, "card", ("it lacks the switch",)),

@@ -82,9 +82,12 @@ class Pair:
         return self.baseline.seconds / self.two_stage.seconds
 
     @property
-    def stage_times_as_fast(self) -> float:
-        """Of the stage with Lighthouse, by tokens per second."""
-        return self.two_stage.lighthouse.tokens_per_second / self.baseline.dense.tokens_per_second
+    def stage_times_as_fast(self) -> float | None:
+        """Of the stage with Lighthouse, by tokens per second; None where no step was of one of the two."""
+        lighthouse, dense = self.two_stage.lighthouse, self.baseline.dense
+        if lighthouse is None or dense is None:
+            return None
+        return lighthouse.tokens_per_second / dense.tokens_per_second
 
     @property
     def loss_difference(self) -> float:
