@@ -30,7 +30,8 @@ TICKS = (
     43200,
     86400,
 )  # seconds, as clocks have them
-SHOWN_ABOVE = 1.5  # nats above the lowest loss: what is higher, at the very start, would flatten all the rest
+SHOWN_ABOVE = 1.0  # nats above the lowest loss: what is higher, at the very start, would flatten all the rest
+ABOVE_SWITCH = 0.3  # nats that are shown above the loss at the switch, however high that is
 
 
 def losses(runs: Sequence, against: str) -> Figure:
@@ -47,7 +48,8 @@ def losses(runs: Sequence, against: str) -> Figure:
         named.add(run.name)
     lowest = min(point.loss for run in runs for point in run.held_out)
     highest = max(point.loss for run in runs for point in run.held_out)
-    top = min(highest, lowest + SHOWN_ABOVE)
+    switch = [p.loss for run in runs for p in run.held_out if 0 < p.step == run.switch_step]
+    top = min(highest, max([lowest + SHOWN_ABOVE, *(loss + ABOVE_SWITCH for loss in switch)]))
     axes.set_ylim(lowest - 0.06 * (top - lowest), top + 0.04 * (top - lowest))
     axes.set_xlim(left=0)
     if len(runs) > 1:
