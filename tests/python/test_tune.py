@@ -25,11 +25,13 @@ from lighthouse.cli import main
 from lighthouse.cli.pretrain import parse_run, run_parser
 from lighthouse.training import run as run_module
 from lighthouse.training import search
+from lighthouse.training import trial as trial_module
 from lighthouse.training import tune as tune_module
 from lighthouse.training.callbacks import Record, StopOnSignal
 from lighthouse.training.result import Stopped
 from lighthouse.training.search import Setting, Space
-from lighthouse.training.tune import Judge, Study, TuneOptions, prepare_study
+from lighthouse.training.trial import Judge
+from lighthouse.training.tune import Study, TuneOptions, prepare_study
 from small_llama import one_thread  # noqa: F401
 from training_runs import options, status, training, write_text
 
@@ -320,7 +322,7 @@ OUT_OF_MEMORY = [
 
 @pytest.mark.parametrize("error, expected", [o[1:] for o in OUT_OF_MEMORY], ids=[o[0] for o in OUT_OF_MEMORY])
 def test_what_is_out_of_memory(error, expected):
-    assert tune_module._out_of_memory(error) is expected
+    assert trial_module.out_of_memory(error) is expected
 
 
 def test_out_of_memory_is_a_failed_value_and_not_the_end(monkeypatch, text, tmp_path):
@@ -483,13 +485,13 @@ def test_a_trial_that_ends_while_it_is_looked_at_was_not_interrupted(text, tmp_p
     study = study_of(text, tmp_path, GRID)
     (tmp_path / "trials").mkdir()
     stored = study._open(StopOnSignal(), print, print)
-    trial, before = stored.ask(), tune_module._lock
+    trial, before = stored.ask(), tune_module.take_lock
 
     def lock(path):
         stored.tell(trial, 1.0)
         return before(path)
 
-    monkeypatch.setattr(tune_module, "_lock", lock)
+    monkeypatch.setattr(tune_module, "take_lock", lock)
     study._sweep(stored, print)
     states = [found.state for found in stored.get_trials()]
     assert states == [optuna.trial.TrialState.COMPLETE] + 3 * [optuna.trial.TrialState.WAITING]

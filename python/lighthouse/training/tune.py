@@ -23,35 +23,30 @@ import copy
 import fcntl
 import gc
 import json
-import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from time import perf_counter
-from typing import IO, Literal
+from typing import IO
 
 import optuna
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from accelerate.utils.memory import clear_device_cache
 from optuna.trial import TrialState
 from sqlalchemy import URL
-from transformers import TrainerCallback
-from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from lighthouse.measure import synchronize
 from lighthouse.plan import sub_length
 from lighthouse.report.study import page_of
 from lighthouse.settings import check_select_topk
 from lighthouse.speed import device_name
 from lighthouse.training import checkpoints, configuration
-from lighthouse.training.callbacks import Record, StopOnSignal
+from lighthouse.training.callbacks import StopOnSignal
 from lighthouse.training.memory import DoesNotFit
 from lighthouse.training.options import PretrainOptions, TrainingOptions
 from lighthouse.training.result import DENSE, LIGHTHOUSE, HeldOut, NotFinite, RunFailed, Stopped
 from lighthouse.training.resume import FREE_ON_RESUME, check_same
 from lighthouse.training.run import prepare, tokens_per_step
-from lighthouse.training.search import RANGES, Setting, Space
+from lighthouse.training.search import Setting, Space
 from lighthouse.training.study import (
     COMPLETE,
     FAILED,
@@ -63,6 +58,17 @@ from lighthouse.training.study import (
     StudyResult,
     Trial,
 )
+from lighthouse.training.trial import (
+    Judge,
+    Say,
+    StepClock,
+    Timed,
+    made_quiet,
+    out_of_memory,
+    output_into,
+    take_lock,
+)
+from lighthouse.training.tune_options import TuneOptions
 
 DATABASE = "study.db"
 FIXED = "study.json"
@@ -85,103 +91,6 @@ STATES = {
     TrialState.RUNNING: RUNNING,
     TrialState.WAITING: WAITING,
 }
-
-Say = Callable[[str], None]
-
-
-@dataclass(kw_only=True)
-class TuneOptions:
-    """What a study searches and how it judges. Raises `ValueError` naming the option and the rule.
-
-    A range is one or two values; its default is widened to hold the given setting, which is the first trial.
-    """
-
-    _argument_group_name = "tuning"
-
-    trials: int | None = field(
-        default=None,
-        metadata={
-            "help": "Settings that are trained, the given one among them, by all processes together: 20, or all of a "
-            "grid. What is skipped does not count."
-        },
-    )
-    sampler: Literal["tpe", "grid"] = field(
-        default="tpe", metadata={"help": "Optuna's TPE, or all combinations of a few values of each range."}
-    )
-    judge: Literal["time", "tokens"] = field(
-        default="time",
-        metadata={
-            "help": "Trials have equal training time, or equal tokens: on a machine that does other things too, and "
-            "for the same results each time."
-        },
-    )
-    seconds: float | None = field(
-        default=None,
-        metadata={
-            "help": "With time, the training seconds of each trial; by default what the given setting takes for "
-            "--max_steps."
-        },
-    )
-    evaluations: int = field(
-        default=5, metadata={"help": "Dense held-out losses of each trial, evenly over its dense stage."}
-    )
-    pruner: Literal["median", "none"] = field(
-        default="median",
-        metadata={"help": "Ends trials that at an evaluation are worse than the median of those before."},
-    )
-    fixed: list[str] = field(
-        default_factory=list,
-        metadata={"help": "What is not searched: any of " + ", ".join(RANGES) + ".", "metavar": "NAME"},
-    )
-    levels: list[int] | None = field(
-        default=None, metadata={"help": "Range of the number of levels, the tokens one of them. By default 2 5."}
-    )
-    level_ratio: list[str] | None = field(
-        default=None,
-        metadata={"help": "Range of the ratio from each level to the next. By default 1/10 1/2.", "metavar": "RATIO"},
-    )
-    topk: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Range of select_topk, in parents or shares of the tokens. By default 512 4096, below 98,304 "
-            "tokens as much less as the context is shorter.",
-            "metavar": "K",
-        },
-    )
-    rate_within: float | None = field(
-        default=None, metadata={"help": "Range of the learning rate: so far from the given one. By default 0.1."}
-    )
-    batch_up_to: float | None = field(
-        default=None,
-        metadata={"help": "Range of the batch: from the given one up to so much more. By default 0.4."},
-    )
-    grid_values: int = field(
-        default=3, metadata={"help": "Values of each range in a grid; every number of levels is in it."}
-    )
-
-    def __post_init__(self):
-        for name, choices in (
-            ("sampler", ("tpe", "grid")),
-            ("judge", ("time", "tokens")),
-            ("pruner", ("median", "none")),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)!r}: {' or '.join(choices)} is needed")
-        for name in ("trials", "evaluations", "grid_values"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value}: at least one is needed")
-        if self.seconds is not None and not 0 < self.seconds < float("inf"):
-            raise ValueError(f"seconds={self.seconds}: a time above 0 is needed")
-        if self.seconds is not None and self.judge == "tokens":
-            raise ValueError(f"seconds={self.seconds} with judge='tokens': --max_steps says how many tokens")
-        unknown = [name for name in self.fixed if name not in RANGES]
-        if unknown:
-            raise ValueError(f"fixed={unknown[0]}: any of {', '.join(RANGES)} is needed")
-        if self.rate_within is not None and not 0 <= self.rate_within < 1:
-            raise ValueError(f"rate_within={self.rate_within}: a share from 0 on and below 1 is needed")
-        if self.batch_up_to is not None and not 0 <= self.batch_up_to < float("inf"):
-            raise ValueError(f"batch_up_to={self.batch_up_to}: a share from 0 on is needed, such as 0.4")
 
 
 def tune(
@@ -229,7 +138,7 @@ def prepare_study(
     steps = training.max_steps
     if tuning.seconds is None and not _both_stages(options, training, steps):
         raise ValueError(f"max_steps={steps}: a trial needs steps in both stages, Lighthouse's and the dense one")
-    quiet = _quiet(training, Path(training.output_dir) / "given")
+    quiet = made_quiet(training, Path(training.output_dir) / "given")
     fixed = prepare(options, quiet).settings()
     free = FREE_ON_RESUME - {"max_steps"}
     fixed = {name: value for name, value in fixed.items() if name not in free}
@@ -317,7 +226,7 @@ class Study:
     def _locked(self, say: Say = lambda line: None) -> Iterator[None]:
         """One process at a time: it looks at what there is and adds to it."""
         path = self.folder / "lock"
-        file = _lock(path)
+        file = take_lock(path)
         if file is None:
             say("Waiting for another process that is at the study's folder.")
             file = open(path, "a", encoding="utf-8")
@@ -388,7 +297,7 @@ class Study:
 
     def _is_free(self, number: int) -> bool:
         """Whether no process is at the trial."""
-        lock = _lock(self._log(number))
+        lock = take_lock(self._log(number))
         if lock is not None:
             lock.close()
         return lock is not None
@@ -433,7 +342,7 @@ class Study:
                 if not trial.user_attrs.get("given") and "interruptions" not in trial.user_attrs:
                     reason = self.space.pointless(setting) or self._known(setting, trial, trials)
                 if reason is None:
-                    log = _lock(self._log(trial.number))
+                    log = take_lock(self._log(trial.number))
                     _say_skipped(skipped, say)
                     return _Claimed(trial, setting, log)
                 trial.set_user_attr("skipped", reason)
@@ -482,14 +391,14 @@ class Study:
         what, folder = f"trial {trial.number}: {setting}", self._log(trial.number).with_suffix("")
         state, why, judge = TrialState.FAIL, None, None
         try:
-            with _into(claimed.log):
+            with output_into(claimed.log):
                 options, training = self._with(self._values(setting))
                 seconds_per_step = None
                 if self.tuning.judge == "time":
                     seconds_per_step = self._seconds_per_step(study, setting, folder / "timing", stop, status)
                     trial.set_user_attr("seconds_per_step", seconds_per_step)
                 training.max_steps = self._steps(study, options, training, seconds_per_step)
-                run = prepare(options, _quiet(training, folder))
+                run = prepare(options, made_quiet(training, folder))
                 judge = Judge(trial, run.switch_step, training.max_steps, self.tuning.evaluations, status, what)
                 run.train(callbacks=[judge], keep_model=False, stop=stop)
             state = TrialState.COMPLETE
@@ -498,7 +407,7 @@ class Study:
         except (DoesNotFit, NotFinite) as error:
             why = str(error).split(". ")[0].split("\n")[0]
         except (RuntimeError, MemoryError) as error:
-            if not _out_of_memory(error):
+            if not out_of_memory(error):
                 raise
             why = f"out of memory: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
         gc.collect()
@@ -539,10 +448,10 @@ class Study:
         say(f"Timing {WARM_UP + TIMED} steps of each stage of the given setting, for the time that each trial has.")
         folder = self.folder / TRIALS / "given"
         try:
-            with open(folder.with_suffix(".log"), "a", encoding="utf-8") as log, _into(log):
+            with open(folder.with_suffix(".log"), "a", encoding="utf-8") as log, output_into(log):
                 per_step = self._seconds_per_step(study, self.space.given, folder, stop, status)
         except (RuntimeError, MemoryError) as error:
-            if not _out_of_memory(error):
+            if not out_of_memory(error):
                 raise
             raise RunFailed(
                 f"The given setting, {self.space.given}, runs out of memory: give one that fits. {error}"
@@ -579,11 +488,11 @@ class Study:
         options = replace(options, switch_step=steps, switch_tokens=None)
         training.max_steps = 2 * steps
         status(f"{setting}: timing {2 * steps} steps")
-        clock = _StepClock(training.device)
+        clock = StepClock(training.device)
         checkpoints.remove(folder)
         try:
-            prepare(options, _quiet(training, folder)).train(callbacks=[clock], keep_model=False, stop=stop)
-        except _Timed:
+            prepare(options, made_quiet(training, folder)).train(callbacks=[clock], keep_model=False, stop=stop)
+        except Timed:
             pass
         finally:
             checkpoints.remove(folder)
@@ -643,64 +552,6 @@ class Study:
         return {self.space.label(name): share for name, share in found.items()}
 
 
-class Judge(Record):
-    """Evaluates evenly over the dense stage, tells Optuna each loss, and ends a trial that it prunes.
-
-    The k-th evaluation is at the same part of each trial's dense stage, whatever its steps, so that only losses at the
-    same place of the schedule are compared; and never one from before the switch (METHOD 8).
-    """
-
-    def __init__(self, trial: optuna.Trial, switch_step: int, steps: int, evaluations: int, status: Say, what: str):
-        super().__init__(switch_step)
-        dense = steps - switch_step
-        self.trial = trial
-        self.places = {switch_step + -(-dense * k // evaluations): k for k in range(1, evaluations + 1)}
-        self.status, self.what = status, what
-
-    @property
-    def steps(self) -> int:
-        """Until now."""
-        return sum(stage["steps"] for stage in self.stages.values())
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step in self.places:
-            control.should_evaluate = True  # ahead of the clock, which then waits for the device
-        super().on_step_end(args, state, control, **kwargs)
-        self.status(f"{self.what}: step {state.global_step} of {state.max_steps}")
-        return control
-
-    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        super().on_evaluate(args, state, control, metrics=metrics, **kwargs)
-        place = self.places.get(state.global_step)
-        if place is None:
-            return
-        self.trial.report(metrics["eval_loss"], place)
-        if state.global_step < state.max_steps and self.trial.should_prune():
-            raise optuna.TrialPruned(f"{metrics['eval_loss']:.4f} at step {state.global_step} of {state.max_steps}")
-
-
-class _Timed(Exception):
-    """All steps that were to be timed are."""
-
-
-class _StepClock(TrainerCallback):
-    """The seconds of each step, its data included; waits for the device."""
-
-    def __init__(self, device):
-        self.device, self.seconds, self._mark = device, [], None
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self._mark = perf_counter()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        synchronize(self.device)
-        now = perf_counter()
-        self.seconds.append(now - self._mark)
-        self._mark = now
-        if state.global_step == state.max_steps:
-            raise _Timed
-
-
 @dataclass(frozen=True)
 class _Claimed:
     """A setting that this process trains; `log` is open and locked."""
@@ -708,51 +559,6 @@ class _Claimed:
     trial: optuna.Trial
     setting: Setting
     log: IO
-
-
-def _lock(path: Path) -> IO | None:
-    """The file, open and locked as long as this process lives; None where another process has it."""
-    file = open(path, "a", encoding="utf-8")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        return None
-    return file
-
-
-@contextmanager
-def _into(log: IO) -> Iterator[None]:
-    """All that is printed, logged and warned goes there."""
-    root = logging.getLogger()
-    before = root.handlers
-    library = logging.getLogger("transformers")
-    own = library.handlers, library.propagate
-    root.handlers = [logging.StreamHandler(log)]
-    library.handlers, library.propagate = [], True
-    try:
-        with redirect_stdout(log), redirect_stderr(log):
-            yield
-    finally:
-        root.handlers = before
-        library.handlers, library.propagate = own
-        log.flush()
-
-
-def _quiet(training: TrainingOptions, folder: Path) -> TrainingOptions:
-    """A trial's: nothing is saved, and only `Judge` says when to evaluate."""
-    training = copy.deepcopy(training)
-    training.output_dir = str(folder)
-    training.resume = False
-    training.eval_strategy, training.save_strategy = IntervalStrategy.NO, SaveStrategy.NO
-    training.eval_on_start = training.push_to_hub = False
-    training.report_to = []
-    training.disable_tqdm = True
-    return training
-
-
-def _out_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError) or should_reduce_batch_size(error)
 
 
 def _both_stages(options: PretrainOptions, training: TrainingOptions, steps: int) -> bool:
