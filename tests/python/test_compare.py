@@ -159,6 +159,12 @@ FAILED = [
     ("nothing", {}, None, ()),
     ("slower", {"two_stage": {**GOOD["two_stage"], "stages": stages(2.5, 2.0)}}, "speed-up", ("0:12 against 0:10",)),
     (
+        "on_another_device",
+        {"two_stage": {**GOOD["two_stage"], "device": "a faster one"}},
+        "speed-up",
+        ("The runs were not on the same device",),
+    ),
+    (
         "a_higher_loss",
         {"two_stage": {**GOOD["two_stage"], "held_out": curve(6, 5, 5, 5, 4.5, 4.1)}},
         "loss",

@@ -210,8 +210,8 @@ def _training(exported, history: History) -> list[str]:
         return ["All steps used dense attention.", *_stages(history)]
     if history.pool_ratios is not None:
         rows = [
-            ("`pool_ratios`", ", ".join(map(_ratio, history.pool_ratios))),
-            ("`select_topk`", _ratio(history.select_topk)),
+            ("`pool_ratios`", ", ".join(map(ratio, history.pool_ratios))),
+            ("`select_topk`", ratio(history.select_topk)),
             ("dense layers at each end", history.dense_layers),
         ]
         if history.context is not None:
@@ -259,7 +259,7 @@ def _table(head: tuple[str, ...], rows: list[tuple]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def _ratio(value: int | float) -> str:
+def ratio(value: int | float) -> str:
     """0.015625 is 1/64; a whole number is one."""
     if isinstance(value, int):
         return str(value)

@@ -78,11 +78,13 @@ def _faster(found) -> Check:
     ]
     stages = [pair.stage_times_as_fast for pair in found.pairs]
     of_stage = "" if None in stages else f"; its stage with Lighthouse {mean(stages):.2f} times"
+    alike = len({run.device for pair in found.pairs for run in pair.runs}) == 1
+    others = "" if alike else " The runs were not on the same device: their times do not compare."
     return Check(
         f"Speed-up verified on {found.device}",
-        all(pair.two_stage.seconds < pair.baseline.seconds for pair in found.pairs),
+        alike and all(pair.two_stage.seconds < pair.baseline.seconds for pair in found.pairs),
         f"The whole training took {', '.join(each)}: {mean(pair.times_as_fast for pair in found.pairs):.2f} times as "
-        f"fast{of_stage}.",
+        f"fast{of_stage}.{others}",
     )
 
 

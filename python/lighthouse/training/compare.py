@@ -24,10 +24,10 @@ from pathlib import Path
 
 import torch
 
+from lighthouse.huggingface.card import ratio
 from lighthouse.huggingface.export import ExportFailed, NoSpace, export
 from lighthouse.huggingface.plain import NEW_TOKENS, PlainProcessFailed, inference
 from lighthouse.report import comparison as report
-from lighthouse.speed import device_name
 from lighthouse.training.callbacks import StopOnSignal
 from lighthouse.training.checkpoints import NO_SPACE, write_whole
 from lighthouse.training.comparison import Comparison, Pair, Stripped
@@ -213,7 +213,7 @@ class Plan:
         run_folder = self.folder / f"seed-{best.seed}" / TWO_STAGE
         config = json.loads((run_folder / MODEL / "config.json").read_text(encoding="utf-8"))
         found = Comparison(
-            device=device_name(best.two_stage.settings["device"]),
+            device=" and ".join(dict.fromkeys(run.device for pair in pairs for run in pair.runs)),
             layers=config["num_hidden_layers"],
             pairs=pairs,
             stripped=strip(best, run_folder, self.folder / MODEL),
@@ -238,7 +238,7 @@ def strip(pair: Pair, run_folder: Path, folder: Path) -> Stripped:
     wanted = {
         "the modification of training": "modification of training only",
         f"the switch after step {run.switch_step:,}": f"after step {run.switch_step:,}.",
-        "the settings": "`select_topk`",
+        "the settings": f"| `select_topk` | {ratio(run.settings['select_topk'])} |",
         f"the final loss {run.loss:.4f}": f"| {run.model_step:,} | {run.loss:.4f} |",
     }
     names = [name for name, text in wanted.items() if text in card]

@@ -82,7 +82,7 @@ class PretrainResult:
 
     `model_folder` is None where no model was kept. The saved model is that behind `model_step`: the last step, or the
     best with `load_best_model_at_end`. `settings` are all options by name; `warnings` say what keeps the model from
-    use.
+    use. `device` is a name a person knows.
     """
 
     name: str
@@ -95,6 +95,7 @@ class PretrainResult:
     held_out: list[HeldOut]
     settings: dict
     warnings: list[str] = field(default_factory=list)
+    device: str = ""
 
     @property
     def seconds(self) -> float:
@@ -158,4 +159,5 @@ class PretrainResult:
             **{key: numbers[key] for key in PLAIN},
             stages=stages,
             held_out=[HeldOut(**point) for point in numbers["held_out"]],
+            device=numbers.get("device", ""),
         )

@@ -32,6 +32,7 @@ from transformers.utils.generic import ExplicitEnum
 import lighthouse.huggingface  # noqa: F401  the wrapper would import it only when a run has begun
 from lighthouse import LighthouseWrapper
 from lighthouse.plan import plan
+from lighthouse.speed import device_name
 from lighthouse.training import checkpoints, configuration, data
 from lighthouse.training.callbacks import (
     Record,
@@ -343,6 +344,7 @@ class Run:
             held_out=[HeldOut(**point) for point in record.held_out],
             settings=self.settings(),
             warnings=warnings,
+            device=device_name(self.training.device),
         )
         if trainer.is_world_process_zero():
             for warning in warnings:
