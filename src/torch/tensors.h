@@ -10,6 +10,7 @@
 #include <array>
 #include <cstdint>
 #include <exception>
+#include <memory>
 #include <mutex>
 #include <vector>
 
@@ -87,11 +88,9 @@ inline TopK topk_of(int64_t numerator, int64_t denominator) {
 inline void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
 #if defined(MADV_HUGEPAGE)
   constexpr size_t kSmallest = size_t{4} << 20;
-  constexpr uintptr_t kPage = 4096;
-  if (bytes < kSmallest) return;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kPage * kPage;
-  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  constexpr size_t kPage = 4096;
+  if (bytes < kSmallest || std::align(kPage, kPage, data, bytes) == nullptr) return;
+  madvise(data, bytes / kPage * kPage, MADV_HUGEPAGE);
 #endif
 }
 
