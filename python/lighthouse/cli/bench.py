@@ -13,7 +13,8 @@ import torch
 
 from lighthouse import speed
 from lighthouse.benchmark import TOKENS, Bench, draw, need_matplotlib
-from lighthouse.cli.plan import add_device, add_layer, add_settings, check_folders, chosen_device, say
+from lighthouse.cli.plan import add_device, add_layer, add_settings, chosen_device
+from lighthouse.cli.shared import check_folders, say
 from lighthouse.measure import WrongResult
 
 EXAMPLE = """\

@@ -7,14 +7,13 @@ import logging
 import signal
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
 from lighthouse import report
-from lighthouse.cli.plan import check_folders
 from lighthouse.cli.pretrain import parse_run, run_parser
+from lighthouse.cli.shared import check_folders, write_text
 from lighthouse.report.comparison import checklist, passing, recovery
 from lighthouse.report.page import HTML
 from lighthouse.training import RunFailed
@@ -69,11 +68,7 @@ def main(arguments: Sequence[str]) -> int:
     finally:
         signal.signal(signal.SIGTERM, before)
     if found is not None and own.json is not None:
-        text = (plan.folder / RESULTS).read_text(encoding="utf-8")
-        if own.json == "-":
-            sys.stdout.write(text)
-        else:
-            Path(own.json).write_text(text, encoding="utf-8")
+        write_text((plan.folder / RESULTS).read_text(encoding="utf-8"), own.json)
     return 0
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
-from lighthouse.cli.plan import check_folders, write_json
+from lighthouse.cli.shared import check_folders, write_json
 from lighthouse.huggingface.export import DTYPES, Exported, ExportFailed, export
 from lighthouse.training.result import STOPPED
 

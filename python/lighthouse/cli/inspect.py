@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
 from lighthouse import LighthouseWrapper  # noqa: E402
-from lighthouse.cli.plan import check_folders, chosen_device, say, write_json  # noqa: E402
+from lighthouse.cli.plan import chosen_device  # noqa: E402
+from lighthouse.cli.shared import check_folders, say, write_json  # noqa: E402
 from lighthouse.huggingface.inspection import Choices, choices_of  # noqa: E402
 from lighthouse.report import choice  # noqa: E402
 from lighthouse.training.options import number  # noqa: E402

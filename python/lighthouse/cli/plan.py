@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from fractions import Fraction
-from pathlib import Path
 
 import torch
 
 import lighthouse
 from lighthouse import speed
+from lighthouse.cli.shared import check_folders, say, write_json
 from lighthouse.devices import check_device
 from lighthouse.settings import POOL_RATIOS, SELECT_TOPK
 from lighthouse.wrapper import LighthouseSettings
@@ -214,11 +213,6 @@ def _seconds(seconds: float) -> str:
 # What bench takes too
 
 
-def say(line: str) -> None:
-    """Progress, on standard error."""
-    print(f"  {line}", file=sys.stderr, flush=True)
-
-
 def number(text: str) -> int | float:
     """An option's `1/64`, `0.25` or `512`."""
     try:
@@ -287,24 +281,6 @@ def described(options: argparse.Namespace, tokens: int, device: str):
     config = new_config(options.model, tokens)
     sizes = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
     return speed.Layer(*sizes, options.dtype or speed.LAYERS[device].dtype), config
-
-
-def check_folders(options: argparse.Namespace, *names: str) -> None:
-    """Files and folders that are written at the end can be made: their parents are there. Raises `ValueError`."""
-    for name in names:
-        path = getattr(options, name)
-        if path not in (None, "-") and not Path(path).absolute().parent.is_dir():
-            raise ValueError(f"{name}={path!r}: its folder does not exist")
-
-
-def write_json(found: dict, file: str | None) -> None:
-    if file is None:
-        return
-    text = json.dumps(found, indent=1) + "\n"
-    if file == "-":
-        sys.stdout.write(text)
-    else:
-        Path(file).write_text(text, encoding="utf-8")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from lighthouse.training.extra import require_tune_extra
 
@@ -14,8 +13,8 @@ require_tune_extra()
 from rich.console import Console  # noqa: E402
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
-from lighthouse.cli.plan import check_folders  # noqa: E402
 from lighthouse.cli.pretrain import parse_run, run_parser  # noqa: E402
+from lighthouse.cli.shared import check_folders, write_text  # noqa: E402
 from lighthouse.training import RunFailed, Stopped  # noqa: E402
 from lighthouse.training.tune import BEST, Study, TuneOptions, prepare_study  # noqa: E402
 
@@ -58,8 +57,8 @@ def _run(study: Study, json_file: str | None) -> int:
     try:
         with console.status("") as status:
             result = study.run(say, lambda line: status.update(line.replace("[", r"\[")))
-        if json_file not in (None, "-"):
-            Path(json_file).write_text(result.results.read_text(encoding="utf-8"), encoding="utf-8")
+        if json_file is not None:
+            write_text(result.results.read_text(encoding="utf-8"), json_file)
     except (KeyboardInterrupt, Stopped) as error:
         print(f"\nInterrupted. What is trained is kept, and `{study.go_on}` goes on.", file=sys.stderr)
         return 130 if isinstance(error, KeyboardInterrupt) else error.code
@@ -67,7 +66,6 @@ def _run(study: Study, json_file: str | None) -> int:
         print(f"lighthouse tune: error: {error}\n`{study.go_on}` goes on.", file=sys.stderr)
         return 1
     if json_file == "-":
-        sys.stdout.write(result.results.read_text(encoding="utf-8"))
         return 0
     if result.best is None:
         say("No trial is complete.")

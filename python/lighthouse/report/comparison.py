@@ -78,7 +78,7 @@ def _faster(found) -> Check:
     ]
     stages = [pair.stage_times_as_fast for pair in found.pairs]
     of_stage = "" if None in stages else f"; its stage with Lighthouse {mean(stages):.2f} times"
-    alike = len({run.device for pair in found.pairs for run in pair.runs}) == 1
+    alike = len(found.devices) == 1
     others = "" if alike else " The runs were not on the same device: their times do not compare."
     return Check(
         f"Speed-up verified on {found.device}",

@@ -12,24 +12,8 @@ from lighthouse.report.table import minutes
 
 COLOURS = ("#6b7280", "#d97706", "#2563eb", "#059669", "#9333ea")
 OF_RUN = {"dense": COLOURS[0], "two-stage": COLOURS[1]}
-TICKS = (
-    1,
-    5,
-    10,
-    15,
-    30,
-    60,
-    120,
-    300,
-    600,
-    900,
-    1800,
-    3600,
-    7200,
-    14400,
-    43200,
-    86400,
-)  # seconds, as clocks have them
+# Seconds, as clocks have them.
+TICKS = (1, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14_400, 43_200, 86_400)
 SHOWN_ABOVE = 1.0  # nats above the lowest loss: what is higher, at the very start, would flatten all the rest
 ABOVE_SWITCH = 0.3  # nats that are shown above the loss at the switch, however high that is
 

@@ -213,7 +213,6 @@ class Plan:
         run_folder = self.folder / f"seed-{best.seed}" / TWO_STAGE
         config = json.loads((run_folder / MODEL / "config.json").read_text(encoding="utf-8"))
         found = Comparison(
-            device=" and ".join(dict.fromkeys(run.device for pair in pairs for run in pair.runs)),
             layers=config["num_hidden_layers"],
             pairs=pairs,
             stripped=strip(best, run_folder, self.folder / MODEL),

@@ -20,7 +20,7 @@ import lighthouse
 from lighthouse.huggingface.export import Exported
 from lighthouse.huggingface.plain import Inference
 from lighthouse.training.checkpoints import write_whole
-from lighthouse.training.result import PretrainResult
+from lighthouse.training.result import PretrainResult, crossing
 
 
 @dataclass(frozen=True)
@@ -53,15 +53,8 @@ def recovery_of(run: PretrainResult) -> Recovery | None:
     jump = max(point.loss for point in after[:back]) - switch.loss
     if back is None:
         return Recovery(switch.loss, jump, None, None, **first)
-    above, below = after[back - 1], after[back]
-    part = (above.loss - switch.loss) / (above.loss - below.loss)
-    return Recovery(
-        before=switch.loss,
-        jump=jump,
-        steps=above.step + part * (below.step - above.step) - switch.step,
-        seconds=above.seconds + part * (below.seconds - above.seconds) - switch.seconds,
-        **first,
-    )
+    step, seconds = crossing(after[back - 1], after[back], switch.loss)
+    return Recovery(switch.loss, jump, step - switch.step, seconds - switch.seconds, **first)
 
 
 @dataclass(frozen=True)
@@ -128,12 +121,20 @@ class Stripped:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All of it. `device` is a name a person knows, `layers` are the model's."""
+    """All of it. `layers` are the model's."""
 
-    device: str
     layers: int
     pairs: list[Pair]
     stripped: Stripped
+
+    @property
+    def devices(self) -> list[str]:
+        """Those of the runs, each once, by names a person knows."""
+        return list(dict.fromkeys(run.device for pair in self.pairs for run in pair.runs))
+
+    @property
+    def device(self) -> str:
+        return " and ".join(self.devices)
 
     @property
     def settings(self) -> dict:

@@ -76,6 +76,12 @@ class HeldOut:
     loss: float
 
 
+def crossing(a: HeldOut, b: HeldOut, loss: float) -> tuple[float, float]:
+    """The step and the training seconds at which the line from `a` down to `b` has `loss`."""
+    part = (a.loss - loss) / (a.loss - b.loss)
+    return a.step + part * (b.step - a.step), a.seconds + part * (b.seconds - a.seconds)
+
+
 @dataclass(frozen=True)
 class PretrainResult:
     """One run. `switch_step` is the number of Lighthouse's steps: 0 in a dense run.
@@ -134,8 +140,7 @@ class PretrainResult:
             return points[0].step, points[0].seconds
         for a, b in pairwise(points):
             if b.loss <= loss:
-                part = (a.loss - loss) / (a.loss - b.loss)
-                return a.step + part * (b.step - a.step), a.seconds + part * (b.seconds - a.seconds)
+                return crossing(a, b, loss)
         return None
 
     def numbers(self) -> dict:

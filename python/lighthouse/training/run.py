@@ -34,11 +34,7 @@ from lighthouse import LighthouseWrapper
 from lighthouse.plan import plan
 from lighthouse.speed import device_name
 from lighthouse.training import checkpoints, configuration, data
-from lighthouse.training.callbacks import (
-    Record,
-    StopOnSignal,
-    SwitchToDense,
-)
+from lighthouse.training.callbacks import Record, StopOnSignal, SwitchToDense
 from lighthouse.training.memory import MemoryEstimate, check_memory, estimate
 from lighthouse.training.model import check_head_dim, empty_model, model_notes, model_of, new_config
 from lighthouse.training.options import PretrainOptions, TrainingOptions

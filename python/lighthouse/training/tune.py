@@ -58,16 +58,7 @@ from lighthouse.training.study import (
     StudyResult,
     Trial,
 )
-from lighthouse.training.trial import (
-    Judge,
-    Say,
-    StepClock,
-    Timed,
-    made_quiet,
-    out_of_memory,
-    output_into,
-    take_lock,
-)
+from lighthouse.training.trial import Judge, Say, StepClock, Timed, made_quiet, out_of_memory, output_into, take_lock
 from lighthouse.training.tune_options import TuneOptions
 
 DATABASE = "study.db"
@@ -263,11 +254,10 @@ class Study:
             # Those that a process which was killed here lined up. Optuna's own look, at each, takes minutes for a grid.
             there = [trial.user_attrs["parameters"] for trial in study.get_trials(deepcopy=False)]
             for setting in first:
-                attributes = {"given": True} if setting is first[0] else {}
                 parameters = self.space.parameters(setting)
-                attributes["parameters"] = parameters
+                given = {"given": True} if setting is first[0] else {}
                 if parameters not in there:
-                    study.enqueue_trial(parameters, user_attrs=attributes)
+                    study.enqueue_trial(parameters, user_attrs={"parameters": parameters, **given})
             study.set_user_attr("first", len(first))
         return study
 

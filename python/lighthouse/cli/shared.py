@@ -1,0 +1,35 @@
+"""What the commands say, check and write alike."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+
+def say(line: str) -> None:
+    """Progress, on standard error."""
+    print(f"  {line}", file=sys.stderr, flush=True)
+
+
+def check_folders(options: argparse.Namespace, *names: str) -> None:
+    """Files and folders that are written at the end can be made: their parents are there. Raises `ValueError`."""
+    for name in names:
+        path = getattr(options, name)
+        if path not in (None, "-") and not Path(path).absolute().parent.is_dir():
+            raise ValueError(f"{name}={path!r}: its folder does not exist")
+
+
+def write_json(found: dict, file: str | None) -> None:
+    """To a file, to standard output where that is `-`, or nowhere."""
+    if file is not None:
+        write_text(json.dumps(found, indent=1) + "\n", file)
+
+
+def write_text(text: str, file: str) -> None:
+    """To a file, or to standard output where that is `-`."""
+    if file == "-":
+        sys.stdout.write(text)
+    else:
+        Path(file).write_text(text, encoding="utf-8")
