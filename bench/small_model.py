@@ -79,7 +79,7 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
-    """Hidden states and targets to the mean loss, in float32: 256 logits a token are small at any length."""
+    """Hidden states and targets to each token's loss, in float32: 256 logits a token are small at any length."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -87,7 +87,8 @@ class Head(nn.Module):
         self.logits = nn.Linear(width, VOCABULARY, bias=False)
 
     def forward(self, x: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(self.logits(self.norm(x)).float().flatten(0, 1), targets.flatten())
+        logits = self.logits(self.norm(x)).float().flatten(0, 1)
+        return F.cross_entropy(logits, targets.flatten(), reduction="none").view_as(targets)
 
 
 class Model(nn.Module):
@@ -102,6 +103,10 @@ class Model(nn.Module):
 
     def forward(self, tokens: Tensor, targets: Tensor, attention: Attention) -> Tensor:
         """Mean loss of `targets` `[B, N]` given `tokens` `[B, N]`."""
+        return self.losses(tokens, targets, attention).mean()
+
+    def losses(self, tokens: Tensor, targets: Tensor, attention: Attention) -> Tensor:
+        """The loss of each of `targets`, `[B, N]`."""
         x, last = self.embedding(tokens), self.shape.layers - 1
         for index, block in enumerate(self.blocks):
             at_an_end = min(index, last - index) < self.shape.dense_layers
@@ -112,13 +117,21 @@ class Model(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
 
-def new_model(shape: Shape, tokens: int, *, seed: int, device: str, dtype: torch.dtype = torch.float32) -> Model:
+def new_model(
+    shape: Shape,
+    tokens: int,
+    *,
+    seed: int,
+    device: str,
+    dtype: torch.dtype = torch.float32,
+    rope_base: float = ROPE_BASE,
+) -> Model:
     """A compiled model for sequences of `tokens`; the same seed gives the same weights on every device.
 
     Normal weights of standard deviation 0.02; the two matrices of a block that write to the residual stream have that
     divided by the square root of twice the layers. Embedding and output matrix are not tied.
     """
-    frequencies = ROPE_BASE ** (-torch.arange(0, HEAD_DIM, 2, dtype=torch.float64) / HEAD_DIM)
+    frequencies = rope_base ** (-torch.arange(0, HEAD_DIM, 2, dtype=torch.float64) / HEAD_DIM)
     angles = torch.outer(torch.arange(tokens, dtype=torch.float64), frequencies)[:, None]
     model = Model(shape, angles.cos().float().to(device), angles.sin().float().to(device))
     generator = torch.Generator().manual_seed(seed)
