@@ -6,7 +6,12 @@ import json
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from platform import python_version
 
+import torch
+import transformers
+
+import lighthouse
 from lighthouse.training.checkpoints import write_whole
 
 LIGHTHOUSE = "lighthouse"
@@ -88,7 +93,7 @@ class PretrainResult:
 
     `model_folder` is None where no model was kept. The saved model is that behind `model_step`: the last step, or the
     best with `load_best_model_at_end`. `settings` are all options by name; `warnings` say what keeps the model from
-    use. `device` is a name a person knows.
+    use. `device` is a name a person knows, `versions` are those that it was trained with (`versions()`).
     """
 
     name: str
@@ -102,6 +107,7 @@ class PretrainResult:
     settings: dict
     warnings: list[str] = field(default_factory=list)
     device: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
 
     @property
     def seconds(self) -> float:
@@ -165,4 +171,15 @@ class PretrainResult:
             stages=stages,
             held_out=[HeldOut(**point) for point in numbers["held_out"]],
             device=numbers.get("device", ""),
+            versions=numbers.get("versions", {}),
         )
+
+
+def versions() -> dict[str, str]:
+    """Of the packages on which losses and times depend."""
+    return {
+        "lighthouse": lighthouse.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": python_version(),
+    }

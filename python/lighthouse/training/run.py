@@ -47,6 +47,7 @@ from lighthouse.training.result import (
     Refused,
     Stage,
     Stopped,
+    versions,
 )
 from lighthouse.training.resume import MODEL, SETTINGS, STATE, check_same, check_same_model, steps_in, what_is_there
 from lighthouse.training.trainer import RunTrainer, checkpoint_bytes, gb, space_for, weight_bytes
@@ -341,6 +342,7 @@ class Run:
             settings=self.settings(),
             warnings=warnings,
             device=device_name(self.training.device),
+            versions=versions(),
         )
         if trainer.is_world_process_zero():
             for warning in warnings:
