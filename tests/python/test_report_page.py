@@ -20,7 +20,13 @@ def page():
     figure = new_figure()
     figure.add_subplot().plot([1, 2])
     page.figure("time", figure, 'loss "against" time')
-    page.checklist([Check("it is faster", True, "1.47 times"), Check("it is better", False, "2.54 against 2.50")])
+    page.checklist(
+        [
+            Check("it is faster", True, "1.47 times"),
+            Check("it is better", False, "2.54 against 2.50"),
+            Check("it is quiet", None, "?"),
+        ]
+    )
     page.code("lighthouse compare --steps <N>\n")
     return page
 
@@ -46,6 +52,11 @@ def test_a_failed_check_is_shown_as_failed(page):
     assert '<li class="passed"><strong>it is faster</strong>' in page.html()
     assert '<li class="failed"><strong>it is better: failed</strong><br>2.54 against 2.50' in page.html()
     assert "- [x] **it is faster**: 1.47 times\n- [ ] **it is better: failed**: 2.54 against 2.50" in page.markdown()
+
+
+def test_a_check_that_could_not_be_made_is_neither_ticked_nor_failed(page):
+    assert '<li class="open"><strong>it is quiet: not checked</strong><br>?' in page.html()
+    assert "- [ ] **it is quiet: not checked**: ?" in page.markdown()
 
 
 def test_the_markdown_twin(page):

@@ -76,10 +76,11 @@ def _say(plan: Plan, found: Comparison) -> None:
     console = Console()
     print()
     for pair in found.pairs:
-        console.print(report.table(pair.runs))
+        console.print(report.table(pair.runs, times_compare=pair.control.why_not is None))
         print(passing(pair), recovery(pair), sep="\n", end="\n\n")
     for check in checklist(found):
-        print(f"[x] {check.what}" if check.passed else f"[ ] {check.what}: FAILED", f"    {check.evidence}", sep="\n")
+        head = f"[ ] {check.what}: {check.verdict.upper()}" if check.verdict else f"[x] {check.what}"
+        print(head, f"    {check.evidence}", sep="\n")
     if found.stripped.exported is not None:
         print(f"\nPlain model, for AutoModelForCausalLM and AutoTokenizer: {found.stripped.exported.folder}")
     print(f"Report: {plan.folder / HTML}")

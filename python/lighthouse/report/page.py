@@ -30,11 +30,19 @@ INCHES = (5.5, 3.8)
 
 @dataclass(frozen=True)
 class Check:
-    """A line of a checklist: what is claimed, whether this report's evidence shows it, and that evidence."""
+    """A line of a checklist: what is claimed, whether this report's evidence shows it, and that evidence.
+
+    `passed` is None where the check could not be made: nothing is shown, for or against it.
+    """
 
     what: str
-    passed: bool
+    passed: bool | None
     evidence: str
+
+    @property
+    def verdict(self) -> str:
+        """A word for what is not ticked, else nothing."""
+        return {True: "", False: "failed", None: "not checked"}[self.passed]
 
 
 class Page:
@@ -85,17 +93,16 @@ class Page:
         )
 
     def checklist(self, checks: Sequence[Check]) -> None:
-        """What holds is ticked, what does not is shown as failed; the evidence stands behind each."""
+        """What holds is ticked; what does not, or could not be checked, is said to; the evidence stands behind each."""
+        kind = {"": "passed", "failed": "failed", "not checked": "open"}
+        heads = [check.what + (f": {check.verdict}" if check.verdict else "") for check in checks]
         lines = [
-            f'<li class="{"passed" if check.passed else "failed"}"><strong>{_inline(check.what)}'
-            f"{'' if check.passed else ': failed'}</strong><br>{_inline(check.evidence)}</li>"
-            for check in checks
+            f'<li class="{kind[check.verdict]}"><strong>{_inline(head)}</strong><br>{_inline(check.evidence)}</li>'
+            for head, check in zip(heads, checks, strict=True)
         ]
         marks = [
-            f"- [x] **{check.what}**: {check.evidence}"
-            if check.passed
-            else f"- [ ] **{check.what}: failed**: {check.evidence}"
-            for check in checks
+            f"- [{'x' if check.passed else ' '}] **{head}**: {check.evidence}"
+            for head, check in zip(heads, checks, strict=True)
         ]
         self._add(f'<ul class="checks">{"".join(lines)}</ul>', "\n".join(marks))
 
@@ -160,6 +167,8 @@ code {{ background: #f3f4f6; padding: 0 .2em; overflow-wrap: anywhere }}
 .passed::before {{ content: "\\2713"; color: #047857 }}
 .failed::before {{ content: "\\2717"; color: #b91c1c }}
 .failed strong {{ color: #b91c1c }}
+.open::before {{ content: "?"; color: #b45309 }}
+.open strong {{ color: #b45309 }}
 </style></head><body>
 <h1>{title}</h1>
 {body}

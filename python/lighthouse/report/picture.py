@@ -71,7 +71,8 @@ def _tokens(run, point) -> float:
 def _curve(axes, run, place, label: bool) -> None:
     colour = OF_RUN[run.name]
     points = [(place(run, point), point.loss) for point in run.held_out]
-    with_it = sum(point.step <= run.switch_step for point in run.held_out) if run.switch_step else 0
+    acted = run.switch_step and run.lighthouse is not None  # planned and done
+    with_it = sum(point.step <= run.switch_step for point in run.held_out) if acted else 0
     first = points[:with_it]
     second = points[len(first) - 1 :] if first else points  # joined where the stage changes
     style = {"color": colour, "marker": "o", "markersize": 3.5}

@@ -7,8 +7,11 @@ from collections.abc import Sequence
 from rich.table import Table
 
 
-def table(runs: Sequence) -> Table:
-    """A `rich` table of `PretrainResult`s, one a row; time and loss also relative to the first, the baseline."""
+def table(runs: Sequence, *, times_compare: bool = True) -> Table:
+    """A `rich` table of `PretrainResult`s, one a row; time and loss also relative to the first, the baseline.
+
+    Times only where they compare.
+    """
     baseline = runs[0]
     result = Table(
         title=f"{baseline.steps:,} steps at {baseline.context:,} tokens",
@@ -19,7 +22,7 @@ def table(runs: Sequence) -> Table:
         result.add_column(column, justify="right")
     for run in runs:
         time = minutes(run.seconds)
-        if run is not baseline:
+        if run is not baseline and times_compare:
             time += f" ({baseline.seconds / run.seconds:.2f}x as fast)"
         loss = f"{run.loss:.4f}"
         if run is not baseline:

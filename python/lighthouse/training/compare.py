@@ -30,19 +30,13 @@ from lighthouse.huggingface.plain import NEW_TOKENS, PlainProcessFailed, inferen
 from lighthouse.report import comparison as report
 from lighthouse.training.callbacks import StopOnSignal
 from lighthouse.training.checkpoints import NO_SPACE, write_whole
-from lighthouse.training.comparison import Comparison, Pair, Stripped
+from lighthouse.training.comparison import FREE, Comparison, Pair, Stripped
 from lighthouse.training.options import PretrainOptions, TrainingOptions
 from lighthouse.training.result import RESULTS, DiskFull, PretrainResult, Stopped
-from lighthouse.training.resume import FREE_ON_RESUME, MODEL, SETTINGS, check_same
+from lighthouse.training.resume import MODEL, SETTINGS, check_same
 from lighthouse.training.run import Run, prepare
 
 DENSE, TWO_STAGE = "dense", "two-stage"
-
-# Free when one run goes on, but not between runs that are compared.
-FREE = FREE_ON_RESUME - set(
-    "max_steps eval_strategy eval_steps eval_delay eval_on_start load_best_model_at_end metric_for_best_model "
-    "greater_is_better".split()
-)
 
 HOW_TO_GO_ON = "The same command with --resume goes on from there."
 
@@ -167,13 +161,14 @@ def _prepare_one(options: PretrainOptions, training: TrainingOptions, folder: Pa
             f"{first:,} of {steps:,} steps would use Lighthouse: a comparison needs some that do, and dense ones "
             "behind them"
         )
-    if (folder / SETTINGS).is_file():
-        earlier = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    result = PretrainResult.load(folder / RESULTS) if finished else None
+    earlier = [json.loads((folder / SETTINGS).read_text(encoding="utf-8"))] if begun else []
+    for settings in [*earlier, *([result.settings] if finished else [])]:
         try:
-            check_same(earlier, run.settings(), FREE)
+            check_same(settings, run.settings(), FREE)
         except ValueError as error:
             raise ValueError(f"{folder} is of another comparison: {error}") from None
-    return PretrainResult.load(folder / RESULTS) if finished else run
+    return result or run
 
 
 @dataclass(frozen=True)
@@ -237,7 +232,14 @@ def strip(pair: Pair, run_folder: Path, folder: Path) -> Stripped:
     wanted = {
         "the modification of training": "modification of training only",
         f"the switch after step {run.switch_step:,}": f"after step {run.switch_step:,}.",
-        "the settings": f"| `select_topk` | {ratio(run.settings['select_topk'])} |",
+        "the settings": "\n".join(
+            f"| {name} | {value} |"
+            for name, value in (
+                ("`pool_ratios`", ", ".join(map(ratio, run.settings["pool_ratios"]))),
+                ("`select_topk`", ratio(run.settings["select_topk"])),
+                ("dense layers at each end", run.settings["dense_layers"]),
+            )
+        ),
         f"the final loss {run.loss:.4f}": f"| {run.model_step:,} | {run.loss:.4f} |",
     }
     names = [name for name, text in wanted.items() if text in card]
