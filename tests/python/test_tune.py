@@ -23,13 +23,16 @@ import yaml
 
 from lighthouse.cli import main
 from lighthouse.cli.pretrain import parse_run, run_parser
+from lighthouse.report.study import nothing_known, of_the_given, page_of
+from lighthouse.training import RunFailed, search
 from lighthouse.training import run as run_module
-from lighthouse.training import search
+from lighthouse.training import study as study_module
 from lighthouse.training import trial as trial_module
 from lighthouse.training import tune as tune_module
 from lighthouse.training.callbacks import Record, StopOnSignal
-from lighthouse.training.result import Stopped
+from lighthouse.training.result import HeldOut, Stopped
 from lighthouse.training.search import Setting, Space
+from lighthouse.training.study import StudyResult, Trial, judged
 from lighthouse.training.trial import Judge
 from lighthouse.training.tune import Study, TuneOptions, prepare_study
 from small_llama import one_thread  # noqa: F401
@@ -38,6 +41,21 @@ from training_runs import options, status, training, write_text
 CONTEXT = 512
 server = multiprocessing.get_context("forkserver")
 server.set_forkserver_preload(["lighthouse.training.tune", "transformers.models.llama.modeling_llama", "pytest"])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_steps():
+    """Trials of 4 steps count here, and of any time: how fast this machine is just now is not what is tested."""
+    with pytest.MonkeyPatch.context() as patch:
+        count_few_steps(patch)
+        yield
+
+
+def count_few_steps(patch):
+    patch.setattr(study_module, "LEAST_STEPS", 4)
+    patch.setattr(study_module, "LEAST_DENSE", 2)
+    for module in (study_module, tune_module):
+        patch.setattr(module, "TOLERANCE", float("inf"))
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +157,19 @@ def test_ranges_of_more_pyramids_than_there_is_time_for(text, monkeypatch):
 
 REFUSED = [
     ("dense_only", {"dense_only": True}, {}, "both stages are needed"),
-    ("no_dense_stage", {"share": 1.0}, {}, "max_steps=4: a trial needs steps in both stages"),
+    (
+        "no_dense_stage",
+        {"share": 1.0},
+        {},
+        "max_steps=4: 4 steps, 4 with Lighthouse and 0 dense; a trial needs at least",
+    ),
+    (
+        "few_dense_steps",
+        {"share": 0.75},
+        {},
+        "max_steps=4: 4 steps, 3 with Lighthouse and 1 dense; a trial needs at least",
+    ),
+    ("few_steps", {"steps": 3}, {}, "needs at least 4, one with Lighthouse and 2 dense; take more --max_steps"),
     ("a_checkpoint", {"resume_from_checkpoint": "there"}, {}, "resume_from_checkpoint='there'"),
     ("short_contexts", {"context": 128}, {}, "context=128: below 512 tokens dense attention is as fast on cpu"),
     ("nothing_sensible", {"select_topk": "512"}, {"topk": ["512", "4096"]}, "no setting is worth training"),
@@ -252,7 +282,7 @@ def test_a_study_that_is_done_trains_nothing_more_until_more_are_asked_for(by_tp
 
 
 OTHERS = [
-    ("options_of_the_run", {"share": 0.75}, {}, "share was 0.5, is 0.75"),
+    ("options_of_the_run", {"share": 0.25}, {}, "share was 0.5, is 0.25"),
     ("the_learning_rate", {"learning_rate": 1e-3}, {}, "learning_rate was 0.002, is 0.001"),
     ("steps", {"steps": 6}, {}, "max_steps was 4, is 6"),
     ("ranges_and_judge", {}, {"rate_within": 0.2, "judge": "time"}, "judge was 'tokens', is 'time'; rate_within was"),
@@ -341,6 +371,7 @@ def test_out_of_memory_is_a_failed_value_and_not_the_end(monkeypatch, text, tmp_
             "batch_up_to": 4.0,
             "grid_values": 5,
         },
+        steps=20,
     )
     failed, skipped = result.of("failed"), result.of("skipped")
     assert {trial.options["per_device_train_batch_size"] for trial in result.of("complete")} == {1}
@@ -392,8 +423,10 @@ def test_trials_are_pruned_by_the_losses_behind_the_switch(monkeypatch, text, tm
         assert "at step 8 of 10" in trial.why
 
 
-def test_equal_time(text, tmp_path):
+def test_equal_time(text, tmp_path, monkeypatch):
     """Steps follow from the time that steps take: what is said of them is what was measured."""
+    monkeypatch.setattr(study_module, "LEAST_STEPS", 2)
+    monkeypatch.setattr(study_module, "LEAST_DENSE", 1)
     tuning = {"judge": "time", "seconds": 0.3, "trials": 2}
     result = study_of(text, tmp_path, tuning).run(lambda line: None)
     for trial in result.of("complete"):
@@ -401,14 +434,138 @@ def test_equal_time(text, tmp_path):
         expected = trial.steps * 0.5 * (per_step["lighthouse"] + per_step["dense"])
         assert abs(expected - 0.3) <= max(per_step.values())
         assert trial.tokens == trial.steps * CONTEXT * trial.options["per_device_train_batch_size"]
+        assert {name: stage["steps"] for name, stage in trial.stages.items()} == {
+            "lighthouse": trial.switch_step,
+            "dense": trial.steps - trial.switch_step,
+        }
     assert len(result.of("complete")) == 2 and "At equal time: 0.3 s" in (tmp_path / "report.md").read_text()
     assert not list(tmp_path.rglob("timing"))
+
+    # With a machine that is slower than when steps were timed.
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (study_module, tune_module):
+            patch.setattr(module, "TOLERANCE", -0.99)
+        after = study_of(text, tmp_path, tuning | {"trials": 3}, resume=True).run(lambda line: None)
+    unequal = after.of("not comparable")
+    assert len(unequal) == 3 and after.best is None and not (tmp_path / "best.yaml").exists()
+    assert "became slower than when they were timed" in unequal[-1].why and unequal[-1].loss is None
+    assert "No trial is comparable" in (tmp_path / "report.md").read_text()
 
 
 def test_the_time_of_the_given_settings_steps_is_each_trials(text, tmp_path):
     result = study_of(text, tmp_path, {"judge": "time", "trials": 1}, steps=6).run(lambda line: None)
     per_step = result.given.seconds_per_step
     assert result.given.steps == 6 and result.budget == pytest.approx(3 * sum(per_step.values()))
+
+
+def test_seconds_too_few_for_the_given_switch_end_the_study_before_a_trial(text, tmp_path):
+    study = study_of(text, tmp_path, {"judge": "time", "seconds": 0.3}, switch_step=1000, steps=1100)
+    with pytest.raises(RunFailed, match=r"seconds=0.3: 0.3 s are .* and 0 dense; .*take more --seconds"):
+        study.run(lambda line: None)
+    assert not list((tmp_path / "trials").glob("0*"))
+
+
+def test_a_batch_that_leaves_too_few_steps_is_not_trained(text, tmp_path):
+    """Of 4 steps of a row, 2 of them with Lighthouse, two of two rows are left."""
+    tuning = {"batch_up_to": 1.0, "fixed": ["pool_ratios", "select_topk", "learning_rate"], "sampler": "grid"}
+    result = study_of(text, tmp_path, tuning, switch_step=2).run(lambda line: None)
+    [unequal] = result.of("not comparable")
+    assert "2,048 tokens are 2 steps, 2 with Lighthouse and 0 dense" in unequal.why and unequal.steps is None
+    assert result.best.given
+
+
+def test_trials_on_other_text_end_the_study(text, tmp_path):
+    study = study_of(text, tmp_path)
+    study.fixed["text"] = "another"
+    with pytest.raises(RunFailed, match="The text is not the one that the study began with: it was 'another'"):
+        study.run(lambda line: None)
+
+
+def test_equal_time_on_another_machine_is_another_study(text, tmp_path, monkeypatch):
+    tuning = {"judge": "time", "seconds": 0.1}
+    study = study_of(text, tmp_path, tuning)
+    (tmp_path / "study.json").write_text(json.dumps(study.fixed | {"machine": "a faster one"}))
+    with pytest.raises(ValueError, match="machine was 'a faster one', is "):
+        study_of(text, tmp_path, tuning, resume=True)
+    assert "machine" not in study_of(text, tmp_path / "other").fixed  # equal tokens are equal anywhere
+
+
+def trial_of(number=0, state="complete", seconds=10.0, lighthouse=60, dense=40, acted=None, timed=0.1, **more) -> Trial:
+    """100 steps of 100 tokens in ten seconds, each timed at a tenth of a second before."""
+    acted = lighthouse if acted is None else acted
+    steps = lighthouse + dense
+    options = {"pool_ratios": ["1/4"], "select_topk": 8, "learning_rate": 1e-3, "per_device_train_batch_size": 1}
+    fields = {
+        "number": number,
+        "state": state,
+        "setting": f"setting {number}",
+        "options": options,
+        "parameters": {},
+        "given": number == 0,
+        "why": None,
+        "loss": 3.0 - number / 10,
+        "seconds": seconds,
+        "steps": steps,
+        "tokens": 100 * steps,
+        "held_out": [HeldOut(steps, seconds, "dense", 3.0)],
+        "seconds_per_step": {"lighthouse": timed, "dense": timed},
+        "switch_step": lighthouse,
+        "stages": {"lighthouse": {"steps": acted}, "dense": {"steps": steps - acted}},
+    }
+    return Trial(**fields | more)
+
+
+JUDGED = [
+    ("as_much_as_each_has", "time", {}, None),
+    ("within_a_tenth", "time", {"seconds": 10.9}, None),
+    ("more_time", "time", {"seconds": 27.0}, "it had 27.0 s where each has 10.0 (+170%; 10% are allowed)"),
+    ("less_time", "time", {"seconds": 7.0}, "it had 7.0 s where each has 10.0 (-30%"),
+    ("more_tokens", "tokens", {"lighthouse": 100}, "it had 14,000 tokens of 10,000 (+40%"),
+    ("time_does_not_count_at_equal_tokens", "tokens", {"seconds": 27.0, "timed": 0.9}, None),
+    (
+        "three_steps",
+        "time",
+        {"lighthouse": 2, "dense": 1},
+        "3 steps, 2 with Lighthouse and 1 dense; a trial needs",
+    ),
+    (
+        "few_dense_steps",
+        "time",
+        {"lighthouse": 98, "dense": 2},
+        "98 with Lighthouse and 2 dense; a trial needs",
+    ),
+    ("lighthouse_did_not_act", "time", {"acted": 0}, "Lighthouse acted in 0 of the 60 steps"),
+    ("timed_on_a_busy_machine", "time", {"timed": 0.2}, "the machine was not as fast: a dense step"),
+    ("of_an_earlier_version", "time", {"switch_step": None, "stages": {}}, None),
+    ("pruned", "time", {"state": "pruned", "seconds": 3.0, "loss": None}, None),
+]
+
+
+@pytest.mark.parametrize("judge, changes, why", [j[1:] for j in JUDGED], ids=[j[0] for j in JUDGED])
+def test_a_trial_that_did_not_have_what_each_has_cannot_win(judge, changes, why):
+    trials = [trial_of(0), trial_of(1), trial_of(2), trial_of(3, **changes)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study_module, "LEAST_STEPS", 10)
+        patch.setattr(study_module, "LEAST_DENSE", 3)
+        patch.setattr(study_module, "TOLERANCE", 0.1)
+        found = judged(trials, judge, 10.0 if judge == "time" else 10_000)
+    result = StudyResult("study", judge, 10.0, "tpe", "a device", found, {}, [])
+    assert [trial.state for trial in found[:3]] == ["complete"] * 3
+    assert (found[3].state == "not comparable") == (why is not None)
+    if why is not None:
+        assert why in found[3].why and result.best.number == 2 and found[3] not in result.front
+        text = page_of(result, Path("best.yaml")).markdown()
+        assert "3 complete, 1 not comparable" in text and found[3].why[:60] in text.replace("\u00a0", " ")
+
+
+def test_where_nothing_is_comparable_and_where_the_given_setting_is_not():
+    trials = [trial_of(0, state="not comparable", why="it had 27.0 s where each has 10.0"), trial_of(1)]
+    result = StudyResult("study", "time", 10.0, "tpe", "a device", trials, {}, [])
+    assert "better than the given setting is not known: not comparable: it had 27.0 s" in of_the_given(result)
+    assert of_the_given(result) in page_of(result, Path("best.yaml")).markdown()
+    none = StudyResult("study", "time", 10.0, "tpe", "a device", trials[:1], {}, [])
+    assert none.best is None and nothing_known(none) in page_of(none, None).markdown()
+    assert "take --judge tokens" in nothing_known(none)
 
 
 def test_the_clock_waits_for_the_device_where_a_trial_is_evaluated(monkeypatch):
@@ -431,6 +588,7 @@ def _process(text: Path, folder: Path, tuning: dict, resume: bool, kill_in: int 
     with open(f"{folder}.{os.getpid()}.log", "a") as log:
         os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
     torch.set_num_threads(1)
+    count_few_steps(pytest.MonkeyPatch())
     if kill_in is not None:
         before = run_module.RunTrainer.training_step
 

@@ -15,6 +15,7 @@ from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
 from lighthouse.cli.pretrain import parse_run, run_parser  # noqa: E402
 from lighthouse.cli.shared import check_folders, write_text  # noqa: E402
+from lighthouse.report.study import nothing_known, of_the_given  # noqa: E402
 from lighthouse.training import RunFailed, Stopped  # noqa: E402
 from lighthouse.training.tune import BEST, Study, TuneOptions, prepare_study  # noqa: E402
 
@@ -68,11 +69,13 @@ def _run(study: Study, json_file: str | None) -> int:
     if json_file == "-":
         return 0
     if result.best is None:
-        say("No trial is complete.")
+        say(nothing_known(result))
     else:
         best, given = result.best, result.given
         than = "" if given is None or given is best else f"; the given setting {given.loss:.4f}"
         say(f"\nBest: trial {best.number}, {best.setting}: {best.loss:.4f}{than}")
+        if given is None:
+            say(of_the_given(result))
         say(f"It as a run: lighthouse pretrain --config {study.folder / BEST} --steps N --output_dir FOLDER")
     say(f"Report: {study.folder / 'report.html'}")
     return 0

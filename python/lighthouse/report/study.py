@@ -13,6 +13,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 from lighthouse.report.page import Page, new_figure
 from lighthouse.report.picture import COLOURS
 from lighthouse.report.table import minutes
+from lighthouse.training.study import LEAST_DENSE, LEAST_STEPS, TOLERANCE
 
 NBSP = "\u00a0"
 GREY, AMBER, BLUE = COLOURS[:3]
@@ -25,7 +26,7 @@ def page_of(result, best_file: Path | None) -> Page:
     """The page; `best_file` is what `lighthouse pretrain --config` takes, if a trial is complete."""
     page = Page("Settings tried", _lead(result))
     if result.best is None:
-        page.text("No trial is complete yet, so that nothing is known of any setting.")
+        page.text(nothing_known(result))
     else:
         _best(page, result, best_file)
         page.section("Loss against time")
@@ -44,10 +45,30 @@ def page_of(result, best_file: Path | None) -> Page:
     return page
 
 
+def nothing_known(result) -> str:
+    """Of a study without a best setting."""
+    unequal = result.of("not comparable")
+    if not unequal:
+        return "No trial is complete yet, so that nothing is known of any setting."
+    text = f"No trial is comparable, so that no setting is the best. The last of {len(unequal)}: {unequal[-1].why}."
+    if result.judge == "time":
+        text += " On a machine that does other things too, take --judge tokens, in another --output_dir."
+    return text
+
+
+def of_the_given(result) -> str | None:
+    """What is to be said of the given setting where it is not compared; None where it is."""
+    if result.given is not None:
+        return None
+    trial = next((trial for trial in reversed(result.trials) if trial.given), None)
+    why = "it was not tried" if trial is None else f"{trial.state}{f': {trial.why}' if trial.why else ''}"
+    return f"Whether this is better than the given setting is not known: {why}."
+
+
 def _lead(result) -> str:
     counts = [
         f"{len(result.of(state))} {state}"
-        for state in ("complete", "pruned", "failed", "skipped", "interrupted", "running", "waiting")
+        for state in ("complete", "not comparable", "pruned", "failed", "skipped", "interrupted", "running", "waiting")
         if result.of(state)
     ]
     return f"Trials: {', '.join(counts)}. Sampler: {result.sampler}. Device: {result.device}."
@@ -72,6 +93,8 @@ def _best(page: Page, result, best_file: Path | None) -> None:
     page.table(head, rows)
     if given is best:
         page.text("None of the others was better than the given setting.")
+    if given is None:
+        page.text(of_the_given(result))
     page.text(
         "Each trial is one run with one seed: a difference as small as another seed makes decides nothing. Before a "
         "long run, try the best two or three with other seeds."
@@ -208,7 +231,13 @@ def _judged(result) -> str:
         "The loss is that of held-out text under dense attention, in nats per token, behind the last step of a "
         "schedule of the learning rate that fits the trial's steps. Losses from before the switch judge nothing."
     )
-    complete = result.of("complete")
+    complete, unequal = result.of("complete"), result.of("not comparable")
+    always += (
+        f" A trial counts only if it had what each has, within {TOLERANCE:.0%}, in at least {LEAST_STEPS} steps, "
+        f"{LEAST_DENSE} of them dense, and if Lighthouse acted in all that were to be its"
+        + (", and if its dense steps, the same work for all, took the usual time" if result.judge == "time" else "")
+        + f": {len(unequal) or 'none'} of {len(complete) + len(unequal)} did not and can not be the best."
+    )
     if result.judge == "tokens":
         return f"At equal tokens: {result.budget:,.0f} each, in whole steps. {always}"
     text = f"At equal time: {result.budget:,.1f} s of training each, evaluation not counted. "
@@ -216,7 +245,7 @@ def _judged(result) -> str:
     text += "fastest of a few. "
     if complete:
         least, most = (limit(trial.seconds for trial in complete) for limit in (min, max))
-        text += f"The complete trials really took {least:,.1f} to {most:,.1f} s, "
+        text += f"The comparable trials really took {least:,.1f} to {most:,.1f} s, "
         text += f"{least / result.budget - 1:+.0%} to {most / result.budget - 1:+.0%}. "
     return text + always
 
@@ -236,7 +265,7 @@ def _trials(page: Page, result) -> None:
                 trial.state,
                 _why(trial),
             )
-            for trial in [*trials, *result.of("pruned", "failed", "interrupted", "running")]
+            for trial in [*trials, *result.of("not comparable", "pruned", "failed", "interrupted", "running")]
             if trial.options  # else it was killed before it had a setting
         ],
     )

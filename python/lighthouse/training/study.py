@@ -1,16 +1,23 @@
-"""What a study found, as plain numbers in `results.json`: trials, the best of them, the front of loss against time."""
+"""What a study found, as plain numbers in `results.json`: trials, the best of them, the front of loss against time.
+
+The trap is a loss that was had for more than the others had: a trial counts as complete only if it had what each of
+them has (`judged`).
+"""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from statistics import median
 
 from lighthouse.training.checkpoints import write_whole
-from lighthouse.training.result import RESULTS, HeldOut
+from lighthouse.training.result import DENSE, LIGHTHOUSE, RESULTS, HeldOut
 
-COMPLETE, PRUNED, FAILED, SKIPPED, INTERRUPTED, RUNNING, WAITING = (
+COMPLETE, UNEQUAL, PRUNED, FAILED, SKIPPED, INTERRUPTED, RUNNING, WAITING = (
     "complete",
+    "not comparable",
     "pruned",
     "failed",
     "skipped",
@@ -18,6 +25,9 @@ COMPLETE, PRUNED, FAILED, SKIPPED, INTERRUPTED, RUNNING, WAITING = (
     "running",
     "waiting",
 )
+
+TOLERANCE = 0.1  # of the time or the tokens that each trial has; and of the time of a dense step, the same work in all
+LEAST_STEPS, LEAST_DENSE = 10, 3  # of a trial, and of its steps after the switch
 
 
 @dataclass(frozen=True)
@@ -27,6 +37,8 @@ class Trial:
 
     `seconds` of training and `tokens` are of a trial that trained, up to where it ended; `loss` is the dense held-out
     loss at the end, in nats per token. `seconds_per_step` were measured beforehand, by stage, where time is judged.
+    `switch_step` steps were to be Lighthouse's; `stages` has the steps in which it acted and the others, with their
+    seconds.
     """
 
     number: int
@@ -42,6 +54,67 @@ class Trial:
     tokens: int | None
     held_out: list[HeldOut]
     seconds_per_step: dict[str, float] | None
+    switch_step: int | None = None
+    stages: dict[str, dict] = field(default_factory=dict)
+
+
+def too_few(steps: int, lighthouse: int) -> str | None:
+    """Why so many steps, the first of them Lighthouse's, say nothing of a setting; None where they may."""
+    dense = steps - lighthouse
+    if steps >= LEAST_STEPS and lighthouse > 0 and dense >= LEAST_DENSE:
+        return None
+    return (
+        f"{steps:,} steps, {lighthouse:,} with Lighthouse and {dense:,} dense; a trial needs at least {LEAST_STEPS}, "
+        f"one with Lighthouse and {LEAST_DENSE} dense"
+    )
+
+
+def judged(trials: Sequence[Trial], judge: str, budget: float) -> list[Trial]:
+    """The same trials, of which a complete one that did not have what each has is `UNEQUAL`, and says why."""
+    usual = _usual_dense_seconds(trials) if judge == "time" else {}
+    found = []
+    for trial in trials:
+        why = _unequal(trial, judge, budget, usual) if trial.state == COMPLETE else None
+        found.append(trial if why is None else replace(trial, state=UNEQUAL, why=why))
+    return found
+
+
+def _unequal(trial: Trial, judge: str, budget: float, usual: dict[float, float]) -> str | None:
+    if trial.switch_step is not None:
+        why = too_few(trial.steps, trial.switch_step)
+        if why is not None:
+            return why
+        acted = trial.stages.get(LIGHTHOUSE, {}).get("steps", 0)
+        if acted != trial.switch_step:
+            return f"Lighthouse acted in {acted:,} of the {trial.switch_step:,} steps that were to be its"
+    had = trial.seconds if judge == "time" else trial.tokens
+    if abs(had / budget - 1) > TOLERANCE:
+        of_each = (
+            f"{had:,.1f} s where each has {budget:,.1f}" if judge == "time" else f"{had:,} tokens of {budget:,.0f}"
+        )
+        return f"it had {of_each} ({had / budget - 1:+.0%}; {TOLERANCE:.0%} are allowed)"
+    expected = usual.get(_tokens_per_step(trial))
+    if expected is not None:
+        off = trial.seconds_per_step[DENSE] / expected - 1
+        if abs(off) > TOLERANCE:
+            return (
+                f"the machine was not as fast: a dense step, the same work in all trials of its batch, took {off:+.0%} "
+                f"of the usual time when its steps were counted ({TOLERANCE:.0%} are allowed)"
+            )
+    return None
+
+
+def _tokens_per_step(trial: Trial) -> float:
+    return trial.tokens / trial.steps
+
+
+def _usual_dense_seconds(trials: Sequence[Trial]) -> dict[float, float]:
+    """By tokens of a step, what a dense one took when trials were timed: the median over these."""
+    by_batch = {}
+    for trial in trials:
+        if trial.state == COMPLETE and trial.seconds_per_step:
+            by_batch.setdefault(_tokens_per_step(trial), []).append(trial.seconds_per_step[DENSE])
+    return {batch: median(seconds) for batch, seconds in by_batch.items()}
 
 
 @dataclass(frozen=True)
@@ -67,7 +140,7 @@ class StudyResult:
 
     @property
     def best(self) -> Trial | None:
-        """The complete trial with the smallest loss."""
+        """The complete trial with the smallest loss; None where none is complete, or none comparable."""
         return min(self.of(COMPLETE), key=lambda trial: trial.loss, default=None)
 
     @property

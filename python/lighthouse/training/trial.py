@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import fcntl
 import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -27,11 +28,22 @@ class Judge(Record):
     """Evaluates evenly over the dense stage, tells Optuna each loss, and ends a trial that it prunes.
 
     The k-th evaluation is at the same part of each trial's dense stage, whatever its steps, so that only losses at the
-    same place of the schedule are compared; and never one from before the switch (METHOD 8).
+    same place of the schedule are compared; and never one from before the switch (METHOD 8). A trial that has trained
+    for more than `most` seconds is ended by `Unequal`.
     """
 
-    def __init__(self, trial: optuna.Trial, switch_step: int, steps: int, evaluations: int, status: Say, what: str):
+    def __init__(
+        self,
+        trial: optuna.Trial,
+        switch_step: int,
+        steps: int,
+        evaluations: int,
+        status: Say,
+        what: str,
+        most: float = math.inf,
+    ):
         super().__init__(switch_step)
+        self.most = most
         dense = steps - switch_step
         self.trial = trial
         self.places = {switch_step + -(-dense * k // evaluations): k for k in range(1, evaluations + 1)}
@@ -47,6 +59,11 @@ class Judge(Record):
             control.should_evaluate = True  # ahead of the clock, which then waits for the device
         super().on_step_end(args, state, control, **kwargs)
         self.status(f"{self.what}: step {state.global_step} of {state.max_steps}")
+        if self.seconds > self.most:
+            raise Unequal(
+                f"{self.seconds:,.1f} s at step {state.global_step:,} of {state.max_steps:,} are more than the "
+                f"{self.most:,.1f} s that are allowed: its steps became slower than when they were timed"
+            )
         return control
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
@@ -57,6 +74,10 @@ class Judge(Record):
         self.trial.report(metrics["eval_loss"], place)
         if state.global_step < state.max_steps and self.trial.should_prune():
             raise optuna.TrialPruned(f"{metrics['eval_loss']:.4f} at step {state.global_step} of {state.max_steps}")
+
+
+class Unequal(Exception):
+    """The trial cannot have, or has not had, what each trial has. The message says why."""
 
 
 class Timed(Exception):

@@ -9,7 +9,7 @@ processes of a machine may work on one study, and each may be killed at any mome
 
 Equal time is made beforehand: the schedule of the learning rate and the switch need the number of steps. So a few steps
 of each stage are timed, and a trial gets as many steps as fit into the budget, with a whole schedule. What it really
-took stands beside its loss.
+took stands beside its loss, and a trial that took more or less than each has is not compared (`study.judged`).
 
 The trap is a dead process: Optuna leaves its trial "running" for ever. Each running trial's log is locked by its
 process, and the system takes the lock away with the process. Who finds a trial running and unlocked, counts it as
@@ -23,6 +23,7 @@ import copy
 import fcntl
 import gc
 import json
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ from pathlib import Path
 from typing import IO
 
 import optuna
+import torch
 from accelerate.utils.memory import clear_device_cache
 from optuna.trial import TrialState
 from sqlalchemy import URL
@@ -45,7 +47,7 @@ from lighthouse.training.memory import DoesNotFit
 from lighthouse.training.options import PretrainOptions, TrainingOptions
 from lighthouse.training.result import DENSE, LIGHTHOUSE, HeldOut, NotFinite, RunFailed, Stopped
 from lighthouse.training.resume import FREE_ON_RESUME, check_same
-from lighthouse.training.run import prepare, tokens_per_step
+from lighthouse.training.run import Run, prepare, tokens_per_step
 from lighthouse.training.search import Setting, Space
 from lighthouse.training.study import (
     COMPLETE,
@@ -54,11 +56,25 @@ from lighthouse.training.study import (
     PRUNED,
     RUNNING,
     SKIPPED,
+    TOLERANCE,
+    UNEQUAL,
     WAITING,
     StudyResult,
     Trial,
+    judged,
+    too_few,
 )
-from lighthouse.training.trial import Judge, Say, StepClock, Timed, made_quiet, out_of_memory, output_into, take_lock
+from lighthouse.training.trial import (
+    Judge,
+    Say,
+    StepClock,
+    Timed,
+    Unequal,
+    made_quiet,
+    out_of_memory,
+    output_into,
+    take_lock,
+)
 from lighthouse.training.tune_options import TuneOptions
 
 DATABASE = "study.db"
@@ -126,14 +142,17 @@ def prepare_study(
         if getattr(training, name):
             raise ValueError(f"{name}={getattr(training, name)!r}: trials begin anew and are judged at their end")
     space = Space.of(options, training, tuning)
-    steps = training.max_steps
-    if tuning.seconds is None and not _both_stages(options, training, steps):
-        raise ValueError(f"max_steps={steps}: a trial needs steps in both stages, Lighthouse's and the dense one")
+    if tuning.seconds is None:
+        why = _too_few(options, training, training.max_steps)
+        if why is not None:
+            raise ValueError(f"max_steps={training.max_steps}: {why}; take more --max_steps, or another --share")
     quiet = made_quiet(training, Path(training.output_dir) / "given")
     fixed = prepare(options, quiet).settings()
     free = FREE_ON_RESUME - {"max_steps"}
     fixed = {name: value for name, value in fixed.items() if name not in free}
     fixed |= {name: value for name, value in asdict(tuning).items() if name != "trials"}
+    if tuning.judge == "time":  # which says nothing on a machine that is faster
+        fixed |= {"machine": device_name(training.device), "torch": torch.__version__}
     study = Study(options, training, tuning, space, json.loads(json.dumps(fixed)))
     study.check_folder()
     return study
@@ -280,7 +299,7 @@ class Study:
             attributes = trial.user_attrs
             # Without a setting it was killed at its beginning, with a reason at its end. Told last: a kill between the
             # two lines has its setting tried twice and not never.
-            if "parameters" in attributes and "skipped" not in attributes and "failed" not in attributes:
+            if "parameters" in attributes and not {"skipped", FAILED, UNEQUAL} & attributes.keys():
                 checkpoints.remove(self._log(trial.number).with_suffix(""))
                 self._line_up_again(study, trial, say)
             study.tell(trial.number, state=TrialState.FAIL)
@@ -379,21 +398,26 @@ class Study:
         """Trains the claimed setting and tells the study how it ended."""
         trial, setting = claimed.trial, claimed.setting
         what, folder = f"trial {trial.number}: {setting}", self._log(trial.number).with_suffix("")
-        state, why, judge = TrialState.FAIL, None, None
+        state, end, why, judge = TrialState.FAIL, FAILED, None, None
         try:
             with output_into(claimed.log):
                 options, training = self._with(self._values(setting))
-                seconds_per_step = None
+                seconds_per_step, most = None, math.inf
                 if self.tuning.judge == "time":
                     seconds_per_step = self._seconds_per_step(study, setting, folder / "timing", stop, status)
                     trial.set_user_attr("seconds_per_step", seconds_per_step)
-                training.max_steps = self._steps(study, options, training, seconds_per_step)
-                run = prepare(options, made_quiet(training, folder))
-                judge = Judge(trial, run.switch_step, training.max_steps, self.tuning.evaluations, status, what)
+                    most = (1 + TOLERANCE) * study.user_attrs["budget"]
+                training.max_steps = self._steps(study.user_attrs["budget"], options, training, seconds_per_step)
+                run = self._prepared(options, made_quiet(training, folder))
+                judge = Judge(
+                    trial, run.switch_step, training.max_steps, self.tuning.evaluations, status, what, most=most
+                )
                 run.train(callbacks=[judge], keep_model=False, stop=stop)
             state = TrialState.COMPLETE
         except optuna.TrialPruned as pruned:
-            state, why = TrialState.PRUNED, str(pruned)
+            state, end, why = TrialState.PRUNED, PRUNED, str(pruned)
+        except Unequal as error:
+            end, why = UNEQUAL, str(error)
         except (DoesNotFit, NotFinite) as error:
             why = str(error).split(". ")[0].split("\n")[0]
         except (RuntimeError, MemoryError) as error:
@@ -407,19 +431,31 @@ class Study:
             trial.set_user_attr("tokens", judge.steps * run.tokens_per_step)
             trial.set_user_attr("seconds", judge.seconds)
             trial.set_user_attr("held_out", judge.held_out)
-        if state == TrialState.FAIL:
+            trial.set_user_attr("switch_step", run.switch_step)
+            trial.set_user_attr("stages", judge.stages)
+        if end == FAILED and why:
             trial.set_user_attr("memory", (self._length(setting), setting.batch))
-            trial.set_user_attr("failed", why)
-        elif why:
-            trial.set_user_attr("pruned", why)
+        if why:
+            trial.set_user_attr(end, why)
         loss = judge.held_out[-1]["loss"] if state == TrialState.COMPLETE else None
         study.tell(trial, loss, state=state)
         say(self._line(study, trial.number))
 
+    def _prepared(self, options: PretrainOptions, training: TrainingOptions) -> Run:
+        """A run of a trial. The text is looked at again: trials on other text would not compare."""
+        run = prepare(options, training)
+        text = run.settings()["text"]
+        if text != self.fixed["text"]:
+            raise RunFailed(
+                f"The text is not the one that the study began with: it was {self.fixed['text']!r}, is {text!r}. Give "
+                "the study its text back, or begin another in another --output_dir."
+            )
+        return run
+
     def _line(self, study: optuna.Study, number: int) -> str:
-        trials = study.get_trials(deepcopy=False)
-        trial = _trial_of(trials[number])
-        best = min((t.value for t in trials if t.state == TrialState.COMPLETE), default=None)
+        trials = self._trials(study)
+        trial = trials[number]
+        best = min((t.loss for t in trials if t.state == COMPLETE), default=None)
         end = trial.state if trial.why is None else f"{trial.state}: {trial.why}"
         if trial.state == COMPLETE and trial.loss == best:
             end = "complete, best so far"
@@ -433,8 +469,6 @@ class Study:
         options, training = self.options, self.training
         if self.tuning.judge == "tokens":
             return training.max_steps * tokens_per_step(options, training)
-        if self.tuning.seconds is not None:
-            return self.tuning.seconds
         say(f"Timing {WARM_UP + TIMED} steps of each stage of the given setting, for the time that each trial has.")
         folder = self.folder / TRIALS / "given"
         try:
@@ -446,24 +480,31 @@ class Study:
             raise RunFailed(
                 f"The given setting, {self.space.given}, runs out of memory: give one that fits. {error}"
             ) from None
-        budget = _seconds(options, training, training.max_steps, per_step)
-        say(f"Each trial has {budget:.1f} s of training: {training.max_steps} steps of the given setting.")
+        budget = self.tuning.seconds or _seconds(options, training, training.max_steps, per_step)
+        try:
+            steps = self._steps(budget, options, training, per_step)
+        except Unequal as error:
+            raise RunFailed(
+                f"seconds={budget:g}: {error}. That is the given setting: take more --seconds or an earlier switch; "
+                "--share moves it with the number of steps."
+            ) from None
+        say(f"Each trial has {budget:.1f} s of training: {steps:,} steps of the given setting.")
         return budget
 
-    def _steps(self, study: optuna.Study, options, training, seconds_per_step: dict | None) -> int:
-        """How many steps fit into the budget, at least so many that both stages have one."""
-        budget = study.user_attrs["budget"]
+    def _steps(self, budget: float, options, training, seconds_per_step: dict | None) -> int:
+        """How many steps fit into the budget, to the nearest. Raises `Unequal` where these say nothing."""
         if seconds_per_step is None:
             steps = round(budget / tokens_per_step(options, training))
         else:
-            # The time grows with the steps; the nearest number of them.
             most = 2 + int(budget / min(seconds_per_step.values()))
             numbers = range(1, most + 1)
             steps = bisect.bisect_right(
                 numbers, budget, key=lambda steps: _seconds(options, training, steps - 0.5, seconds_per_step)
             )
-        while not _both_stages(options, training, steps):
-            steps += 1
+        why = _too_few(options, training, steps)
+        if why is not None:
+            of_each = f"{budget:,.0f} tokens" if seconds_per_step is None else f"{budget:,.1f} s"
+            raise Unequal(f"{of_each} are {why}")
         return steps
 
     def _seconds_per_step(
@@ -481,7 +522,8 @@ class Study:
         clock = StepClock(training.device)
         checkpoints.remove(folder)
         try:
-            prepare(options, made_quiet(training, folder)).train(callbacks=[clock], keep_model=False, stop=stop)
+            run = self._prepared(options, made_quiet(training, folder))
+            run.train(callbacks=[clock], keep_model=False, stop=stop)
         except Timed:
             pass
         finally:
@@ -493,9 +535,13 @@ class Study:
 
     # What was found
 
-    def _conclude(self, study: optuna.Study) -> StudyResult:
-        """Writes results, report and the best setting's file, and returns the results."""
+    def _trials(self, study: optuna.Study) -> list[Trial]:
         trials = [_trial_of(trial) for trial in study.get_trials(deepcopy=False)]
+        return judged(trials, self.tuning.judge, study.user_attrs["budget"])
+
+    def _conclude(self, study: optuna.Study) -> StudyResult:
+        """Writes results, report and, where a trial is comparable, the best setting's file; returns the results."""
+        trials = self._trials(study)
         result = StudyResult(
             folder=str(self.folder),
             judge=self.tuning.judge,
@@ -503,11 +549,12 @@ class Study:
             sampler=self.tuning.sampler,
             device=device_name(self.training.device),
             trials=trials,
-            importance=self._importance(study),
+            importance=self._importance(study, trials),
             notes=self.space.notes,
         )
         result.save(result.results)
         best_file = None
+        checkpoints.remove(self.folder / BEST)  # a trial that was best may not be comparable by now
         if result.best is not None:
             best_file = self.folder / BEST
             checkpoints.write_whole(best_file, self._best_text(result))
@@ -524,21 +571,21 @@ class Study:
         head = [
             f"Trial {best.number} of the study in {self.folder}: dense held-out loss {best.loss:.4f} behind "
             f"{best.steps} steps,",
-            f"the best of {len(result.of(COMPLETE))} complete trials. A longer run: lighthouse pretrain --config FILE "
-            "--steps N",
+            f"the best of {len(result.of(COMPLETE))} comparable trials. A longer run: lighthouse pretrain --config "
+            "FILE --steps N",
         ]
         return "".join(f"# {line}\n" for line in head) + configuration.text_of(values)
 
-    def _importance(self, study: optuna.Study) -> dict[str, float]:
+    def _importance(self, study: optuna.Study, trials: Sequence[Trial]) -> dict[str, float]:
         """Each parameter's share in what makes a trial one of the best, by PED-ANOVA; empty for too few trials."""
-        if (
-            sum(trial.state == TrialState.COMPLETE for trial in study.get_trials(deepcopy=False))
-            < FEWEST_FOR_IMPORTANCE
-        ):
+        complete = [trial.number for trial in trials if trial.state == COMPLETE]
+        if len(complete) < FEWEST_FOR_IMPORTANCE:
             return {}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            found = optuna.importance.get_param_importances(study)
+            of_them = optuna.create_study(direction="minimize")
+            of_them.add_trials([study.get_trials(deepcopy=False)[number] for number in complete])
+            found = optuna.importance.get_param_importances(of_them)
         return {self.space.label(name): share for name, share in found.items()}
 
 
@@ -551,8 +598,8 @@ class _Claimed:
     log: IO
 
 
-def _both_stages(options: PretrainOptions, training: TrainingOptions, steps: int) -> bool:
-    return 0 < options.lighthouse_steps(steps, tokens_per_step(options, training)) < steps
+def _too_few(options: PretrainOptions, training: TrainingOptions, steps: int) -> str | None:
+    return too_few(steps, options.lighthouse_steps(steps, tokens_per_step(options, training)))
 
 
 def _seconds(options: PretrainOptions, training: TrainingOptions, steps: float, per_step: dict[str, float]) -> float:
@@ -563,7 +610,7 @@ def _seconds(options: PretrainOptions, training: TrainingOptions, steps: float, 
 
 def _trained(trial) -> bool:
     """Whether a trial counts: it was trained or is being trained, to whatever end but an interruption."""
-    return trial.state != TrialState.FAIL or "failed" in trial.user_attrs
+    return trial.state != TrialState.FAIL or bool({FAILED, UNEQUAL} & trial.user_attrs.keys())
 
 
 def _say_skipped(reasons: list[str], say: Say) -> None:
@@ -576,7 +623,7 @@ def _trial_of(trial: optuna.trial.FrozenTrial) -> Trial:
     attributes = trial.user_attrs
     state = STATES.get(trial.state)
     if state is None:
-        state = FAILED if "failed" in attributes else SKIPPED if "skipped" in attributes else INTERRUPTED
+        state = next((end for end in (FAILED, UNEQUAL, SKIPPED) if end in attributes), INTERRUPTED)
     return Trial(
         number=trial.number,
         state=state,
@@ -591,4 +638,6 @@ def _trial_of(trial: optuna.trial.FrozenTrial) -> Trial:
         tokens=attributes.get("tokens"),
         held_out=[HeldOut(**point) for point in attributes.get("held_out", [])],
         seconds_per_step=attributes.get("seconds_per_step"),
+        switch_step=attributes.get("switch_step"),
+        stages=attributes.get("stages", {}),
     )
