@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import bz2
 import gzip
-import importlib.util
 import json
-import lzma
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -21,19 +17,17 @@ from training_runs import CONTEXT, write_text
 
 pytest.importorskip("transformers")
 
-import datasets  # noqa: E402
 
-from lighthouse.training import data  # noqa: E402
+from lighthouse.training import data, documents, files, tokenizer  # noqa: E402
 from lighthouse.training.options import DataOptions  # noqa: E402
-from lighthouse.training.tokenizer import load_tokenizer  # noqa: E402
 from training_tokenizers import save_bpe  # noqa: E402
 
 TEXT = "the light of a house on the rock by the sea "
 
 
-def find(*paths, context=CONTEXT, seed=0, tokenizer=None, held_out=2, **changes):
+def find(*paths, context=CONTEXT, seed=0, tokens=None, held_out=2, **changes):
     options = DataOptions(data=[str(path) for path in paths] or None, held_out=held_out, **changes)
-    return data.find_corpus(options, context=context, seed=seed, tokenizer=tokenizer)
+    return data.find_corpus(options, context=context, seed=seed, tokenizer=tokens)
 
 
 def write_json(folder: Path, documents: int = 60, shards: int = 3, column: str = "text") -> str:
@@ -46,7 +40,7 @@ def write_json(folder: Path, documents: int = 60, shards: int = 3, column: str =
 
 
 def joined(corpus, part) -> list[int]:
-    """The ids of a part's documents, an end mark behind each: by file, read and tokenised whole."""
+    """The ids of a part's documents, an end mark after each: by file, read and tokenised whole."""
     ids = []
     for file in part:
         [found] = corpus.encoder([Path(file.path).read_bytes()])
@@ -81,9 +75,9 @@ def test_a_seed_decides_the_order_and_what_is_held_out(tmp_path):
     "context", [CONTEXT, 100, 2000], ids=["a_power_of_two", "no_power_of_two", "longer_than_files"]
 )
 @pytest.mark.parametrize("tokens", ["bytes", "bpe"])
-def test_rows_are_the_joined_files_with_an_end_mark_behind_each(tmp_path, tokens, context):
-    tokenizer = load_tokenizer(None if tokens == "bytes" else save_bpe(tmp_path / "bpe"))
-    corpus = find(write_text(tmp_path / "text"), context=context, tokenizer=tokenizer)
+def test_rows_are_the_joined_files_with_an_end_mark_after_each(tmp_path, tokens, context):
+    tokens = tokenizer.load_tokenizer(None if tokens == "bytes" else save_bpe(tmp_path / "bpe"))
+    corpus = find(write_text(tmp_path / "text"), context=context, tokens=tokens)
     train, held_out = data.rows_of(corpus)
     of_train, of_held_out = (joined(corpus, part) for part in parts(corpus))
     rows = np.stack([row["input_ids"] for row in train])
@@ -97,9 +91,9 @@ def test_rows_are_the_joined_files_with_an_end_mark_behind_each(tmp_path, tokens
 
 def test_a_long_document_is_cut_in_pieces_and_loses_nothing(tmp_path, monkeypatch):
     """Pieces end at a line, a space or a whole character; a document longer than memory is read twice."""
-    monkeypatch.setattr(data.documents, "PIECE", 64)
-    monkeypatch.setattr(data.documents, "MOST_IN_MEMORY", 1024)
-    monkeypatch.setattr(data, "BATCH", 256)
+    monkeypatch.setattr(documents, "PIECE", 64)
+    monkeypatch.setattr(files, "MOST_IN_MEMORY", 1024)
+    monkeypatch.setattr(tokenizer, "BATCH", 256)
     long = "灯台" * 200 + " a b\n" * 100 + "x" * 500
     for name in "abc":
         (tmp_path / name).write_text(long + name, encoding="utf-8")
@@ -115,91 +109,6 @@ def test_a_batch_predicts_its_own_tokens():
     assert torch.equal(batch["input_ids"], batch["labels"])
     assert batch["place"].tolist() == [[7], [7]]
     assert set(data.collate([{"input_ids": np.arange(5)}])) == {"input_ids", "labels"}
-
-
-def test_files_without_text_are_left_out_and_named(tmp_path):
-    write_text(tmp_path)
-    (tmp_path / "picture.bin").write_bytes(bytes(range(256)))
-    (tmp_path / "latin.txt").write_bytes(b"caf\xe9 " * 100)
-    (tmp_path / "zero.txt").write_bytes(b"a\0b" * 100)
-    (tmp_path / "empty.txt").write_bytes(b"")
-    (tmp_path / "broken.gz").write_bytes(b"no gzip")
-    (tmp_path / ".hidden").write_text("not looked at", encoding="utf-8")
-    said = str(find(tmp_path))
-    assert "5 files without UTF-8 text left out: " in said and "broken.gz, " in said and said.endswith(", ...")
-
-
-def test_text_that_ends_late_is_left_out_when_it_is_cut_and_said(tmp_path, caplog):
-    write_text(tmp_path)
-    late = tmp_path / "late.txt"
-    late.write_bytes(b"light " * 20_000 + b"\xff")
-    corpus = find(tmp_path)
-    assert "left out" not in str(corpus)
-    train, _ = data.rows_of(corpus)
-    rows = np.stack([row["input_ids"] for row in train]).reshape(-1)
-    assert rows.tolist() == joined(corpus, [f for f in parts(corpus)[0] if f.path != str(late)])[: rows.size]
-    for _ in range(2):  # cut, and then found in the cache
-        assert f"1 files without UTF-8 text left out: {late}" in caplog.text
-        assert "1 files without UTF-8 text left out" in str(corpus)
-        caplog.clear()
-        corpus = find(tmp_path)
-        data.rows_of(corpus)
-
-
-def test_the_standard_library_is_text_enough():
-    corpus = find(context=8192, held_out=4)
-    assert corpus.train_tokens > 5_000_000 and len(corpus.held_out.rows) == 4
-    assert not any("site-packages" in file.path for file in corpus.source.files)
-
-
-PATHS = [
-    ("a_folder", ["."], "a.txt b.md deep/c.txt"),
-    ("a_file", ["a.txt"], "a.txt"),
-    ("two_files", ["a.txt", "deep/c.txt"], "a.txt deep/c.txt"),
-    ("a_pattern", ["*.txt"], "a.txt"),
-    ("a_deep_pattern", ["**/*.txt"], "a.txt deep/c.txt"),
-    ("each_once", [".", "a.txt", "**/*"], "a.txt b.md deep/c.txt"),
-]
-
-
-@pytest.mark.parametrize("given, found", [p[1:] for p in PATHS], ids=[p[0] for p in PATHS])
-def test_paths(tmp_path, given, found):
-    for name in ("a.txt", "b.md", "deep/c.txt", ".hidden/d.txt", "deep/.e.txt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(TEXT * 9)
-    source = data.documents.open_source(DataOptions(data=[str(tmp_path / path) for path in given]), 0)
-    names = sorted(os.path.relpath(file.path, tmp_path) for file in source.files)
-    assert names == found.split()
-
-
-def compress_zstd(text: bytes) -> bytes:
-    zstandard = pytest.importorskip("zstandard")
-    half = len(text) // 2
-    return b"".join(zstandard.compress(part) for part in (text[:half], text[half:]))  # two frames
-
-
-COMPRESSIONS = [("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress), ("zst", compress_zstd)]
-
-
-@pytest.mark.parametrize("suffix, compress", COMPRESSIONS, ids=[c[0] for c in COMPRESSIONS])
-def test_a_compressed_file_gives_the_rows_of_the_plain_one(tmp_path, suffix, compress):
-    plain, packed = write_text(tmp_path / "plain"), tmp_path / "packed"
-    for path in plain.rglob("*.txt"):
-        there = packed / path.relative_to(plain).with_name(f"{path.name}.{suffix}")
-        there.parent.mkdir(parents=True, exist_ok=True)
-        there.write_bytes(compress(path.read_bytes()))
-    rows = [[row["input_ids"].tolist() for row in data.rows_of(find(folder))[0]] for folder in (plain, packed)]
-    assert rows[0] == rows[1]
-    assert "about" in str(find(packed)) and "about" not in str(find(plain))
-
-
-@pytest.mark.skipif(
-    importlib.util.find_spec("zstandard") is not None or sys.version_info >= (3, 14), reason="zstd can be read"
-)
-def test_a_package_for_zstd_is_named_where_it_is_missing(tmp_path):
-    (tmp_path / "a.zst").write_bytes(b"")
-    with pytest.raises(ValueError, match="needs|pip install zstandard"):
-        find(tmp_path)
 
 
 # Datasets --------------------------------------------------------------------------------------------------------
@@ -226,13 +135,34 @@ def test_a_dataset_may_have_another_column_and_part_of_a_split(tmp_path):
     assert len(corpus.source.rows) == 30
 
 
-def test_rows_of_a_dataset_without_text_are_passed_over(tmp_path):
-    lines = [json.dumps({"text": text}) for text in [None, "", "  \n", *[TEXT * 4] * 20]]
+def test_rows_of_a_dataset_without_text_are_passed_over_and_said(tmp_path, caplog):
+    lines = [json.dumps({"text": text}) for text in [None, "", "  \n", *(f"{n:02} {TEXT}" for n in range(20))]]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     corpus = find(tmp_path / "a.jsonl", dataset="json", context=64)
     train, _ = data.rows_of(corpus)
     rows = np.stack([row["input_ids"] for row in train]).reshape(-1)
-    assert (rows == 1).sum() == rows.size // (len(TEXT) * 4 + 1)
+    assert (rows == 1).sum() == rows.size // (len(TEXT) + 4)
+    assert "left out: 3 without text (json, split train, row 0, ...)" in caplog.text
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["cut", "streamed"])
+def test_a_column_may_begin_with_gaps(tmp_path, stream):
+    rows = "".join(f'{n},"{n} {TEXT * 5}"\n' for n in range(30))
+    (tmp_path / "a.csv").write_text('id,text\n-2,\n-1,""\n' + rows)
+    corpus = find(tmp_path / "a.csv", dataset="csv", stream=stream)
+    assert len(next(iter(data.rows_of(corpus)[0]))["input_ids"]) == CONTEXT
+
+
+def test_a_dataset_that_lies_elsewhere_is_the_same_text(tmp_path):
+    corpora = []
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        corpora.append(find(write_json(tmp_path / name), dataset="json"))
+        data.rows_of(corpora[-1])
+    assert corpora[0].fingerprint == corpora[1].fingerprint
+    assert corpora[0].rows_fingerprint == corpora[1].rows_fingerprint
+    write_json(tmp_path / "b", documents=57)
+    assert find(str(tmp_path / "b" / "*.jsonl"), dataset="json").fingerprint != corpora[0].fingerprint
 
 
 # Places ----------------------------------------------------------------------------------------------------------
@@ -269,106 +199,6 @@ def test_a_row_is_found_again_in_its_dataset(tmp_path):
         assert told == text
 
 
-# The cache -------------------------------------------------------------------------------------------------------
-
-
-def cached() -> set[str]:
-    return {path.name for path in (Path(datasets.config.HF_DATASETS_CACHE) / "lighthouse").glob("*")}
-
-
-def test_the_same_text_is_cut_once(tmp_path):
-    data.rows_of(find(write_text(tmp_path)))
-    before = cached()
-    data.rows_of(find(tmp_path))
-    assert cached() == before and not any(name.endswith(".incomplete") for name in before)
-
-
-def touch(folder):
-    os.utime(folder / "deep" / "01.txt", ns=(1, 1))
-
-
-CHANGES = [
-    ("another_context", {"context": 64}, None),
-    ("another_seed", {"seed": 1}, None),
-    ("a_file_more", {}, lambda folder: (folder / "new.txt").write_text(TEXT * 9)),
-    ("a_file_changed", {}, lambda folder: write_text(folder, seed=1)),
-    ("a_file_written_again", {}, touch),
-]
-
-
-@pytest.mark.parametrize("options, change", [c[1:] for c in CHANGES], ids=[c[0] for c in CHANGES])
-def test_text_is_cut_again_after(tmp_path, options, change):
-    data.rows_of(find(write_text(tmp_path)))
-    before = cached()
-    if change is not None:
-        change(tmp_path)
-    data.rows_of(find(tmp_path, **options))
-    assert cached() > before
-
-
-def test_another_tokenizer_is_another_text(tmp_path):
-    write_text(tmp_path / "text")
-    corpora = [find(tmp_path / "text"), find(tmp_path / "text", tokenizer=load_tokenizer(save_bpe(tmp_path / "bpe")))]
-    assert corpora[0].fingerprint != corpora[1].fingerprint
-    assert len(data.rows_of(corpora[0])[0]) > len(data.rows_of(corpora[1])[0])
-
-
-def test_a_copy_of_the_files_is_the_same_text(tmp_path):
-    assert find(write_text(tmp_path / "a")).fingerprint == find(write_text(tmp_path / "b")).fingerprint
-    assert find(write_text(tmp_path / "b", seed=1)).fingerprint != find(tmp_path / "a").fingerprint
-
-
-CUT_SLOWLY = """
-import sys, time
-import datasets
-from lighthouse.training import data
-from lighthouse.training.options import DataOptions
-datasets.config.HF_DATASETS_CACHE = sys.argv[2]
-data.BATCH = data.BLOCK = 64
-tokens = data._tokens
-def slowly(*arguments, **keywords):
-    for count, found in enumerate(tokens(*arguments, **keywords)):
-        if count == 8 and "batch" not in keywords:
-            print("half", flush=True)
-            {then}
-        yield found
-data._tokens = slowly
-corpus = data.find_corpus(DataOptions(data=[sys.argv[1]], held_out=2), context=128, seed=0)
-data.rows_of(corpus)
-"""
-
-
-def cutting(folder, cache, then):
-    program = [sys.executable, "-c", CUT_SLOWLY.replace("{then}", then), str(folder), str(cache)]
-    return subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def test_a_cut_that_was_killed_is_begun_again(tmp_path, monkeypatch):
-    write_text(tmp_path / "text")
-    process = cutting(tmp_path / "text", tmp_path / "cache", "time.sleep(100)")
-    assert process.stdout.readline() == "half\n"
-    [half] = (tmp_path / "cache" / "lighthouse").glob("*.incomplete")
-    assert (half / data.ROWS).stat().st_size > 0
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    expected = [row["input_ids"].tolist() for row in data.rows_of(find(tmp_path / "text"))[0]]
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    train, _ = data.rows_of(find(tmp_path / "text"))
-    assert [row["input_ids"].tolist() for row in train] == expected
-    assert not half.exists()
-
-
-def test_a_disk_without_space_is_an_error_that_leaves_nothing(tmp_path):
-    """Here a limit on the size of a file does what a full disk would."""
-    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))"
-    process = cutting(write_text(tmp_path / "text"), tmp_path / "cache", limit)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert f"no space for the cut text in '{tmp_path}/cache/lighthouse', " in said
-    assert "set HF_DATASETS_CACHE to a folder with more, or use stream" in said
-    assert not list((tmp_path / "cache" / "lighthouse").glob("*.incomplete"))
-
-
 # What is refused -------------------------------------------------------------------------------------------------
 
 
@@ -380,12 +210,12 @@ def text(folder, name="a.txt", size=9999, content=None):
 REFUSED = [
     ("a_missing_folder", lambda f: find(f / "nowhere"), FileNotFoundError, "nowhere' does not exist"),
     ("a_pattern_without_files", lambda f: find(f / "*.txt"), FileNotFoundError, r"\*.txt' matches no file"),
-    ("an_empty_folder", find, ValueError, "holds no text: none of its 0 files"),
+    ("an_empty_folder", find, ValueError, "holds no text: there are no files"),
     (
         "no_text_in_it",
         lambda f: text(f, content=b"\0\xff") and find(f),
         ValueError,
-        "holds no text: none of its 1 files",
+        r"holds no text; left out: 1 not UTF-8 text \(.*a.txt\)",
     ),
     (
         "a_named_file_of_another_encoding",
@@ -420,7 +250,7 @@ REFUSED = [
     ),
     (
         "too_little_compressed_text",
-        lambda f: find(*(text(f, f"{n}.gz", content=gzip.compress(b"x" * 99)) for n in range(3))),
+        lambda f: find(*(text(f, f"{n}.gz", content=gzip.compress(b"x" * (99 + n))) for n in range(3))),
         ValueError,
         "no choice of its 3 files",
     ),
@@ -456,6 +286,68 @@ REFUSED = [
         lambda f: find(write_json(f), dataset="json", text_column="number"),
         ValueError,
         "text_column='number' of json, split train holds int64, and not text",
+    ),
+    (
+        "a_column_of_nothing",
+        lambda f: find(text(f, "a.jsonl", content=b'{"text": null, "body": "a"}\n' * 9), dataset="json"),
+        ValueError,
+        "text_column='text' of json, split train holds nothing in its first rows, .*; there is text, body",
+    ),
+    (
+        "a_column_that_turns_to_numbers",
+        lambda f: find(text(f, "a.csv", content=b"text\n" + b"a\n" * 10_000 + b"7\n" * 9), dataset="csv", stream=True),
+        ValueError,
+        "document 10,000 of the pass holds int, and not text: 7",
+    ),
+    (
+        "a_folder_for_a_format",
+        lambda f: find(f, dataset="json"),
+        ValueError,
+        r"is a folder, and dataset='json' takes files: name them, such as '.*\*.json', or read .* with --dataset",
+    ),
+    (
+        "an_option_of_datasets_for_files",
+        lambda f: find(text(f), text_column="body"),
+        ValueError,
+        "text_column='body' is for datasets: name one with dataset",
+    ),
+    (
+        "a_file_of_rows",
+        lambda f: find(text(f, "a.jsonl"), text(f)),
+        ValueError,
+        r"a.jsonl' is a file of rows \(.jsonl\), not a text: --dataset json --data '.*a.jsonl' reads a column of it",
+    ),
+    (
+        "a_compressed_file_of_rows",
+        lambda f: find(text(f, "a.csv.xz")),
+        ValueError,
+        "--dataset csv --data '.*a.csv.xz' reads",
+    ),
+    ("a_table_in_parquet", lambda f: find(text(f, "a.parquet")), ValueError, "--dataset parquet --data"),
+    ("a_table_with_tabs", lambda f: find(text(f, "a.tsv")), ValueError, "a.tsv' is a file of rows .*--dataset '/"),
+    (
+        "nothing_but_rows",
+        lambda f: text(f, "a.jsonl") and find(f),
+        ValueError,
+        r"holds no text; left out: 1 of rows, which --dataset json reads \(",
+    ),
+    (
+        "too_little_text_beside_what_is_left_out",
+        lambda f: text(f, size=99) and text(f, "b", content=b"caf\xe9") and find(f),
+        ValueError,
+        r"holds 100 tokens, .*; left out: 1 not UTF-8 text \(.*/b\)",
+    ),
+    (
+        "a_pipe",
+        lambda f: os.mkfifo(f / "pipe") or find(f / "pipe"),
+        ValueError,
+        "pipe' is no regular file: .*; save it as a file first",
+    ),
+    (
+        "a_link_to_nothing",
+        lambda f: (f / "link").symlink_to("nowhere") or find(f / "link"),
+        FileNotFoundError,
+        "link' is a link to nothing",
     ),
     (
         "an_unknown_configuration",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,13 @@ import pytest
 
 pytest.importorskip("transformers")
 
+from tokenizers import normalizers  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402
 
-from lighthouse.training.tokenizer import Encoder, load_tokenizer  # noqa: E402
-from training_tokenizers import END, save_bpe, save_whole_words  # noqa: E402
+from lighthouse.training import data  # noqa: E402
+from lighthouse.training.options import DataOptions  # noqa: E402
+from lighthouse.training.tokenizer import Encoder, _check_text_stays_text, load_tokenizer  # noqa: E402
+from training_tokenizers import END, save_bpe, save_letters, save_whole_words  # noqa: E402
 
 TEXTS = [
     ("words", "the light of a house on the rock\n"),
@@ -64,6 +68,83 @@ def test_the_identity_is_the_tokens_and_not_the_folder(tmp_path):
     file = tmp_path / "b" / "tokenizer.json"
     file.write_text(file.read_text().replace('"add_prefix_space": false', '"add_prefix_space": true'))
     assert Encoder(AutoTokenizer.from_pretrained(tmp_path / "b")).identity != one.identity
+
+
+def test_ids_with_holes_fit_into_their_type(tmp_path):
+    """Fewer than 65,536 tokens, and an id beyond."""
+    encoder = Encoder(load_tokenizer(save_letters(tmp_path, th=70_000)))
+    assert len(encoder.tokenizer) < 2**16 and encoder.ids == 70_001 and encoder.dtype == np.int32
+    [ids] = encoder([b"the sea"])
+    assert ids[0] == 70_000 and encoder.tokenizer.decode(ids.tolist()) == "the sea"
+
+
+class Stand:
+    """A tokenizer written in Python that gives the ids it was made with."""
+
+    name_or_path, is_fast, eos_token_id, unk_token_id = "stand", False, 1, None
+
+    def __init__(self, *ids):
+        self.ids = list(ids)
+
+    def __len__(self):
+        return 9
+
+    def get_vocab(self):
+        return {str(number): number for number in range(9)}
+
+    def save_pretrained(self, folder):
+        Path(folder, "vocab.txt").write_text("")
+
+    def __call__(self, texts, **options):
+        return {"input_ids": [self.ids] * len(texts)}
+
+
+NO_IDS = [
+    ("none", [3, None], "'stand' has no id for some text"),
+    ("negative", [3, -1], "'stand' gives the id -1, and its vocabulary has 0 to 8"),
+    ("beyond_the_vocabulary", [9], "'stand' gives the id 9, and its vocabulary has 0 to 8"),
+]
+
+
+@pytest.mark.parametrize("ids, message", [n[1:] for n in NO_IDS], ids=[n[0] for n in NO_IDS])
+def test_what_is_no_id_is_refused(ids, message):
+    with pytest.raises(ValueError, match=message):
+        Encoder(Stand(*ids))
+    good = Encoder(Stand(3, 4))
+    good.tokenizer.ids = ids
+    with pytest.raises(ValueError, match=message):  # in a text, late
+        good([b"text"])
+
+
+def test_one_that_adds_marks_by_itself_is_refused():
+    adds = Stand(1, 3)
+    adds.all_special_ids, adds.all_special_tokens = [1], ["</s>"]
+    with pytest.raises(ValueError, match="tokenizer='stand' adds '</s>' to a text by itself"):
+        _check_text_stays_text("stand", Encoder(adds))
+
+
+def test_the_identity_is_all_that_a_tokenizer_saves_and_gives():
+    one, same, other_ids, other_file = Stand(3), Stand(3), Stand(4), Stand(3)
+    other_file.save_pretrained = lambda folder: Path(folder, "merges.txt").write_text("t h")
+    assert Encoder(one).identity == Encoder(same).identity
+    assert len({Encoder(stand).identity for stand in (one, other_ids, other_file)}) == 3
+
+
+def test_a_tokenizer_that_changes_text_is_said_to(tmp_path, encoder):
+    assert encoder.loses == ""
+    lowers = load_tokenizer(save_letters(tmp_path, normalizer=normalizers.Lowercase()))
+    assert "'The light of" in Encoder(lowers).loses and "comes back as 'the light of" in Encoder(lowers).loses
+
+
+def test_many_unknown_tokens_are_said(tmp_path):
+    tokenizer = load_tokenizer(
+        save_letters(tmp_path / "tokenizer", letters="aehilTtfousncrkbydwv;.1234 ", unk_token="<unk>")
+    )
+    for number in range(9):
+        (tmp_path / str(number)).write_text(f"{number} " + "the sea by night, and a ship\n" * 50)
+    options = DataOptions(data=[str(tmp_path / str(number)) for number in range(9)], held_out=2)
+    said = str(data.find_corpus(options, context=128, seed=0, tokenizer=tokenizer))
+    assert re.search(r"\nNote: \d+\.\d% of the held-out tokens are the unknown one, '<unk>'\.", said)
 
 
 def without_end_mark(folder: Path) -> str:

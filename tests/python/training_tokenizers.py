@@ -36,6 +36,21 @@ def save_whole_words(folder: Path) -> str:
     return _save(tokenizer, folder, eos_token="</s>", unk_token="[UNK]")
 
 
+def save_letters(folder: Path, letters: str = "", unk_token: str | None = None, normalizer=None, th: int = 257) -> str:
+    """Its tokens are bytes, or some letters, and "th", whose id may be given."""
+    alphabet = sorted([*letters.replace(" ", "\u0120")] if letters else pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {
+        letter: number for number, letter in enumerate([*alphabet, "<eos>", *([unk_token] if unk_token else [])])
+    }
+    model = models.BPE(vocab=vocabulary | {"th": th}, merges=[("t", "h")], unk_token=unk_token)
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    return _save(tokenizer, folder, eos_token="<eos>", unk_token=unk_token)
+
+
 def _save(tokenizer: Tokenizer, folder: Path, **names) -> str:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
     return str(folder)

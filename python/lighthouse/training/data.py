@@ -1,55 +1,35 @@
-"""Text to rows of token ids, each one context long: what is held out, how the rest is cut, and where a row came from.
+"""Text to rows of token ids, each one context long: what there is of it, and where a row came from.
 
-Documents are tokenised without special tokens, joined with an end mark behind each, and cut. Rows are cut once, into a
-memory-mapped file of `datasets`' cache, or, where the text is streamed, while training. The trap: everything that
-changes rows must be in the cache's key, `_key`.
+Documents are tokenised without special tokens, joined with an end mark after each, and cut. Rows are cut before
+training (`cutting`), or, where the text is streamed, while training. Where text comes from: `files` and `tables`; what
+is held out: `held_out`.
 """
 
 from __future__ import annotations
 
-import errno
-import hashlib
-import json
 import logging
 import os
-import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import datasets
 import numpy as np
-import pyarrow as pa
 import torch
-from filelock import FileLock
-from tqdm.auto import tqdm
 
-from lighthouse.training import documents
-from lighthouse.training.documents import NotText, standard_library  # noqa: F401
-from lighthouse.training.tokenizer import Encoder, load_tokenizer  # noqa: F401
+from lighthouse.training import cutting
+from lighthouse.training.cutting import first_process, hash_of
+from lighthouse.training.documents import LeftOut, shown
+from lighthouse.training.files import open_files
+from lighthouse.training.held_out import HeldOut, hold_out
+from lighthouse.training.tables import open_dataset
+from lighthouse.training.tokenizer import Encoder, load_tokenizer, tokens_of
 
-# Part of the cache's key: raise it when the same text is to give other rows.
-ROWS_VERSION = 2
-
-MOST_HELD_OUT = 0.1
-BATCH = 2**22  # bytes tokenised at a time
-BLOCK = 2**21  # tokens written at a time, or a row
 SHUFFLED = 2**23  # tokens among which a streamed row is drawn, or 16 rows
+MANY_UNKNOWN = 0.001  # share of the tokens
 
-ROWS, ENDS, ABOUT = "rows.arrow", "ends.i64", "about.json"
+OF_DATASETS = {"dataset_config": None, "dataset_split": "train", "text_column": "text"}  # options and their defaults
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """Documents that are not trained on, and the rows cut from them."""
-
-    documents: frozenset  # what the source names them by
-    rows: np.ndarray  # [rows, context]
-    tokens_per_byte: float
 
 
 class Corpus:
@@ -63,15 +43,30 @@ class Corpus:
         self.most_held_out = held_out
         self.encoder = encoder
         self._ends = None
+        self._cut = None  # what `cutting` noted of the rows
 
     @cached_property
     def held_out(self) -> HeldOut:
-        return _hold_out(self)
+        return hold_out(self)
+
+    @property
+    def name(self) -> str:
+        """As an error names it."""
+        option = "data" if self.source.kind == "files" else "dataset"
+        return f"{option}={self.source.title!r}"
 
     @property
     def fingerprint(self) -> str:
-        parts = [self.source.fingerprint, self.seed, self.most_held_out, self.encoder.identity]
-        return _hash(parts)
+        """Known before the text is cut: of files of another size, or another text in the parts that are looked at."""
+        parts = [cutting.ROWS_VERSION, self.source.fingerprint, self.seed, self.most_held_out, self.encoder.identity]
+        return hash_of(parts)
+
+    @property
+    def rows_fingerprint(self) -> str | None:
+        """Of the ids of all rows, in order. None before `rows_of`; of a stream, of the held-out rows alone."""
+        if self._cut is None and not self.streamed:
+            return None
+        return hash_of([self._cut and self._cut["digest"], self.held_out.rows.tobytes()])
 
     @property
     def train_tokens(self) -> int:
@@ -82,8 +77,30 @@ class Corpus:
         return int(sum(file.bytes for file in train) * self.held_out.tokens_per_byte) + len(train)
 
     @property
+    def left_out(self) -> LeftOut:
+        """What is not used of the text, as far as it was read."""
+        return self.source.left_out + self.source.passed_over
+
+    @property
+    def but_for(self) -> str:
+        """For the end of an error's sentence."""
+        return f"; {self.left_out}" if self.left_out else ""
+
+    @property
+    def too_little(self) -> str:
+        return f"{self.name} holds less than a context of {self.context:,} tokens beside what is held out{self.but_for}"
+
+    @property
     def _exact(self) -> bool:
         return self.encoder.is_bytes and self.source.exact
+
+    def check_enough(self, total: int, about: str = "") -> None:
+        """Raises `ValueError` if `total` tokens are too few for a row to train on and one held out."""
+        if total < 2 * self.context:
+            raise ValueError(
+                f"{self.name} holds {about}{total:,} tokens, and {2 * self.context:,} are needed: one context of "
+                f"{self.context:,} to train on and one held out{self.but_for}"
+            )
 
     def describe(self, place: Iterable[int]) -> str:
         """Which documents a training row holds; `place` is what the batch says of the row.
@@ -106,30 +123,59 @@ class Corpus:
         more = [f"and {len(parts) - 5:,} documents more"] if len(parts) > 5 else []
         return f"row {row:,}: " + "; ".join(parts[:5] + more)
 
+    def passes(self, tokens: int) -> str:
+        """What `rows_of` made of the text, and how often a run of `tokens` goes over it; empty where nobody knows."""
+        if self.streamed:
+            if self.source.kind != "files":
+                return ""
+            return f"The run reads {tokens / self.train_tokens:.3g} times the text to train on, about."
+        rows, rest = self._cut["rows"], self._cut["tokens"] - self._cut["rows"] * self.context
+        said = f"The run reads {tokens / (rows * self.context):.3g} times the {rows:,} rows to train on"
+        said += f"; {rest:,} tokens at their end fill no row." if rest else "."
+        return f"{said} {self._held_out_said.capitalize()}." if self.source.kind == "dataset" else said
+
+    @property
+    def _held_out_said(self) -> str:
+        held, what = self.held_out, "file" if self.source.kind == "files" else "document"
+        documents, rows = len(held.documents), len(held.rows)
+        asked = f" ({self.most_held_out} were asked for: a tenth of the text at most is held out)"
+        return (
+            f"{documents:,} {what}{'s' if documents > 1 else ''} held out, {rows} x {self.context:,} tokens of them "
+            f"evaluated{asked if rows < self.most_held_out else ''}"
+        )
+
     def __str__(self) -> str:
-        source, evaluated = self.source, f"{self.context:,} tokens of them evaluated"
+        source = self.source
         if source.kind == "dataset":
             return (
-                f"{source.title}, column {source.column!r}: loaded and cut before training; "
-                f"documents held out, up to {self.most_held_out} x {evaluated}"
-            )
-        held = self.held_out
-        apart = f"{len(held.documents):,} {{}} held out, {len(held.rows)} x {evaluated}"
+                f"{source.title}, column {source.column!r}: loaded and cut before training; documents held out, up to "
+                f"{self.most_held_out} x {self.context:,} tokens of them evaluated"
+            ) + self._notes
         if source.kind == "stream":
-            return f"{source.title}, column {source.column!r}: streamed, its first {apart.format('documents')}"
+            said = f"{source.title}, column {source.column!r}: streamed, its first {self._held_out_said}"
+            return said + self._notes
         about = "" if self._exact else "about "
+        files = len(source) - len(self.held_out.documents)
         return (
-            f"{source.title}: {len(source) - len(held.documents):,} files of {about}{self.train_tokens:,} tokens to "
-            f"train on{', streamed' if self.streamed else ''}, {apart.format('files')}"
-            + (f"; {_left_out(source.left_out)}" if source.left_out else "")
-        )
+            f"{shown(source.title)}: {files:,} files of {about}{self.train_tokens:,} tokens to train on"
+            f"{', streamed' if self.streamed else ''}, {self._held_out_said}{self.but_for}"
+        ) + self._notes
+
+    @property
+    def _notes(self) -> str:
+        """Lines about what a tokenizer does not keep of a text."""
+        notes = [self.encoder.loses]
+        if self.source.kind != "dataset" and self.held_out.unknown > MANY_UNKNOWN:
+            token = self.encoder.tokenizer.unk_token
+            notes.append(f"Note: {self.held_out.unknown:.1%} of the held-out tokens are the unknown one, {token!r}.")
+        return "".join(f"\n{note}" for note in notes if note)
 
 
 def find_corpus(options, *, context: int, seed: int, tokenizer=None) -> Corpus:
     """Finds the text, checks as much of it as is cheap, and holds documents out.
 
-    Reads the first 64 KiB of each file, or a dataset's first row, and what is held out. A dataset that is not streamed
-    is neither loaded nor held out yet: `rows_of` does that.
+    Reads the first 64 KiB of each file and a few blocks of the rest, or a dataset's first row with text, and what is
+    held out. A dataset that is not streamed is neither loaded nor held out yet: `rows_of` does that.
 
     Args:
         options: `data`, `dataset`, `dataset_config`, `dataset_split`, `text_column`, `stream` and `held_out`, as
@@ -139,22 +185,37 @@ def find_corpus(options, *, context: int, seed: int, tokenizer=None) -> Corpus:
         seed: decides which documents are held out and the order of files; equal seeds and text, equal rows.
         tokenizer: as `load_tokenizer` returns it; bytes by default.
 
-    Documents are held out until they hold `held_out` rows, up to a tenth of the text, or of a dataset's documents; of
-    a stream its first.
+    Documents are held out until they hold `held_out` rows, or one row and a tenth of the text, or of a dataset's
+    documents; of a stream its first. Of documents whose text is the same, white space apart, one is used.
 
     Raises:
-        FileNotFoundError, OSError, ValueError: no such text, none in it, too little, too few documents to hold one out.
+        FileNotFoundError: a path that does not exist, a pattern that matches no file, a dataset that is not there.
+        OSError: a dataset that cannot be reached, a file or folder that may not be read.
+        ValueError: no text, or too little; too few documents to hold one out; files of rows among texts; an unknown
+            split or column, or a dataset that cannot be read.
     """
-    source = documents.open_source(options, seed)
+    source = open_source(options, seed)
     encoder = Encoder(tokenizer or load_tokenizer(None))
     corpus = Corpus(
         source, streamed=options.stream, context=context, seed=seed, held_out=options.held_out, encoder=encoder
     )
     if source.kind == "files" and corpus._exact:
-        _check_enough(corpus, sum(file.size + 1 for file in source.files))
+        corpus.check_enough(sum(file.size + 1 for file in source.files))
     if source.kind != "dataset":
         corpus.held_out  # noqa: B018  so that too little text is an error now
     return corpus
+
+
+def open_source(options, seed: int):
+    """The files or the dataset that `options` ask for, as `find_corpus` has them: `Files`, `Table` or `Stream`."""
+    if options.dataset is not None:
+        return open_dataset(options, seed)
+    for name, default in OF_DATASETS.items():
+        if getattr(options, name) != default:
+            raise ValueError(
+                f"{name}={getattr(options, name)!r} is for datasets: name one with dataset, or leave it out"
+            )
+    return open_files(options.data, seed)
 
 
 def rows_of(corpus: Corpus) -> tuple[datasets.Dataset | StreamedRows, datasets.Dataset]:
@@ -164,16 +225,17 @@ def rows_of(corpus: Corpus) -> tuple[datasets.Dataset | StreamedRows, datasets.D
     Rows are cut by the first process that asks and found in the cache by the others.
 
     Raises:
-        ValueError: a file that the user named is no text, or there is too little text.
+        ValueError: a file that the user named is no text, text changed meanwhile, or there is too little.
         OSError: no space is left for the cache, or the dataset cannot be loaded.
     """
-    features = datasets.Features({"input_ids": datasets.Sequence(_value(corpus), length=corpus.context)})
+    value = datasets.Value(str(corpus.encoder.dtype))
+    features = datasets.Features({"input_ids": datasets.Sequence(value, length=corpus.context)})
     held_out = datasets.Dataset.from_dict({"input_ids": corpus.held_out.rows}, features=features).with_format("numpy")
     if corpus.streamed:
         return StreamedRows(corpus), held_out
-    folder = _cut_once(corpus)
-    rows = datasets.Dataset.from_file(str(folder / ROWS)).with_format("numpy")
-    corpus._ends = np.memmap(folder / ENDS, dtype=np.int64, mode="r")
+    folder, corpus._cut = cutting.cut_once(corpus)
+    rows = datasets.Dataset.from_file(str(folder / cutting.ROWS)).with_format("numpy")
+    corpus._ends = np.memmap(folder / cutting.ENDS, dtype=np.int64, mode="r")
     return rows, held_out
 
 
@@ -192,9 +254,9 @@ def collate(rows: list[dict]) -> dict:
 class StreamedRows(torch.utils.data.IterableDataset):
     """Rows cut while training, without end, in an order that depends on the seed alone.
 
-    In each pass over the text each row comes once. Rows are drawn from a buffer of 8 Mi tokens, or 16 rows. Row k is
-    the same in every iteration, so a resumed run that skips as many rows goes on where it was; it reads the text again
-    up to there.
+    In each pass over the text each row comes once; what is left at its end and fills no row is not used. Rows are drawn
+    from a buffer of 8 Mi tokens, or 16 rows. Row k is the same in every iteration, so a resumed run that skips as many
+    rows goes on where it was; it reads the text again up to there.
     """
 
     def __init__(self, corpus: Corpus):
@@ -214,6 +276,10 @@ class StreamedRows(torch.utils.data.IterableDataset):
         while True:
             yield from self._shuffled(round)
             round += 1
+            if first_process():
+                passed_over = self.corpus.source.passed_over
+                said = f"; {passed_over}" if passed_over and round == 1 else ""
+                log.warning("The streamed text was read to its end, and pass %d begins%s.", round + 1, said)
 
     def _shuffled(self, round: int) -> Iterator[dict]:
         chance = np.random.default_rng([self.corpus.seed, round, 1])
@@ -226,7 +292,7 @@ class StreamedRows(torch.utils.data.IterableDataset):
             yield buffer[drawn]
             buffer[drawn] = row
         if not buffer:
-            raise ValueError(_too_little(self.corpus))
+            raise ValueError(self.corpus.too_little)
         chance.shuffle(buffer)
         yield from buffer
 
@@ -235,7 +301,7 @@ class StreamedRows(torch.utils.data.IterableDataset):
         text = corpus.source.training(corpus.held_out.documents, round)
         row, filled, place = 0, 0, None
         ids = np.empty(corpus.context, corpus.encoder.dtype)
-        for number, offset, found in _tokens(text, corpus.encoder):
+        for number, offset, found in tokens_of(text, corpus.encoder):
             at = 0
             while at < len(found):
                 if filled == 0:
@@ -246,229 +312,3 @@ class StreamedRows(torch.utils.data.IterableDataset):
                 if filled == corpus.context:
                     yield {"input_ids": ids.copy(), "place": place}
                     row, filled = row + 1, 0
-
-
-def _tokens(text: documents.Documents, encoder: Encoder, batch: int = BATCH) -> Iterator[tuple[int, int, np.ndarray]]:
-    """Of the documents in turn: number, tokens of the document before these, ids. The last of a document is its end."""
-    waiting, size = [], 0  # (number, piece), None behind the last piece
-    end = np.array([encoder.end], dtype=encoder.dtype)
-    position = 0
-
-    def encoded():
-        nonlocal position
-        ids_of = iter(encoder([piece for _, piece in waiting if piece is not None]))
-        for number, piece in waiting:
-            ids = end if piece is None else next(ids_of)
-            yield number, position, ids
-            position = 0 if piece is None else position + len(ids)
-        waiting.clear()
-
-    for number, pieces in text:
-        some = False
-        for piece in pieces:
-            some = True
-            waiting.append((number, piece))
-            size += len(piece)
-            if size >= batch:
-                yield from encoded()
-                size = 0
-        if some:
-            waiting.append((number, None))
-    yield from encoded()
-
-
-def _hold_out(corpus: Corpus) -> HeldOut:
-    source, context, encoder = corpus.source, corpus.context, corpus.encoder
-    wanted = corpus.most_held_out * context
-    if source.kind == "stream":
-        candidates, total = ((key, 0, pieces) for key, pieces in source.first()), 1
-    else:
-        total = sum(file.bytes for file in source.files) if source.kind == "files" else len(source)
-        candidates = ((number, size, None) for number, size in source.sizes())
-    chosen, found, tokens, spent, read = set(), [], 0, 0, 0
-
-    def counted(pieces):
-        nonlocal read
-        for piece in pieces:
-            read += len(piece)
-            yield piece
-
-    for key, size, pieces in candidates:
-        if tokens >= wanted or (tokens >= context and spent >= total * MOST_HELD_OUT):
-            break
-        if spent + size > total / 2:
-            continue
-        here, length = [], 0
-        try:
-            pieces = source.one(key) if pieces is None else pieces
-            for _, _, ids in _tokens([(key, counted(pieces))], encoder, batch=1):
-                here.append(ids)
-                length += len(ids)
-                if tokens + length >= wanted:
-                    break
-        except NotText:
-            if source.files[key].named:
-                raise
-            continue
-        if length > 0:
-            chosen.add(key)
-            found += here
-            tokens, spent = tokens + length, spent + size
-    else:
-        if source.kind == "stream":
-            raise ValueError(
-                f"{_what(corpus)} ends before {corpus.most_held_out} x {context:,} tokens are held out, with nothing "
-                "left to train on: leave out stream, or lower held_out"
-            )
-    if tokens < context:
-        if source.kind == "files" and read > 0:
-            _check_enough(corpus, int(total * tokens / read), "about ")
-        raise ValueError(_nothing_to_hold_out(corpus, tokens))
-    rows = np.concatenate(found)[: tokens // context * context].reshape(-1, context)
-    return HeldOut(frozenset(chosen), rows[: corpus.most_held_out], tokens / read)
-
-
-def _cut_once(corpus: Corpus) -> Path:
-    """The folder with the rows, their documents' ends, and what was left out; made whole or not at all."""
-    key = [ROWS_VERSION, corpus.context, corpus.encoder.identity, corpus.source.key, sorted(corpus.held_out.documents)]
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "lighthouse" / _hash(key)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    made = folder.with_suffix(".incomplete")
-    with FileLock(folder.with_suffix(".lock")):
-        if not folder.exists():
-            shutil.rmtree(made, ignore_errors=True)  # of a process that was killed
-            made.mkdir()
-            try:
-                _cut(corpus, made)
-                made.rename(folder)
-            except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                    raise
-                written = sum(file.stat().st_size for file in made.iterdir())
-                raise OSError(
-                    error.errno,
-                    f"no space for the cut text in {str(folder.parent)!r}, {written / 1e9:.3g} GB were written "
-                    f"({error.strerror}): set HF_DATASETS_CACHE to a folder with more, or use stream",
-                ) from error
-            finally:
-                shutil.rmtree(made, ignore_errors=True)
-    about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-    if about["left_out"]:
-        new = [path for path in about["left_out"] if path not in corpus.source.left_out]
-        corpus.source.left_out += new
-        if not (torch.distributed.is_initialized() and torch.distributed.get_rank() > 0):
-            log.warning("Not all of the text could be used: %s.", _left_out(about["left_out"]))
-    return folder
-
-
-def _cut(corpus: Corpus, folder: Path) -> None:
-    source, context, encoder = corpus.source, corpus.context, corpus.encoder
-    known = set(source.left_out)
-    width = pa.list_(pa.from_numpy_dtype(encoder.dtype), context)
-    schema = pa.schema({"input_ids": width, "place": pa.list_(pa.int64(), 1)})
-    text = source.training(corpus.held_out.documents)
-    waiting, tokens, rows, total, documents_done = [], 0, 0, 0, 0
-    with (
-        open(folder / ROWS, "wb") as file,
-        pa.ipc.new_stream(file, schema) as writer,
-        open(folder / ENDS, "wb") as ends,
-        _progress(source, corpus) as bar,
-    ):
-
-        def write(block):
-            nonlocal rows
-            numbers = pa.array(np.arange(rows, rows + len(block) // context))
-            columns = [pa.FixedSizeListArray.from_arrays(pa.array(block), type=width)]
-            columns += [pa.FixedSizeListArray.from_arrays(numbers, type=schema.field("place").type)]
-            writer.write_batch(pa.record_batch(columns, schema=schema))
-            rows += len(numbers)
-
-        def end_documents(until):
-            """Documents before `until` end here; those that were left out or held out are empty."""
-            nonlocal documents_done
-            ends.write(np.full(until - documents_done, total, np.int64).tobytes())
-            documents_done = until
-
-        for number, offset, ids in _tokens(bar(text), encoder):
-            if offset == 0:
-                end_documents(number)
-            waiting.append(ids)
-            tokens += len(ids)
-            total += len(ids)
-            if tokens >= max(BLOCK, context):
-                joined = np.concatenate(waiting)
-                whole = tokens // context * context
-                write(joined[:whole])
-                waiting, tokens = [joined[whole:]], tokens - whole
-        end_documents(len(source))
-        if tokens >= context:
-            write(np.concatenate(waiting)[: tokens // context * context])
-    if rows == 0:
-        raise ValueError(_too_little(corpus))
-    left_out = [path for path in source.left_out if path not in known]
-    (folder / ABOUT).write_text(json.dumps({"rows": rows, "tokens": total, "left_out": left_out}), encoding="utf-8")
-
-
-@contextmanager
-def _progress(source, corpus: Corpus):
-    """Yields a function that passes documents on and shows how far they are, when it takes more than two seconds."""
-    files = source.kind == "files"
-    total = sum(file.bytes for file in source.files) if files else len(source)
-    unit = {"unit": "B", "unit_scale": True, "unit_divisor": 1000} if files else {"unit": " documents"}
-    with tqdm(total=total, desc="cutting the text", delay=2, **unit) as bar:
-
-        def counted(pieces):
-            for piece in pieces:
-                bar.update(len(piece))
-                yield piece
-
-        def watch(text):
-            for number, pieces in text:
-                if not files:
-                    bar.update()
-                yield number, counted(pieces) if files else pieces
-
-        yield watch
-
-
-def _value(corpus: Corpus) -> datasets.Value:
-    return datasets.Value(str(corpus.encoder.dtype))
-
-
-def _left_out(paths: list[str]) -> str:
-    more = ", ..." if len(paths) > 3 else ""
-    return f"{len(paths):,} files without UTF-8 text left out: {', '.join(paths[:3])}{more}"
-
-
-def _check_enough(corpus: Corpus, total: int, about: str = "") -> None:
-    if total < 2 * corpus.context:
-        raise ValueError(
-            f"{_what(corpus)} holds {about}{total:,} tokens, and {2 * corpus.context:,} are needed: one context of "
-            f"{corpus.context:,} to train on and one held out"
-        )
-
-
-def _too_little(corpus: Corpus) -> str:
-    return f"{_what(corpus)} holds less than a context of {corpus.context:,} tokens beside what is held out"
-
-
-def _nothing_to_hold_out(corpus: Corpus, tokens: int) -> str:
-    if corpus.source.kind == "files":
-        largest = max(file.bytes for file in corpus.source.files)
-        return (
-            f"{_what(corpus)}: whole files are held out, and no choice of its {len(corpus.source)} files leaves a "
-            f"context of {corpus.context:,} tokens held out and half of the text to train on: split the largest, "
-            f"of {largest:,} bytes"
-        )
-    return (
-        f"{_what(corpus)}: whole documents are held out, and those that may be, half of a dataset, hold {tokens:,} "
-        f"tokens, less than a context of {corpus.context:,}"
-    )
-
-
-def _what(corpus: Corpus) -> str:
-    return f"data={corpus.source.title!r}" if corpus.source.kind == "files" else f"dataset={corpus.source.title!r}"
-
-
-def _hash(parts) -> str:
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
