@@ -13,16 +13,18 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import median
 
 import torch
 
 import lighthouse
 from lighthouse.attention import attention
 from lighthouse.devices import check_device, check_on_cuda
-from lighthouse.measure import alternating_seconds, check, leaves, peak_bytes, synchronize
+from lighthouse.measure import check, leaves, peak_bytes, spread, synchronize, timings
 from lighthouse.plan import plan
+from lighthouse.rates import keep_check, rates_of
 from lighthouse.settings import POOL_RATIOS, SELECT_TOPK
-from lighthouse.speed import Layer, dense_attention, device_name, estimate, rates_of
+from lighthouse.speed import Layer, dense_attention, device_name, estimate
 
 # By device: lengths that two CPU cores are through with in a minute, and those of a GPU.
 TOKENS = {
@@ -44,7 +46,7 @@ class Bench:
     """What is measured, and what was found so far.
 
     Args:
-        budget: seconds for the calls of one length, about; a call that takes half of it is timed once.
+        budget: seconds for the calls of one length, about; on a CPU a call that takes half of it is timed once.
         say: is told what is being done.
     """
 
@@ -111,7 +113,10 @@ class Bench:
         return next((row for row in self.results["rows"] if row["tokens"] == tokens), None)
 
     def measure(self, tokens: int) -> dict:
-        """One length: seconds, peak bytes, the speed-up and what the plan estimates for it. Added to the results."""
+        """One length: seconds, peak bytes, the speed-up and what the plan estimates for it. Added to the results.
+
+        `plan` holds its estimates against the speed-up from then on.
+        """
         made = plan(tokens, pool_ratios=self.pool_ratios, select_topk=self.select_topk)
         rates = rates_of(self.layer, self.device, again=self.again, say=self.say)
         self.again = False
@@ -132,19 +137,23 @@ class Bench:
         row = {"tokens": tokens, "length": made.length, "kept_share": made.kept_share}
         repeats = REPEATS[torch.device(self.device).type]
         calls = [both(function) for function in sides.values()]
-        seconds = alternating_seconds(calls, self.device, repeats=repeats, budget=self.budget)
-        for (name, function), found in zip(sides.items(), seconds, strict=True):
-            row[f"{name}_seconds"] = found
+        times = timings(calls, self.device, repeats=repeats, budget=self.budget)
+        for (name, function), found in zip(sides.items(), times, strict=True):
+            row[f"{name}_seconds"] = median(found)
+            row[f"{name}_calls"], row[f"{name}_spread"] = len(found), spread(found)
             self.say(f"{tokens:,} tokens: memory, {name}")
             row[f"{name}_peak_bytes"] = peak_bytes(used(function), self.device)
         row["speedup"] = row["dense_seconds"] / row["lighthouse_seconds"]
         row["estimate"] = estimate(made, layer, rates).speedup
         row["error"] = row["estimate"] / row["speedup"] - 1
+        settings = {"pool_ratios": self.pool_ratios, "select_topk": self.select_topk}
+        keep_check(layer, self.device, tokens, row["speedup"], **settings, say=self.say)
         self.results["rows"] = sorted([*self.results["rows"], row], key=lambda row: row["tokens"])
         return row
 
-    def has_step(self, model: str, context: int) -> dict | None:
-        return next((row for row in self.results["train"] if (row["model"], row["context"]) == (model, context)), None)
+    def has_step(self, model: str, context: int, dense_layers: int) -> dict | None:
+        asked = {"model": model, "context": context, "dense_layers": dense_layers}
+        return next((row for row in self.results["train"] if asked.items() <= row.items()), None)
 
     def measure_step(self, model: str, context: int, *, dense_layers: int | None = None) -> dict:
         """A training step of a model of `lighthouse pretrain`: tokens per second and peak bytes, dense and Lighthouse.
@@ -194,7 +203,8 @@ class Bench:
                 times.append(time.perf_counter() - start)
                 if sum(times) > self.budget:
                     break
-            row[f"{name}_tokens_per_second"] = context / sorted(times)[len(times) // 2]
+            row[f"{name}_tokens_per_second"] = context / median(times)
+            row[f"{name}_calls"], row[f"{name}_spread"] = len(times), spread(times)
             row[f"{name}_peak_bytes"] = peak_bytes(step, self.device)
         row["speedup"] = row["lighthouse_tokens_per_second"] / row["dense_tokens_per_second"]
         self.results["train"].append(row)

@@ -37,10 +37,10 @@ def synchronize(device: torch.device | str) -> None:
 def median_seconds(
     run: Callable, device: torch.device | str, *, repeats: int, budget: float, pick: Callable = statistics.median
 ) -> float:
-    """Median of up to `repeats` timed calls after a warm-up; the first call alone where it takes half the budget.
+    """Median of up to `repeats` timed calls after one that is not timed, in about `budget` seconds.
 
     On a GPU calls are queued one behind the other, as in training: what the CPU needs to launch them counts only where
-    the GPU waits for it. `budget` is in seconds; `pick=min` is for what the device can do, whoever else uses it.
+    the GPU waits for it. `pick=min` is for what the device can do, whoever else uses it.
     """
     return alternating_seconds([run], device, repeats=repeats, budget=budget, pick=pick)[0]
 
@@ -53,19 +53,21 @@ def alternating_seconds(
     budget: float,
     pick: Callable = statistics.median,
 ) -> list[float]:
-    """The same of several calls made in turn, for differences between them: clocks change with heat and with time.
+    """The same of several calls made in turn, for differences between them: clocks change with heat and with time."""
+    return [pick(each) for each in timings(runs, device, repeats=repeats, budget=budget)]
 
-    Where a round takes half the budget, each call is timed by itself: the slow one once, the others still by medians.
+
+def timings(runs: Sequence[Callable], device: torch.device | str, *, repeats: int, budget: float) -> list[list[float]]:
+    """Seconds of each timed call, by run; at least one, and never one that sets up what later calls find set up.
+
+    Where a round takes half the budget, each call is timed by itself in its part of the budget. Only where a first call
+    on a CPU takes longer than that part it is the one that counts: what it sets up is little of so long a time, while
+    on a GPU kernels may have been loaded or compiled in it for seconds.
     """
     first = [_seconds(run, device) for run in runs]
     if sum(first) > budget / 2:
-        if len(runs) == 1:
-            return first
-        limits = {"repeats": repeats, "budget": budget / 2, "pick": pick}
-        return [
-            seconds if seconds > budget / 4 else median_seconds(run, device, **limits)
-            for run, seconds in zip(runs, first, strict=True)
-        ]
+        limits = {"repeats": repeats, "budget": budget / len(runs)}
+        return [_by_itself(run, seconds, device, **limits) for run, seconds in zip(runs, first, strict=True)]
     if torch.device(device).type == "cuda":
         times = _event_seconds(runs, max(1, min(repeats, int(budget / sum(first)))))
     else:
@@ -73,7 +75,25 @@ def alternating_seconds(
         start = time.perf_counter()
         while len(times) < repeats and time.perf_counter() - start < budget:
             times.append([_seconds(run, device) for run in runs])
-    return [pick(each) for each in zip(*times, strict=True)]
+    return [list(each) for each in zip(*times, strict=True)]
+
+
+def _by_itself(run: Callable, first: float, device: torch.device | str, *, repeats: int, budget: float) -> list[float]:
+    on_gpu = torch.device(device).type == "cuda"
+    if first > budget and not on_gpu:
+        return [first]
+    times = [_seconds(run, device)]
+    rounds = min(repeats, int(budget / times[0]))
+    if on_gpu and rounds > 1:
+        return [seconds for (seconds,) in _event_seconds([run], rounds)]
+    while len(times) < rounds:
+        times.append(_seconds(run, device))
+    return times
+
+
+def spread(times: Sequence[float]) -> float:
+    """How much longer the median call took than the fastest: on a quiet machine a few per cent."""
+    return statistics.median(times) / min(times) - 1
 
 
 def _seconds(run: Callable, device: torch.device | str) -> float:

@@ -14,14 +14,14 @@ hundredth of the whole. docs/plan.md says how near the estimates are; the tests 
 from __future__ import annotations
 
 import bisect
-import json
 import math
-import os
 import platform
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
+from statistics import median
 
 import torch
 import torch.nn.functional as F
@@ -29,13 +29,15 @@ from torch import Tensor
 
 from lighthouse.attention import attention
 from lighthouse.inner import SubSequences, causal_sdpa
-from lighthouse.measure import captured, leaves, median_seconds
+from lighthouse.measure import captured, leaves, median_seconds, spread, timings
 from lighthouse.plan import Plan, plan
+from lighthouse.settings import POOL_RATIOS, SELECT_TOPK
 from lighthouse.wrapper import MAX_SHARE
 
-# From so many tokens on, the estimate of a speed-up is within this of what is measured (docs/plan.md). On a GPU shorter
-# calls wait for their launches, and how long those take follows from what else the CPU does.
+# From so many tokens on, the estimate of a speed-up was within this of what was measured in all cases that docs/plan.md
+# shows. On a GPU shorter calls wait for their launches, and how long those take follows from what else the CPU does.
 ERROR, ERROR_FROM = 0.2, {"cpu": 8192, "cuda": 32_768}
+BUSY = 0.2  # a spread of timings above this is not that of a quiet machine
 
 LONG = 98_304  # tokens from which a small kept share is warned of: "100K"
 LEAST_KEPT = 0.03
@@ -47,6 +49,7 @@ SLICES = (32_768, 131_072)
 SLICE = 768  # from here on PyTorch's kernel goes over the keys in the same blocks of queries as for long sequences
 MOVED = {"cpu": (512, 2048, 8192, 32_768), "cuda": (4096, 8192, 32_768)}
 LAUNCHED = 256  # tokens of a call that is nothing but launches on a GPU
+SHORT = 1e-3  # seconds: of a shorter call on a CPU the spread says nothing
 PATIENCE = 6.0  # seconds: a measurement that would take longer is left out
 PRODUCT = {"cpu": 1024, "cuda": 8192}  # rows and columns of the matrix product that is timed
 
@@ -127,7 +130,7 @@ class Curve:
 
     def __post_init__(self):
         points = tuple(sorted((float(size), float(rate)) for size, rate in self.points))
-        if not points or any(size <= 0 or not rate > 0 for size, rate in points):
+        if not points or any(not (0 < value < math.inf) for point in points for value in point):
             raise ValueError(f"points={self.points}: at least one, with sizes and rates above 0, is needed")
         object.__setattr__(self, "points", points)
 
@@ -142,6 +145,28 @@ class Curve:
 
 
 @dataclass(frozen=True)
+class Checked:
+    """A speed-up of a layer that was measured, against which its estimate is held: when, and by "plan" or "bench"."""
+
+    tokens: int
+    pool_ratios: tuple[float, ...]
+    select_topk: int | float
+    speedup: float
+    when: float
+    by: str
+
+    def __post_init__(self):
+        object.__setattr__(self, "pool_ratios", tuple(self.pool_ratios))
+        plan(self.tokens, pool_ratios=self.pool_ratios, select_topk=self.select_topk)  # refuses what is none
+        _check_numbers(self, "speedup", "when")
+
+    def error(self, layer: Layer, rates: Rates) -> float:
+        """By how much the estimate is above what was measured, as a part of it."""
+        made = plan(self.tokens, pool_ratios=self.pool_ratios, select_topk=self.select_topk)
+        return estimate(made, layer, rates).speedup / self.speedup - 1
+
+
+@dataclass(frozen=True)
 class Rates:
     """What was measured on a device for one kind of layer.
 
@@ -150,6 +175,10 @@ class Rates:
         movement: bytes per second of all our operators together, by bytes.
         dense_launch, lighthouse_launch: seconds that launching a layer from Python takes at least; 0 on a CPU.
         products: operations per second of a matrix product.
+        measured: when, in seconds since 1970; 0 where that is not known.
+        spread: the largest part by which a median call was slower than the fastest, or the same call slower at one
+            time than at another: what else the machine did.
+        checks: speed-ups that were measured.
     """
 
     device: str
@@ -158,12 +187,41 @@ class Rates:
     dense_launch: float = 0.0
     lighthouse_launch: float = 0.0
     products: float | None = None
+    measured: float = 0.0
+    spread: float | None = None
+    checks: tuple[Checked, ...] = ()
+
+    def __post_init__(self):
+        _check_numbers(self, "dense_launch", "lighthouse_launch", "products", "measured", "spread")
 
     @classmethod
     def load(cls, numbers: dict) -> Rates:
         """From what `asdict` makes. Raises KeyError, TypeError or ValueError where it is something else."""
         curves = {name: Curve(tuple(map(tuple, numbers[name]["points"]))) for name in ("attention", "movement")}
-        return cls(**{**numbers, **curves})
+        checks = tuple(Checked(**check) for check in numbers.get("checks", ()))
+        return cls(**{**numbers, **curves, "checks": checks})
+
+    def nearest_check(
+        self, tokens: int, *, pool_ratios: Sequence[float] = POOL_RATIOS, select_topk: int | float = SELECT_TOPK
+    ) -> Checked | None:
+        """The one nearest in length, of these settings where there is one, the latest of several."""
+
+        def far(check: Checked):
+            others = (check.pool_ratios, check.select_topk) != (tuple(pool_ratios), select_topk)
+            return others, abs(math.log(check.tokens / tokens)), -check.when
+
+        return min(self.checks, key=far, default=None)
+
+
+def _check_numbers(of, *names: str) -> None:
+    for name in names:
+        value = getattr(of, name)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name}={value!r}: a number is needed")
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{name}={value!r}: a finite number from 0 on is needed")
 
 
 @dataclass(frozen=True)
@@ -352,15 +410,21 @@ def measure_rates(layer: Layer, device: torch.device | str, say: Callable[[str],
     on_gpu = device.type == "cuda"
     sizes = layer.heads, layer.kv_heads, layer.head_dim, layer.torch_dtype, device
 
-    def seconds(function, tokens, *, launches=False):
+    spreads = []
+
+    def times_of(run, *, launches=False, **limits) -> float:
+        found = timings([run], device, **limits)[0]
+        if len(found) > 1 and not launches and (on_gpu or min(found) > SHORT):
+            spreads.append(spread(found))
+        return min(found)
+
+    def call(function, tokens):
         inputs, grad = leaves(tokens, *sizes)
+        return lambda: torch.autograd.grad(function(*inputs), inputs, grad)
 
-        def run():
-            torch.autograd.grad(function(*inputs), inputs, grad)
-
-        if on_gpu and not launches:
-            run = captured(run)
-        return median_seconds(run, device, repeats=7, budget=2.0, pick=min)
+    def seconds(function, tokens, *, launches=False):
+        run = call(function, tokens)
+        return times_of(captured(run) if on_gpu and not launches else run, launches=launches, repeats=7, budget=2.0)
 
     squares = []
 
@@ -372,6 +436,7 @@ def measure_rates(layer: Layer, device: torch.device | str, say: Callable[[str],
             break
         say(f"dense attention of {tokens:,} tokens")
         squares.append((tokens, layer.work(tokens) / seconds(dense_attention, tokens)))
+    longest, its_rate = squares[-1]
     if not on_gpu:
         # One head keeps one thread busy, and so many heads cost what fewer do.
         threads = torch.get_num_threads()
@@ -381,7 +446,7 @@ def measure_rates(layer: Layer, device: torch.device | str, say: Callable[[str],
             if too_long(work):
                 break
             say(f"dense attention of {SLICE} queries and {keys:,} keys")
-            squares.append((keys, work / _slice_seconds(few, keys, device)))
+            squares.append((keys, work / times_of(_slice(few, keys, device), repeats=2, budget=2.0)))
     movement = []
     for tokens in MOVED[device.type]:
         say(f"Lighthouse without its attention, {tokens:,} tokens")
@@ -391,26 +456,33 @@ def measure_rates(layer: Layer, device: torch.device | str, say: Callable[[str],
     launch = [
         seconds(function, LAUNCHED, launches=True) if on_gpu else 0.0 for function in (dense_attention, attention)
     ]
+    products = _product_rate(layer.torch_dtype, device)
+    say(f"both attentions of {longest:,} tokens, against which the estimate is held")
+    dense, ours = timings([call(dense_attention, longest), call(attention, longest)], device, repeats=5, budget=4.0)
+    if not on_gpu:  # there launches come in between
+        first = layer.work(longest) / its_rate
+        spreads.append(max(min(dense), first) / min(*dense, first) - 1)
+    now = time.time()
     return Rates(
         device=device_name(device),
         attention=Curve(tuple(squares)),
         movement=Curve(tuple(movement)),
         dense_launch=launch[0],
         lighthouse_launch=launch[1],
-        products=_product_rate(layer.torch_dtype, device),
+        products=products,
+        measured=now,
+        spread=max(spreads, default=None),
+        checks=(Checked(longest, POOL_RATIOS, SELECT_TOPK, median(dense) / median(ours), now, "plan"),),
     )
 
 
-def _slice_seconds(layer: Layer, keys: int, device: torch.device) -> float:
-    """The last queries of a long sequence: what they cost is what the rest costs, query by query."""
+def _slice(layer: Layer, keys: int, device: torch.device) -> Callable:
+    """A call with the last queries of a long sequence: what they cost is what the rest costs, query by query."""
     (query, _, _), grad = leaves(SLICE, layer.heads, layer.heads, layer.head_dim, layer.torch_dtype, device)
     (_, key, value), _ = leaves(keys, layer.heads, layer.heads, layer.head_dim, layer.torch_dtype, device)
     inputs = (query, key, value)
 
-    def run():
-        torch.autograd.grad(F.scaled_dot_product_attention(*inputs), inputs, grad)
-
-    return median_seconds(run, device, repeats=2, budget=2.0, pick=min)
+    return lambda: torch.autograd.grad(F.scaled_dot_product_attention(*inputs), inputs, grad)
 
 
 def _product_rate(dtype: torch.dtype, device: torch.device) -> float:
@@ -429,59 +501,3 @@ def device_name(device: torch.device | str) -> str:
         lines = []
     named = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
     return f"{named or platform.machine()}, {torch.get_num_threads()} threads"
-
-
-# What was measured once
-
-
-def cache_file() -> Path:
-    """`$XDG_CACHE_HOME/lighthouse/rates.json`, by default in `~/.cache`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lighthouse" / "rates.json"
-
-
-def cache_key(layer: Layer, device: torch.device | str) -> str:
-    """What rates depend on: device, threads, versions and layer."""
-    import lighthouse
-
-    return f"{device_name(device)} | torch {torch.__version__} | lighthouse {lighthouse.__version__} | {layer}"
-
-
-def rates_of(
-    layer: Layer,
-    device: torch.device | str,
-    *,
-    again: bool = False,
-    say: Callable[[str], None] = lambda line: None,
-) -> Rates:
-    """The device's rates for such layers: from `cache_file()`, or measured and kept there.
-
-    They are kept by `cache_key`. `again` measures anew.
-    """
-    key = cache_key(layer, device)
-    file = cache_file()
-    kept = _read(file, say)
-    if not again and key in kept:
-        try:
-            return Rates.load(kept[key])
-        except (KeyError, TypeError, ValueError):
-            say(f"{file}: what is kept of this device cannot be read; measured anew")
-    rates = measure_rates(layer, device, say)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f"{file.name}.{os.getpid()}")
-        partial.write_text(json.dumps({**_read(file, say), key: asdict(rates)}, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, file)
-    except OSError as error:
-        say(f"the rates cannot be kept for the next time: {error}")
-    return rates
-
-
-def _read(file: Path, say: Callable[[str], None]) -> dict:
-    try:
-        kept = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        say(f"{file} cannot be read ({error}); measured anew")
-        return {}
-    return kept if isinstance(kept, dict) else {}

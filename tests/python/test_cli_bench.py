@@ -10,23 +10,24 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from lighthouse import speed
+from lighthouse import rates
 from lighthouse.benchmark import Bench
 from lighthouse.cli import main
-from lighthouse.measure import WrongResult, alternating_seconds, peak_bytes
+from lighthouse.cli.bench import notes
+from lighthouse.measure import WrongResult, alternating_seconds, peak_bytes, spread, timings
 from lighthouse.speed import Curve, Layer, Rates
 from small_llama import one_thread  # noqa: F401
 
 SMALL = "bench --device cpu --heads 2 --head_dim 16 --budget 0.2".split()
-RATES = Rates("some CPU", Curve(((1, 1e11),)), Curve(((1, 1e10),)), products=1e11)
+RATES = Rates("some CPU", Curve(((1, 1e11),)), Curve(((1, 1e10),)), products=1e11, measured=time.time(), spread=0.02)
+LAYER = Layer(2, 2, 16, "float32")
 
 
 @pytest.fixture(autouse=True)
 def kept(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    speed.cache_file().parent.mkdir(parents=True)
-    numbers = {speed.cache_key(Layer(2, 2, 16, "float32"), "cpu"): asdict(RATES)}
-    speed.cache_file().write_text(json.dumps(numbers))
+    rates.cache_file().parent.mkdir(parents=True)
+    rates.cache_file().write_text(json.dumps({rates.cache_key(LAYER, "cpu"): asdict(RATES)}))
 
 
 def test_table_json_and_picture(tmp_path, capsys):
@@ -41,6 +42,11 @@ def test_table_json_and_picture(tmp_path, capsys):
         assert row["speedup"] == row["dense_seconds"] / row["lighthouse_seconds"]
         assert row["error"] == pytest.approx(row["estimate"] / row["speedup"] - 1)
         assert 0 < row["lighthouse_peak_bytes"] < row["dense_peak_bytes"]
+        assert row["dense_calls"] >= 1 and row["dense_spread"] >= 0
+    checks = rates.rates_of(LAYER, "cpu").checks  # what plan's estimates are held against
+    assert {(check.tokens, check.speedup, check.by) for check in checks} == {
+        (row["tokens"], row["speedup"], "bench") for row in results["rows"]
+    }
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
@@ -84,6 +90,9 @@ def test_a_training_step(tmp_path, capsys):
     (row,) = json.loads(file.read_text())["train"]
     assert row["speedup"] == row["lighthouse_tokens_per_second"] / row["dense_tokens_per_second"]
     assert row["dense_peak_bytes"] > 0 and row["lighthouse_peak_bytes"] > 0
+    bench = Bench(LAYER, "cpu")
+    bench.resume(file)
+    assert bench.has_step("nano", 256, 1) == row and bench.has_step("nano", 256, 0) is None
 
 
 def test_a_wrong_result_is_not_timed(monkeypatch, capsys):
@@ -130,6 +139,16 @@ REFUSED = [
     ("model", "--train --model gigantic", "model='gigantic'"),
     ("context", "--train --model nano --context 131072", "context=131072: model 'nano' allows at most 65536"),
     ("dense_layers", "--train --model nano --dense_layers 2", "dense_layers=2"),
+    (
+        "a_step_that_stays_dense",
+        "--train --model nano --context 1024 --pool_ratios 1/2 1/4 1/8 --select_topk 1024",
+        "context=1024: the sub-sequence has 1,920 entries, 188% of the tokens",
+    ),
+    (
+        "windows_longer_than_a_step",
+        "--train --model nano --context 12",
+        "context=12 with windows of 1, 4, 16 tokens: this is dense attention",
+    ),
 ]
 
 
@@ -156,19 +175,38 @@ def test_peak_is_what_is_held_at_once():
     assert peak_bytes(run, "cpu") == (1 << 20) + (1 << 19)
 
 
+def taking(*seconds, calls=None):
+    """A call that takes so long the first time, the second, ...; the last from then on."""
+    calls = [] if calls is None else calls
+
+    def run():
+        calls.append(1)
+        time.sleep(seconds[min(len(calls), len(seconds)) - 1])
+
+    return run
+
+
 def test_the_slow_side_is_timed_once_and_the_other_as_often_as_ever():
-    calls = {"slow": 0, "quick": 0}
-
-    def taking(name, seconds):
-        def run():
-            calls[name] += 1
-            time.sleep(seconds)
-
-        return run
-
-    runs = [taking("slow", 0.2), taking("quick", 0.001)]
+    slow_calls, quick_calls = [], []
+    runs = [taking(0.2, calls=slow_calls), taking(0.001, calls=quick_calls)]
     slow, quick = alternating_seconds(runs, "cpu", repeats=5, budget=0.3)
-    assert calls == {"slow": 1, "quick": 7} and slow > 0.2 > 0.1 > quick  # first calls; a warm-up and five more
+    assert len(slow_calls) == 1 and len(quick_calls) == 6  # one that is not timed, and five
+    assert slow > 0.2 > 0.1 > quick
+
+
+def test_a_first_call_that_compiles_is_not_the_time():
+    [times] = timings([taking(0.2, 0.001)], "cpu", repeats=5, budget=0.3)
+    assert len(times) == 5 and max(times) < 0.1
+    [times] = timings([taking(0.05, 0.001)], "cpu", repeats=5, budget=0.3)
+    assert len(times) == 5 and max(times) < 0.05
+
+
+def test_what_must_be_known_of_times_is_said():
+    row = {"tokens": 4096, "dense_calls": 1, "dense_spread": 0.0, "lighthouse_calls": 5, "lighthouse_spread": 0.02}
+    assert notes([row]) == ["Of one call alone, which says nothing of its spread: dense at 4,096 tokens."]
+    [said] = notes([row | {"dense_calls": 5, "lighthouse_spread": spread([1.0, 1.3, 1.5])}])
+    assert "not quiet" in said and "Lighthouse at 4,096 tokens by 30%" in said
+    assert notes([{"tokens": 4096, "speedup": 2.0}]) == []  # of a file that does not have them
 
 
 def test_help_ends_with_examples(capsys):

@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+import time
+from dataclasses import asdict, replace
 
 import pytest
 
-from lighthouse import speed
+from lighthouse import rates, speed
 from lighthouse.cli import main
 from lighthouse.plan import plan
-from lighthouse.speed import Curve, Layer, Rates
+from lighthouse.speed import Checked, Curve, Layer, Rates
 from small_llama import one_thread  # noqa: F401
 
 RATES = Rates("some CPU", Curve(((1, 1e11),)), Curve(((1, 1e10),)), products=1e11)
 
 
+def keep(**changes):
+    """Rates of this device that were measured just now, for the default layer and the model `nano`."""
+    rates.cache_file().parent.mkdir(parents=True, exist_ok=True)
+    layers = (speed.LAYERS["cpu"], Layer(1, 1, 64, "float32"))
+    its = replace(RATES, **{"measured": time.time(), "spread": 0.02, **changes})
+    rates.cache_file().write_text(json.dumps({rates.cache_key(layer, "cpu"): asdict(its) for layer in layers}))
+
+
 @pytest.fixture
 def kept(tmp_path, monkeypatch):
-    """A cache that has rates of this device, for the default layer and the model `nano`."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    speed.cache_file().parent.mkdir(parents=True)
-    layers = (speed.LAYERS["cpu"], Layer(1, 1, 64, "float32"))
-    numbers = {speed.cache_key(layer, "cpu"): asdict(RATES) for layer in layers}
-    speed.cache_file().write_text(json.dumps(numbers))
+    keep()
 
 
 def test_levels_and_shares(capsys):
@@ -56,6 +61,52 @@ def test_a_model_of_pretrain(kept, capsys, tmp_path):
     step = json.loads(file.read_text())["step"]
     assert step["attention_work"] < step["work"] < 1 and step["bytes"] < step["dense_bytes"]
     assert 1 < step["speedup"] < json.loads(file.read_text())["estimate"]["speedup"]
+
+
+def check_at(tokens, part, by="bench", layer=speed.LAYERS["cpu"]) -> Checked:
+    """A measured speed-up that the estimate is above by so much."""
+    its = speed.estimate(plan(tokens), layer, RATES).speedup / (1 + part)
+    return Checked(tokens, (1 / 4, 1 / 16), 1 / 64, its, time.time(), by)
+
+
+PRECISION = [
+    (
+        "what_bench_found",
+        {"checks": [check_at(8192, 0.11)]},
+        ["give or take 11%", "at 8,192 tokens", "by bench, it is 11% above"],
+    ),
+    ("an_estimate_too_low", {"checks": [check_at(8192, -0.15)]}, ["give or take 15%", "it is 15% below"]),
+    ("the_nearest", {"checks": [check_at(2048, 0.9), check_at(16_384, 0.05)]}, ["give or take 5%", "at 16,384 tokens"]),
+    ("the_spread", {"spread": 0.12, "checks": [check_at(8192, 0.01, "plan")]}, ["give or take 12%", "with the rates"]),
+    ("nothing_measured", {}, ["how near is not known"]),
+    ("rates_of_some_days_ago", {"measured": time.time() - 3 * 86_400}, ["measured 3 days ago; --measure"]),
+]
+
+
+@pytest.mark.parametrize("changes, parts", [p[1:] for p in PRECISION], ids=[p[0] for p in PRECISION])
+def test_how_near_an_estimate_is_follows_from_what_was_measured(kept, capsys, changes, parts):
+    keep(**changes)
+    assert main(["plan", "--device", "cpu", "--tokens", "10000"]) == 0
+    said = capsys.readouterr()
+    assert not said.err and "20%" not in said.out
+    for part in parts:
+        assert part in said.out, part
+
+
+def test_rates_of_a_busy_machine_give_no_precision(kept, capsys, monkeypatch):
+    keep(spread=0.4)
+    busy = replace(RATES, measured=time.time(), spread=0.5, checks=(check_at(8192, 0.01, "plan"),))
+    monkeypatch.setattr(speed, "measure_rates", lambda *_: busy)
+    assert main(["plan", "--device", "cpu", "--tokens", "10000"]) == 0
+    said = capsys.readouterr()
+    assert "not quiet when the kept rates were measured (their spread is 40%): measured anew" in said.err
+    assert "how near is not known" in said.out and "up to 50% longer than at best" in said.out
+
+
+def test_a_short_call_is_not_held_to_a_long_ones_precision(kept, capsys):
+    keep(checks=[check_at(8192, 0.01)])
+    assert main(["plan", "--device", "cpu", "--tokens", "1024"]) == 0
+    assert "how near is not known" in capsys.readouterr().out
 
 
 def test_warnings_are_printed(capsys):

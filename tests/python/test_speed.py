@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
+from lighthouse import rates as kept_rates
 from lighthouse import speed
 from lighthouse.plan import plan
+from lighthouse.rates import DAY, keep_check, rates_of, stale
 from lighthouse.settings import POOL_RATIOS, SELECT_TOPK
-from lighthouse.speed import ERROR, ERROR_FROM, SLICES, SQUARES, Curve, Layer, Rates, estimate
+from lighthouse.speed import BUSY, ERROR, ERROR_FROM, SLICES, SQUARES, Checked, Curve, Layer, Rates, estimate
 from small_llama import one_thread  # noqa: F401
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
@@ -168,25 +170,106 @@ def test_a_step_of_layers(layers, dense_layers, weights, speedup):
 SMALL = Layer(1, 1, 16, "float32")
 
 
-def test_rates_are_measured_once_and_kept(tmp_path, monkeypatch):
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """The file of kept rates, in a folder that is there; not the user's."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    kept_rates.cache_file().parent.mkdir()
+    return kept_rates.cache_file()
+
+
+def test_rates_are_measured_once_and_kept(cache, monkeypatch):
     said = []
-    measured = speed.rates_of(SMALL, "cpu", say=said.append)
+    monkeypatch.setattr(kept_rates, "BUSY", float("inf"))  # as this machine may be just now
+    measured = rates_of(SMALL, "cpu", say=said.append)
     assert said and measured.lighthouse_launch == 0 and [size for size, _ in measured.attention.points][-1] == 131_072
+    [check] = measured.checks
+    assert (check.tokens, check.by) == (8192, "plan") and check.speedup > 0 and measured.spread >= 0
     before = len(said)
-    assert speed.rates_of(SMALL, "cpu", say=said.append) == measured and len(said) == before
+    assert rates_of(SMALL, "cpu", say=said.append) == measured and len(said) == before
 
 
-def test_a_broken_cache_is_said_and_replaced(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(speed, "measure_rates", lambda *_: CHEAP)
-    file = speed.cache_file()
-    file.parent.mkdir()
-    for text in ("{", json.dumps({speed.cache_key(SMALL, "cpu"): {"attention": 1}})):
-        file.write_text(text)
-        said = []
-        assert speed.rates_of(SMALL, "cpu", say=said.append) == CHEAP and "measured anew" in said[0]
-        assert json.loads(file.read_text())[speed.cache_key(SMALL, "cpu")] == json.loads(json.dumps(asdict(CHEAP)))
+NOW = 1e9
+GOOD = replace(CHEAP, measured=NOW - DAY, spread=0.02)
+
+
+def found_by_bench(part: float, when: float, tokens: int = 16_384, by: str = "bench") -> Checked:
+    """A measured speed-up below the estimate by so much."""
+    measured = estimate(plan(tokens), SMALL, GOOD).speedup / (1 + part)
+    return Checked(tokens, POOL_RATIOS, SELECT_TOPK, measured, when, by)
+
+
+STALE = [
+    ("of_yesterday", {}, None),
+    ("eight_days_old", {"measured": NOW - 8 * DAY}, "8 days old"),
+    ("of_an_unknown_day", {"measured": 0.0}, "is not known"),
+    ("of_next_year", {"measured": NOW + 365 * DAY}, "from the future"),
+    ("of_a_busy_machine", {"spread": BUSY + 0.1}, "not quiet when the kept rates were measured (their spread is 30%)"),
+    ("of_an_unknown_spread", {"spread": None}, "not quiet"),
+    ("near_what_bench_found", {"checks": (found_by_bench(0.1, NOW),)}, None),
+    ("far_from_what_bench_found", {"checks": (found_by_bench(0.5, NOW),)}, "at 16,384 tokens, and the kept rates give"),
+    ("far_from_what_bench_found_before", {"checks": (found_by_bench(0.5, NOW - 2 * DAY),)}, None),
+    ("far_at_a_length_that_launches_decide", {"checks": (found_by_bench(0.5, NOW, tokens=512),)}, None),
+]
+
+
+@pytest.mark.parametrize(("changes", "why"), [c[1:] for c in STALE], ids=[c[0] for c in STALE])
+def test_rates_that_something_speaks_against_are_measured_anew(changes, why):
+    found = stale(replace(GOOD, **changes), SMALL, "cpu", NOW)
+    assert found is None if why is None else why in found
+
+
+def test_what_bench_found_is_kept_with_the_rates_and_outlives_them(cache, monkeypatch):
+    now = kept_rates.time.time()
+    monkeypatch.setattr(speed, "measure_rates", lambda *_: replace(GOOD, measured=now))
+    settings = {"pool_ratios": POOL_RATIOS, "select_topk": SELECT_TOPK}
+    keep_check(SMALL, "cpu", 8192, 3.0, **settings)
+    assert not cache.exists()  # there are no rates yet
+    rates_of(SMALL, "cpu")
+    its = estimate(plan(8192), SMALL, GOOD).speedup
+    for speedup in (3 * its, 2 * its):
+        keep_check(SMALL, "cpu", 8192, speedup, **settings)
+    said = []
+    [check] = rates_of(SMALL, "cpu", say=said.append).checks
+    assert check.speedup == 2 * its and "bench measured" in said[0]
+    assert rates_of(SMALL, "cpu").nearest_check(10_000) == check
+
+
+@pytest.mark.parametrize("name", ["torch", "lighthouse", "threads", "driver"])
+def test_rates_of_another_version_driver_or_number_of_threads_are_not_taken(monkeypatch, name):
+    monkeypatch.setattr(kept_rates, "device_name", lambda device: "a device")
+    device = "cuda" if name == "driver" else "cpu"
+    before = kept_rates.cache_key(SMALL, device)
+    change = {
+        "torch": (kept_rates.torch, "__version__", "9.0"),
+        "lighthouse": (kept_rates.lighthouse, "__version__", "9.0"),
+        "threads": (kept_rates, "device_name", lambda device: "a device, 3 threads"),
+        "driver": (kept_rates, "_driver", lambda: "999.1"),
+    }
+    monkeypatch.setattr(*change[name])
+    assert kept_rates.cache_key(SMALL, device) != before
+
+
+FOREIGN = [
+    ("no_json", "{"),
+    ("a_list", "[1, 2]"),
+    ("other_numbers", {"attention": 1}),
+    ("a_list_in_place_of_numbers", [1]),
+    ("rates_of_an_earlier_version", {"device": "x", "attention": {"points": [[1, 1]]}, "movement": {"points": []}}),
+    ("infinite_rates", asdict(replace(GOOD, measured=1.0)) | {"attention": {"points": [[1, float("inf")]]}}),
+    ("text_for_a_number", asdict(GOOD) | {"spread": "small"}),
+    ("a_check_of_no_length", asdict(GOOD) | {"checks": [{"tokens": 0}]}),
+    ("another_field", asdict(GOOD) | {"colour": "red"}),
+]
+
+
+@pytest.mark.parametrize("kept", [f[1] for f in FOREIGN], ids=[f[0] for f in FOREIGN])
+def test_a_file_of_something_else_is_said_and_replaced(cache, monkeypatch, kept):
+    monkeypatch.setattr(speed, "measure_rates", lambda *_: GOOD)
+    cache.write_text(kept if isinstance(kept, str) else json.dumps({kept_rates.cache_key(SMALL, "cpu"): kept}))
+    said = []
+    assert rates_of(SMALL, "cpu", say=said.append) == GOOD and "measured anew" in said[0]
+    assert json.loads(cache.read_text())[kept_rates.cache_key(SMALL, "cpu")] == json.loads(json.dumps(asdict(GOOD)))
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from lighthouse.benchmark import TOKENS, Bench, draw, need_matplotlib
 from lighthouse.cli.plan import add_device, add_layer, add_settings, chosen_device
 from lighthouse.cli.shared import check_folders, say
 from lighthouse.measure import WrongResult
+from lighthouse.plan import plan
 
 EXAMPLE = """\
 examples:
@@ -72,7 +73,11 @@ def _prepared(options: argparse.Namespace) -> tuple[Bench, Path | None]:
 
         layers = check_model(options.model, options.context)
         check_head_dim(options.model, options.context, device)
-        LighthouseSettings(dense_layers=options.dense_layers).for_layers(layers)
+        settings = LighthouseSettings(
+            pool_ratios=options.pool_ratios, select_topk=options.select_topk, dense_layers=options.dense_layers
+        ).for_layers(layers)
+        options.dense_layers = settings.dense_layers
+        _check_acts(options)
     check_folders(options, "json", "plot")
     layer = speed.default_layer(
         device, heads=options.heads, kv_heads=options.kv_heads, head_dim=options.head_dim, dtype=options.dtype
@@ -96,6 +101,22 @@ def _prepared(options: argparse.Namespace) -> tuple[Bench, Path | None]:
     return bench, file
 
 
+def _check_acts(options: argparse.Namespace) -> None:
+    """Refuses a training step whose side with Lighthouse would be dense too. Raises `ValueError`."""
+    made = plan(options.context, pool_ratios=options.pool_ratios, select_topk=options.select_topk)
+    if len(made.windows) == 1 or not made.entries[-1]:
+        raise ValueError(
+            f"context={options.context} with windows of {', '.join(map(str, made.windows))} tokens: this is dense "
+            "attention, nothing to compare; take a longer --context or other --pool_ratios"
+        )
+    if made.length > made.tokens:
+        raise ValueError(
+            f"context={options.context}: the sub-sequence has {made.length:,} entries, "
+            f"{made.length / made.tokens:.0%} of the tokens, so that a model stays dense; take a smaller --select_topk "
+            "or a longer --context"
+        )
+
+
 def _run(bench: Bench, file: Path | None, options: argparse.Namespace) -> None:
     out = sys.stderr if options.json == "-" else sys.stdout
 
@@ -114,9 +135,11 @@ def _run(bench: Bench, file: Path | None, options: argparse.Namespace) -> None:
                 bench.save(file)
         show(line(cells(row)))
     show("")
+    for note in notes(bench.results["rows"]):
+        show(note)
     show(pays(bench))
     if options.train:
-        row = bench.has_step(options.model, options.context)
+        row = bench.has_step(options.model, options.context, options.dense_layers)
         if row is None:
             row = bench.measure_step(options.model, options.context, dense_layers=options.dense_layers)
             if file is not None:
@@ -150,6 +173,30 @@ def cells(row: dict) -> list[str]:
     ]
 
 
+def notes(rows: Sequence[dict]) -> list[str]:
+    """What must be known of times: which are of one call, and where the machine was not quiet."""
+    found, names = [], {"dense": "dense", "lighthouse": "Lighthouse"}
+
+    def where(row: dict) -> str:
+        return f"{row.get('tokens') or row['context']:,} tokens"
+
+    sides = [(row, name, label) for row in rows for name, label in names.items()]
+    once = [f"{label} at {where(row)}" for row, name, label in sides if row.get(f"{name}_calls") == 1]
+    if once:
+        found.append(f"Of one call alone, which says nothing of its spread: {'; '.join(once)}.")
+    noisy = [
+        f"{label} at {where(row)} by {row[f'{name}_spread']:.0%}"
+        for row, name, label in sides
+        if row.get(f"{name}_spread", 0) > speed.BUSY and row.get(f"{name}_seconds", 1) > speed.SHORT
+    ]
+    if noisy:
+        found.append(
+            f"The machine was not quiet: the median call was slower than the fastest, {'; '.join(noisy)}. These "
+            "speed-ups may be others when it is."
+        )
+    return found
+
+
 def pays(bench: Bench) -> str:
     found = bench.pays_from()
     if found is None:
@@ -166,7 +213,7 @@ def step_lines(row: dict) -> str:
     for name, label in (("dense", "dense"), ("lighthouse", "Lighthouse")):
         peak = f"{row[f'{name}_peak_bytes'] / MIB:,.1f} MiB"
         lines.append(f"{label:12}{row[f'{name}_tokens_per_second']:>14,.0f}{peak:>40}")
-    lines.append(f"{row['speedup']:.2f} times as fast")
+    lines += [f"{row['speedup']:.2f} times as fast", *notes([row])]
     return "\n".join(lines)
 
 
@@ -182,7 +229,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=int, nargs="+",
                         help="lengths (default: 1,024 to 16,384; on a GPU 4,096 to 262,144)")  # fmt: skip
     parser.add_argument("--budget", type=float, default=8.0,
-                        help="seconds for the calls of a length; slower ones are timed once (default: 8)")  # fmt: skip
+                        help="seconds for the calls of a length; slow ones on a CPU are timed once (default: 8)")  # fmt: skip
     add_device(parser)
     parser.add_argument("--resume", action="store_true", help="go on with the results that --json has")
     parser.add_argument("--plot", metavar="FILE", help="draw time, speed-up and memory against length there (PNG)")

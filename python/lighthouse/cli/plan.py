@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from fractions import Fraction
@@ -15,6 +16,7 @@ import lighthouse
 from lighthouse import speed
 from lighthouse.cli.shared import check_folders, say, write_json
 from lighthouse.devices import check_device
+from lighthouse.rates import DAY, cache_file, rates_of
 from lighthouse.settings import POOL_RATIOS, SELECT_TOPK
 from lighthouse.wrapper import LighthouseSettings
 
@@ -82,10 +84,11 @@ def _made(options: argparse.Namespace) -> dict:
     rates = None
     if not options.no_estimate:
         check_device("device", torch.device(device))
-        rates = speed.rates_of(layer, device, again=options.measure, say=say)
+        rates = rates_of(layer, device, again=options.measure, say=say)
         of_layer = speed.estimate(plan, layer, rates)
-        found["device"], found["device_type"] = rates.device, device
+        found["device"] = rates.device
         found["estimate"] = asdict(of_layer) | {"speedup": of_layer.speedup}
+        found["estimate"]["precision"] = _precision(rates, layer, device, options)
         found["estimate"]["graph_speedup"] = speed.estimate(plan, layer, rates, launches=False).speedup
         found["estimate"]["pays_from_tokens"] = speed.pays_from(
             layer, rates, pool_ratios=options.pool_ratios, select_topk=options.select_topk
@@ -102,6 +105,25 @@ def _made(options: argparse.Namespace) -> dict:
     found["warnings"] = speed.warnings(
         plan, layer=layer, rates=rates, pool_ratios=options.pool_ratios, select_topk=options.select_topk
     )
+    return found
+
+
+def _precision(rates: speed.Rates, layer: speed.Layer, device: str, options: argparse.Namespace) -> dict:
+    """What is known of how near the estimate is: what its rates are from, and how far off it was where it was measured.
+
+    `part` is None where nothing tells: rates of a busy machine, or a length whose estimate follows from launches.
+    """
+    settings = {"pool_ratios": options.pool_ratios, "select_topk": options.select_topk}
+    check = rates.nearest_check(options.tokens, **settings)
+    found = {"days": (time.time() - rates.measured) / DAY, "spread": rates.spread, "check": None, "part": None}
+    if check is None:
+        return found
+    error = check.error(layer, rates)
+    found["check"] = asdict(check) | {"error": error}
+    near = 0.5 <= check.tokens / options.tokens <= 2
+    known = rates.spread is not None and rates.spread <= speed.BUSY
+    if known and (near or options.tokens >= speed.ERROR_FROM[device]):
+        found["part"] = max(rates.spread, abs(error))
     return found
 
 
@@ -152,7 +174,8 @@ def _text(found: dict) -> str:
         its = found["estimate"]
         lines += [
             f"  estimate here    dense {_seconds(its['dense'])}, Lighthouse {_seconds(its['lighthouse'])}: "
-            f"{its['speedup']:.1f} times as fast, {_give_or_take(found['tokens'], found['device_type'])}",
+            f"{its['speedup']:.1f} times as fast, {_give_or_take(its['precision'])}",
+            *(f"                   {line}" for line in _known(its["precision"])),
             f"                   of Lighthouse's: inner attention {_seconds(its['inner'])}, its operators "
             f"{_seconds(its['movement'])}",
         ]
@@ -195,11 +218,31 @@ def _mib(size: float) -> str:
     return f"{size / MIB:,.1f} MiB" if size < 1024 * MIB else f"{size / MIB / 1024:,.2f} GiB"
 
 
-def _give_or_take(tokens: int, device: str) -> str:
-    least = speed.ERROR_FROM[device]
-    if tokens >= least:
-        return f"give or take {speed.ERROR:.0%}"
-    return f"roughly (below {least:,} tokens only bench tells)"
+def _give_or_take(precision: dict) -> str:
+    part = precision["part"]
+    return "how near is not known" if part is None else f"give or take {max(part, 0.01):.0%}"
+
+
+def _known(precision: dict) -> list[str]:
+    """Where the precision comes from, a line each."""
+    lines, check, spread, days = [], precision["check"], precision["spread"], round(precision["days"])
+    if check is not None:
+        by = "by bench" if check["by"] == "bench" else "with the rates"
+        side = "above" if check["error"] >= 0 else "below"
+        lines.append(
+            f"at {check['tokens']:,} tokens, the nearest length that was measured, {by}, it is {abs(check['error']):.0%} "
+            f"{side} what was found"
+        )
+    if spread is not None and spread > speed.BUSY:
+        lines.append(
+            f"the machine was not quiet when the rates were measured: the same call took up to {spread:.0%} "
+            "longer than at best; the next call measures anew"
+        )
+    elif precision["part"] is None:
+        lines.append("so short a call waits for what each costs beside its work: lighthouse bench tells")
+    if days:
+        lines.append(f"the rates were measured {days} day{'' if days == 1 else 's'} ago; --measure does it again")
+    return lines
 
 
 def _of_dense(size: float, dense: float) -> str:
@@ -247,7 +290,7 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     parser.add_argument("--threads", type=int, help="of the CPU (default: as many as PyTorch takes)")
     parser.add_argument("--measure", action="store_true",
-                        help=f"measure the device's rates anew (kept in {speed.cache_file()})")  # fmt: skip
+                        help=f"measure the device's rates anew (kept in {cache_file()})")  # fmt: skip
     parser.add_argument("--json", metavar="FILE", help="write the numbers there; - is standard output")
 
 
