@@ -1,13 +1,13 @@
-"""What each part of the method is good for: equal trainings of a model of bytes that differ in stage 1's attention alone.
+"""Equal trainings of a model of bytes that differ in stage 1's attention alone: what is each part of it good for?
 
     python bench/corpus.py linux-source-6.1/{Documentation,kernel,mm,fs,include,net,lib} --suffixes .rst .c .h \\
         --exclude '*/translations/*' '*/nls/*' --order path --held-out held.xz --output corpus.xz
-    python bench/arms.py --corpus corpus.xz --held-out held.xz --output results dense: both:arm=both,seed=1
+    python bench/arms.py --corpus corpus.xz --held-out held.xz --output results dense: both-1:arm=both,seed=1
     python bench/arms.py --report results --plot arms.png
 
 A run is `name:key=value,key=value`, with the fields of `Settings` as keys; a run whose result is there already is not
-made again. Arms: `dense`; `window`, exact causal attention to the last `window` tokens and nothing else; `published`, the
-pyramid and nothing else; `both`, their sum. Stage 1 is the first `share` of the steps; the rest, and every held-out
+made again. Arms: `dense`; `window`, exact causal attention to the last `window` tokens and nothing else; `published`,
+the pyramid and nothing else; `both`, their sum. Stage 1 is the first `share` of the steps; the rest, and every held-out
 loss, is dense. The same seed gives the same first weights and the same sequences in the same order in every arm.
 
 Beside the held-out loss (nats a byte) and its parts by position in the context there is the copy gain: a passage of
@@ -180,7 +180,7 @@ def held_out_loss(model: Model, text: Text) -> dict:
 
 @torch.no_grad()
 def copy_losses(model: Model, text: Text) -> dict:
-    """Distance in bytes -> the mean loss on the first and on the second appearance. The passages are always the same."""
+    """Distance in bytes -> the mean loss on the first and on the second appearance; always the same passages."""
     generator = torch.Generator().manual_seed(7)
     letters = torch.tensor(list(LETTERS), dtype=torch.uint8)
     passages = letters[torch.randint(len(LETTERS), (PASSAGES, PASSAGE), generator=generator)].to(text.held.device)
@@ -234,7 +234,9 @@ def train(name: str, settings: Settings, text: Text, device: str) -> dict:
         seconds += time.perf_counter() - begin
         mean = torch.stack(trained[since:]).mean().item()
         rows.append({"step": done, "seconds": seconds, **held_out_loss(model, text), "training_loss": mean})
-        print(f"{name}: step {done:,}, {seconds:.0f} s, held out {rows[-1]['loss']:.4f}, training {mean:.4f}", flush=True)
+        print(
+            f"{name}: step {done:,}, {seconds:.0f} s, held out {rows[-1]['loss']:.4f}, training {mean:.4f}", flush=True
+        )
         if not math.isfinite(mean):
             break
         since = done
@@ -284,7 +286,9 @@ def plot(results: list[dict], path: Path) -> None:
         found = gains(result)
         right.plot(list(found), list(found.values()), "o-", color=line.get_color(), label=result["name"])
     lowest = min(result["loss"] for result in results)
-    left.set(xlabel="seconds of training", ylabel="dense held-out loss, nats a byte", ylim=(0.95 * lowest, lowest + 1.5))
+    left.set(
+        xlabel="seconds of training", ylabel="dense held-out loss, nats a byte", ylim=(0.95 * lowest, lowest + 1.5)
+    )
     right.set(xlabel="bytes to the first appearance", ylabel="copy gain, nats a byte", xscale="log")
     for axis in (left, right):
         axis.grid(alpha=0.3)

@@ -21,6 +21,10 @@ MIN_TOKENS = {"cpu": 512, "cuda": 8192}
 # Above this share of the tokens the sub-sequence is so long that gathering and writing back cost what is saved.
 MAX_SHARE = 0.6
 
+# A model with a smaller share of dense training forwards than this is hardly ready for dense attention: recovery after
+# the switch took some 3 % of the steps in the shortest runs measured (docs/method.md).
+LEAST_DENSE_SHARE = 0.05
+
 EVAL = ("dense", "lighthouse")
 LOSS = ("chunked", "model")
 
@@ -91,6 +95,25 @@ class LighthouseSettings:
         if tokens < self.least_tokens(device_type):
             return False
         return sub_length(tokens, self.windows, self.topk) <= self.max_share * tokens
+
+    def why_dense(self, tokens: int | None, device_type: str) -> tuple[str, str]:
+        """The rule that keeps a sequence of `tokens` dense, and a sentence with its numbers; None: they are not known.
+
+        Asked where `pays` is False.
+        """
+        least = self.least_tokens(device_type)
+        if tokens is None:
+            return "either", (
+                f"sequences of fewer than {least:,} tokens (min_tokens), or whose sub-sequence is longer than "
+                f"{self.max_share:.0%} of them (max_share)"
+            )
+        if tokens < least:
+            return "min_tokens", f"sequences of {tokens:,} tokens are shorter than min_tokens={least:,}"
+        length = sub_length(tokens, self.windows, self.topk)
+        return "max_share", (
+            f"the sub-sequence of {tokens:,} tokens has {length:,} entries, {length / tokens:.0%} of them, more than "
+            f"max_share={self.max_share:g} allows"
+        )
 
 
 def LighthouseWrapper(

@@ -1,6 +1,7 @@
 """When Lighthouse acts in a wrapped model, in which layers, and what it refuses: a spy counts its inner attentions."""
 
 import logging
+import re
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from transformers import (
 )
 
 import lighthouse
-from lighthouse.huggingface import wrapped as wrapped_module
+from lighthouse.huggingface import originals
+from lighthouse.huggingface import state as state_module
 from lighthouse.huggingface.attention_interface import dense_name, lighthouse_attention
 from small_llama import (  # noqa: F401
     LAYERS,
@@ -42,7 +44,7 @@ def said(monkeypatch):
     messages = []
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())
-    monkeypatch.setattr(wrapped_module, "_said", set())
+    monkeypatch.setattr(state_module, "_said", set())
     logging.getLogger("lighthouse").addHandler(handler)
     yield messages
     logging.getLogger("lighthouse").removeHandler(handler)
@@ -241,25 +243,42 @@ def test_training_builds_no_cache(model_class, enabled):
 
 
 PAYS = [
-    ("shorter_than_min_tokens", {"min_tokens": TOKENS + 1}, TOKENS, False),
-    ("as_long_as_min_tokens", {"min_tokens": TOKENS}, TOKENS, True),
-    ("sub_sequence_above_max_share", {"max_share": SUB_LENGTH / TOKENS - 0.01}, TOKENS, False),
-    ("sub_sequence_at_max_share", {"max_share": SUB_LENGTH / TOKENS}, TOKENS, True),
-    ("default_for_the_device", {"min_tokens": None}, TOKENS, False),
+    ("shorter_than_min_tokens", {"min_tokens": TOKENS + 1}, TOKENS, "64 tokens.*min_tokens=65"),
+    ("as_long_as_min_tokens", {"min_tokens": TOKENS}, TOKENS, None),
+    ("sub_sequence_above_max_share", {"max_share": 0.49}, TOKENS, "64 tokens has 32 entries, 50%.*max_share=0.49"),
+    ("sub_sequence_at_max_share", {"max_share": SUB_LENGTH / TOKENS}, TOKENS, None),
+    ("default_for_the_device", {"min_tokens": None, "config": {"max_position_embeddings": 1024}}, TOKENS, "=512"),
 ]
 
 
-@pytest.mark.parametrize(("settings", "tokens", "acts"), [case[1:] for case in PAYS], ids=[case[0] for case in PAYS])
-def test_where_it_does_not_pay_the_plain_model_runs(settings, tokens, acts, said):
+@pytest.mark.parametrize(("settings", "tokens", "why"), [case[1:] for case in PAYS], ids=[case[0] for case in PAYS])
+def test_where_it_does_not_pay_the_plain_model_runs(settings, tokens, why, said):
     spy = Spy()
     model, never = wrapped(spy=spy, **settings), plain()
+    said.clear()
     for _ in range(2):
         out = model(ids(tokens=tokens))
-    assert spy.calls == (2 * LIGHTHOUSE_LAYERS if acts else 0)
-    assert len(said) == (0 if acts else 1)
-    if not acts:
-        assert "min_tokens" in said[0] and "max_share" in said[0]
+    assert spy.calls == (0 if why else 2 * LIGHTHOUSE_LAYERS)
+    assert len(said) == (1 if why else 0)
+    if why:
+        assert re.search(why, said[0]) and "dense attention runs" in said[0]
         assert torch.equal(out.logits, never(ids(tokens=tokens)).logits)
+
+
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+NEVER = [
+    ("min_tokens_above_the_models_limit", {"min_tokens": 129}, "128 tokens.*min_tokens=129.*never acts"),
+    ("more_budget_than_the_model_has_tokens", {"select_topk": 64}, "128 tokens has .*max_share=1 .*never acts"),
+    ("acts_at_the_limit_alone", {"min_tokens": 128}, None),
+    ("no_limit", {"min_tokens": 129, "config": {"rope_parameters": DYNAMIC}}, None),
+]
+
+
+@pytest.mark.parametrize(("settings", "why"), [case[1:] for case in NEVER], ids=[case[0] for case in NEVER])
+def test_settings_with_which_it_never_acts_are_said_at_once(settings, why, said):
+    wrapped(**settings)
+    assert len(said) == (1 if why else 0)
+    assert why is None or re.search(why, said[0])
 
 
 def test_lengths_are_decided_one_by_one():
@@ -311,6 +330,7 @@ def test_dense_layers_run_the_former_attention(former, monkeypatch):
 
     model = wrapped()
     model._lighthouse.former = former
+    monkeypatch.setattr(originals, "check_attention_function", lambda name, module: None)
     monkeypatch.setitem(AttentionInterface._global_mapping, dense_name(former), stand_in)
     model({"input_ids": ids()})
     assert called == [(0, dense_name(former)), (LAYERS - 1, dense_name(former))]
@@ -427,7 +447,7 @@ def test_sequences_longer_than_the_model_are_refused():
 
 
 def test_dynamic_rope_has_no_limit():
-    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    rope = DYNAMIC
     model = wrapped(config={"rope_parameters": rope})
     assert torch.isfinite(model({"input_ids": ids(tokens=LIMIT + 1)}).loss)
 

@@ -7,11 +7,12 @@ needs scores from before that normalisation, and does not belong here yet.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from torch import nn
 from transformers import LlamaForCausalLM, LlamaModel, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 
 @dataclass(frozen=True)
@@ -19,12 +20,13 @@ class Architecture:
     """Where a wrapped model's parts are.
 
     `bare` is the class without an output layer, `causal` the one with it; `body(model)` is what gives hidden states,
-    `attention(body)` its self-attention modules, first layer first.
+    `attention(body)` its self-attention modules, first layer first, which are of `attention_class`.
     """
 
     name: str
     bare: type[PreTrainedModel]
     causal: type[PreTrainedModel]
+    attention_class: type[nn.Module]
     body: Callable[[PreTrainedModel], PreTrainedModel]
     attention: Callable[[PreTrainedModel], list[nn.Module]]
 
@@ -37,13 +39,21 @@ class Architecture:
         return model.get_output_embeddings() if self.has_head(model) else model.get_input_embeddings()
 
 
+def _attributes(layers: Iterable[nn.Module], name: str) -> list[nn.Module]:
+    for index, layer in enumerate(layers):
+        if not isinstance(getattr(layer, name, None), nn.Module):
+            raise ValueError(f"layer {index} is a {type(layer).__name__} without {name}: Lighthouse needs one in each")
+    return [getattr(layer, name) for layer in layers]
+
+
 ARCHITECTURES = (
     Architecture(
         name="Llama",
         bare=LlamaModel,
         causal=LlamaForCausalLM,
+        attention_class=LlamaAttention,
         body=lambda model: model if isinstance(model, LlamaModel) else model.model,
-        attention=lambda body: [layer.self_attn for layer in body.layers[: body.config.num_hidden_layers]],
+        attention=lambda body: _attributes(body.layers[: body.config.num_hidden_layers], "self_attn"),
     ),
 )
 

@@ -1,7 +1,8 @@
 """The attention under its name in Transformers: "lighthouse".
 
-A wrapped model's configuration names it while Lighthouse acts. What it does in a layer is that layer's own
-`lighthouse_settings`; a dense layer has a configuration of its own that names a dense attention, and never gets here.
+A wrapped model's configuration names it while Lighthouse acts. What it does in a layer is what the state of the model
+says that the layer sits in (`state.py`); a dense layer has a configuration of its own that names a dense attention, and
+never gets here.
 The wrapped model has refused beforehand what cannot be honoured; who calls a part of it directly passes that check by,
 so both functions here check again what they can see.
 """
@@ -37,12 +38,25 @@ def lighthouse_attention(
     query `[B, Hq, N, D]`, key and value `[B, Hkv, N, D]`; the result is `[B, N, Hq, D]`, contiguous, and no weights.
     Raises `ValueError` for a mask, a key-value cache, or a module of a model that is not wrapped.
     """
-    settings = getattr(module, "lighthouse_settings", None)
-    if settings is None:
+    seat = getattr(module, "lighthouse_seat", None)
+    if seat is None:
         raise ValueError(
-            f'attention "{NAME}" in a {type(module).__name__} without settings: it is not chosen by name but by '
+            f'attention "{NAME}" in a {type(module).__name__} of no wrapped model: it is not chosen by name but by '
             "LighthouseWrapper(model, ...)"
         )
+    state = seat.state
+    if state is None:
+        raise ValueError(
+            f"this {type(module).__name__} is a copy of a wrapped model's and stands in none itself: put it into one, "
+            "or copy the layer after unwrap()"
+        )
+    if state.with_gradients and not torch.is_grad_enabled():
+        raise ValueError(
+            "a layer runs without gradients in a training forward, as reentrant activation checkpointing does: its "
+            "backward could run another attention than the forward did; take use_reentrant=False, with "
+            "checkpoint_wrapper CheckpointImpl.NO_REENTRANT (and freeze layers by requires_grad_(False))"
+        )
+    settings = state.settings
     if attention_mask is not None:
         raise ValueError("attention_mask reached a Lighthouse layer: masks are not supported")
     if key.shape[2] != query.shape[2]:
@@ -50,7 +64,7 @@ def lighthouse_attention(
             f"{query.shape[2]} queries and {key.shape[2]} keys: Lighthouse trains on whole sequences, without a "
             "key-value cache"
         )
-    check_keywords(kwargs)
+    check_keywords(kwargs, query.shape[2])
     out = sub_sequence_attention(
         query,
         key,

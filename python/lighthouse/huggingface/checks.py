@@ -18,12 +18,29 @@ REFUSED_KEYWORDS = {
     "cu_seq_lens_k": "packed documents are not supported yet",
     "max_length_q": "packed documents are not supported yet",
     "max_length_k": "packed documents are not supported yet",
+    "seq_idx": "packed documents are not supported yet",
+    "cu_seqlens": "packed documents are not supported yet",
+    "seq_lengths": "packed documents are not supported yet",
+    "packed_seq_params": "packed documents are not supported yet",
     "sliding_window": "sliding windows are not supported",
     "softcap": "soft-capping of attention scores is not supported",
     "s_aux": "attention sinks are not supported",
     "position_bias": "a bias on attention scores is not supported",
     "block_sequence_ids": "attention in blocks is not supported",
 }
+
+# What may come along because it changes nothing that an attention computes, or is looked at elsewhere.
+KNOWN_KEYWORDS = frozenset(
+    {
+        *("input_ids", "inputs_embeds", "labels", "shift_labels", "num_items_in_batch", "logits_to_keep"),
+        *("attention_mask", "position_ids", "cache_position", "position_embeddings"),
+        *("output_hidden_states", "output_attentions", "output_router_logits", "return_dict"),
+        *("use_cache", "is_causal", "hidden_states"),
+    }
+)
+
+# Names of a key-value cache, today's and former ones.
+CACHES = ("cache", "past_key_values", "past_key_value")
 
 # The same, as a model's configuration spells it.
 REFUSED_IN_CONFIG = {
@@ -65,43 +82,61 @@ def check_checkpointing(body) -> None:
         )
 
 
-def check_call(call: Mapping, tokens: int, config) -> None:
+def has_cache(call: Mapping) -> bool:
+    """Whether a key-value cache is handed over, under any of its names."""
+    return any(call.get(name) is not None for name in CACHES)
+
+
+def check_call(call: Mapping, rows: int, tokens: int, config) -> None:
     """Refuses a forward that Lighthouse cannot honour. `call` holds the arguments of the model by name.
 
     Raises `ValueError`; under `torch.compile` what depends on a tensor's values fails when the graph runs.
     """
-    check_keywords(call)
-    if call.get("is_causal") is False:
-        raise ValueError("is_causal=False: Lighthouse is causal self-attention only")
+    check_keywords(call, tokens)
     if call.get("output_attentions", getattr(config, "output_attentions", False)):
         raise ValueError("output_attentions=True: Lighthouse has no attention weights to give" + WAY_OUT)
     check_length(tokens, config)
-    check_mask(call.get("attention_mask"))
-    check_positions(call.get("position_ids"))
+    check_mask(call.get("attention_mask"), (rows, tokens))
 
 
-def check_keywords(keywords: Mapping) -> None:
-    """Refuses what reaches an attention function as a keyword and changes what it would have to compute."""
+def check_keywords(keywords: Mapping, tokens: int) -> None:
+    """Refuses what reaches an attention function as a keyword and changes what it would have to compute.
+
+    What is not known is refused too: nobody can tell what it asks for.
+    """
     for name, reason in REFUSED_KEYWORDS.items():
         if keywords.get(name) is not None:
             raise ValueError(f"{name} is given: {reason} by Lighthouse" + WAY_OUT)
+    if keywords.get("is_causal") is False:
+        raise ValueError("is_causal=False: Lighthouse is causal self-attention only")
+    for name, value in keywords.items():
+        if value is not None and name not in KNOWN_KEYWORDS and name not in CACHES:
+            raise ValueError(
+                f"{name} is given: Lighthouse does not know it, and what it asks of the attention would be lost; leave "
+                "it out of the batch" + WAY_OUT
+            )
+    for name in ("position_ids", "cache_position"):
+        check_positions(keywords.get(name), tokens, name)
+
+
+def longest(config) -> int | None:
+    """The most tokens that the model allows; None with dynamic RoPE, or where it does not say."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return None if rope.get("rope_type") == "dynamic" else getattr(config, "max_position_embeddings", None)
 
 
 def check_length(tokens: int, config) -> None:
-    """A sequence fits the model; with dynamic RoPE there is no limit."""
-    limit = getattr(config, "max_position_embeddings", None)
-    rope = getattr(config, "rope_parameters", None) or {}
-    if limit is None or rope.get("rope_type") == "dynamic":
-        return
-    if tokens > limit:
+    """A sequence fits the model."""
+    limit = longest(config)
+    if limit is not None and tokens > limit:
         raise ValueError(
             f"the sequence has {tokens} tokens, the model allows {limit}: "
             "cut it, or make the model with a larger config.max_position_embeddings"
         )
 
 
-def check_mask(mask) -> None:
-    """Only a mask `[B, N]` that hides nothing."""
+def check_mask(mask, shape: tuple[int, int] | None = None) -> None:
+    """Only a mask `[B, N]` of ones: it hides nothing and numbers no documents."""
     if mask is None:
         return
     if not isinstance(mask, torch.Tensor):
@@ -113,19 +148,30 @@ def check_mask(mask) -> None:
             f"attention_mask has {mask.dim()} dimensions: only a mask [B, N] of ones is supported by Lighthouse"
             + WAY_OUT
         )
+    if shape is not None and tuple(mask.shape) != shape:
+        raise ValueError(f"attention_mask is {list(mask.shape)}, the batch {list(shape)}: they must be alike")
     _require(
         (mask != 0).all(),
         "attention_mask hides tokens: Lighthouse supports no padding yet, only full sequences" + WAY_OUT,
     )
+    _require(
+        (mask == 1).all(),
+        "attention_mask has values other than 0 and 1, as masks that number packed documents have: Lighthouse supports "
+        "none yet, only one document per sequence" + WAY_OUT,
+    )
 
 
-def check_positions(positions) -> None:
+def check_positions(positions, tokens: int | None = None, name: str = "position_ids") -> None:
     """Positions `[.., N]` that count up by one: a restart is the start of another document."""
-    if positions is None or positions.shape[-1] < 2:
+    if positions is None:
+        return
+    if tokens is not None and positions.shape[-1] != tokens:
+        raise ValueError(f"{name} has {positions.shape[-1]} positions for {tokens} tokens: one for each is needed")
+    if positions.shape[-1] < 2:
         return
     _require(
         (positions[..., 1:] - positions[..., :-1] == 1).all(),
-        "position_ids restart or jump: Lighthouse supports no packed documents yet, only one per sequence" + WAY_OUT,
+        f"{name} restart or jump: Lighthouse supports no packed documents yet, only one per sequence" + WAY_OUT,
     )
 
 

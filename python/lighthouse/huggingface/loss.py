@@ -130,7 +130,14 @@ def next_token_loss(
     hidden `[B, N, C]`; labels `[B, N]`, the token at each place, -100 where nothing is to be predicted;
     `shift_labels` `[B, N]`, the token behind each place, replaces them. With `num_items_in_batch` the sum is divided
     by that number instead, as `Trainer` does for accumulated gradients.
+
+    Raises `ValueError` for labels of another shape.
     """
+    for name, given in (("labels", labels), ("shift_labels", shift_labels)):
+        if given is not None and given.shape != hidden.shape[:2]:
+            raise ValueError(
+                f"{name} is {list(given.shape)}, the batch {list(hidden.shape[:2])}: one label for each token is needed"
+            )
     swap(output_layer, OutputLayer)
     if shift_labels is None:
         shift_labels = F.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:]

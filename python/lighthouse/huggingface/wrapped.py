@@ -12,63 +12,29 @@ one that dense layers hold, which names a dense attention while the model's name
 
 from __future__ import annotations
 
-import copy
 import inspect
-import itertools
-import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
-from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from lighthouse.class_swap import Swapped, swap, unswap
+from lighthouse.class_swap import Swapped, unswap
 from lighthouse.devices import check_device
-from lighthouse.huggingface import checks
-from lighthouse.huggingface.architectures import Architecture, architecture_of
-from lighthouse.huggingface.attention_interface import NAME, dense_name
+from lighthouse.huggingface import checks, originals
+from lighthouse.huggingface.architectures import architecture_of
+from lighthouse.huggingface.attention_interface import NAME
 from lighthouse.huggingface.checkpointing import forget_choices, keep_choices
 from lighthouse.huggingface.loss import IGNORE_INDEX, OutputLayer, next_token_loss
-from lighthouse.wrapper import LighthouseSettings
-
-logger = logging.getLogger("lighthouse")
-
-_numbers = itertools.count(1)
-
-
-@dataclass
-class _State:
-    """What a wrapped model remembers beside its plain attributes."""
-
-    settings: LighthouseSettings
-    former: str  # the attention the model came with
-    config: PretrainedConfig  # the model's own
-    dense_config: PretrainedConfig  # what its dense layers hold
-    loss_type: str | None  # the one the model came with
-    enabled: bool = True
-    generating: bool = False
-    # Of this model in this process. A string, since the compiler may take a number for a variable.
-    name: str = field(default_factory=lambda: f"model {next(_numbers)}")
-
-    def __getstate__(self) -> dict:
-        return {key: value for key, value in vars(self).items() if key != "name"}
-
-    def __setstate__(self, state: dict) -> None:
-        vars(self).update(state, name=f"model {next(_numbers)}")
-
-    def name_attention(self, acts: bool) -> None:
-        model, dense = (NAME, dense_name(self.former)) if acts else (self.former, self.former)
-        for config, wanted in ((self.config, model), (self.dense_config, dense)):
-            if config._attn_implementation != wanted:
-                config._attn_implementation = wanted
+from lighthouse.huggingface.signatures import positional_names, with_labels
+from lighthouse.huggingface.state import Seat, State, Used, say_once
+from lighthouse.wrapper import LEAST_DENSE_SHARE, LighthouseSettings
 
 
 class WrappedModel(Swapped):
     """Over a model of Transformers: Lighthouse while it trains, and a loss that never holds the logits."""
 
-    _lighthouse: _State
+    _lighthouse: State
 
     # The way out
 
@@ -77,16 +43,17 @@ class WrappedModel(Swapped):
 
         The configuration stays the model's own copy, equal in content to the one it came with but for later changes.
         Nothing of Lighthouse stays on the plain model, so a second `model.unwrap()` is an AttributeError;
-        `lighthouse.unwrap(model)` says it in a clear ValueError.
+        `lighthouse.unwrap(model)` says it in a clear ValueError. Warns of a model that was trained with Lighthouse and
+        not, or hardly, with dense attention after that.
         """
         state = self._lighthouse
-        architecture = architecture_of(self)
+        self._say_if_not_ready()
         self._forget_forward()
         state.enabled = False
         state.name_attention(acts=False)
-        for module in architecture.attention(architecture.body(self)):
-            module.__dict__.pop("lighthouse_settings", None)
+        self._seat_layers()  # a layer that was put in since has a configuration of its own
         for module in self.modules():
+            module.__dict__.pop("lighthouse_seat", None)
             if getattr(module, "config", None) is state.dense_config:
                 module.config = state.config
         for module in self.modules():
@@ -97,6 +64,23 @@ class WrappedModel(Swapped):
         del self._lighthouse
         unswap(self)
         return self
+
+    def _say_if_not_ready(self) -> None:
+        state = self._lighthouse
+        lighthouse, dense = state.lighthouse_forwards, state.dense_forwards
+        if not state.ready:
+            say_once(
+                state.name,
+                "this model was trained with Lighthouse and with no step of dense attention after it: it is not ready "
+                "for the dense attention that it has from now on; train on with model.lighthouse(False) before "
+                "unwrap()",
+            )
+        elif lighthouse and dense < LEAST_DENSE_SHARE * (lighthouse + dense):
+            say_once(
+                state.name,
+                f"of this model's {lighthouse + dense:,} training forwards only {dense:,} had dense attention: with "
+                f"less than {LEAST_DENSE_SHARE:.0%} it is hardly ready for it; train on before it is used",
+            )
 
     def _forget_forward(self) -> None:
         """`accelerate` leaves a `forward` on the instance (mixed precision) that holds the wrapped class's."""
@@ -134,13 +118,23 @@ class WrappedModel(Swapped):
         """What the model was wrapped with; `dense_layers` is the number in effect."""
         return self._lighthouse.settings
 
+    def take_used(self) -> Used:
+        """Which attention the training forwards since the last call of this ran: `(lighthouse, dense)`.
+
+        Both are true where some ran the one and some the other, neither where there were none. In compiled code too.
+        """
+        return self._lighthouse.take_used()
+
     def train(self, mode: bool = True) -> WrappedModel:
         super().train(mode)
         self._settle()
         return self
 
     def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs) -> None:
-        """Sets the attention that runs wherever Lighthouse does not act. Raises `ValueError` for Lighthouse itself."""
+        """Sets the attention that runs wherever Lighthouse does not act: one of Transformers' own.
+
+        Raises `ValueError` for Lighthouse itself, and for an attention function of the user's own.
+        """
         named = attn_implementation.get("") if isinstance(attn_implementation, dict) else attn_implementation
         if named == NAME:
             raise ValueError(
@@ -149,14 +143,22 @@ class WrappedModel(Swapped):
             )
         state = self._lighthouse
         state.name_attention(acts=False)
+        before = state.former
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
         state.former = self.config._attn_implementation
-        self._settle()
+        try:
+            self._check_attention_functions(self._attention_modules()[0])
+        except ValueError:
+            super().set_attn_implementation(before)
+            state.former = before
+            raise
+        finally:
+            self._settle()
 
     def save_pretrained(self, *args, **kwargs) -> None:
         """The plain model's files. Says once if Lighthouse is still on: others will run these weights dense."""
         if self._lighthouse.enabled:
-            _say_once(
+            say_once(
                 self._lighthouse.name,
                 "what is saved is the plain model, and Lighthouse is still on: without steps of dense attention "
                 "(lighthouse(False), then train on) its weights are not ready for the dense attention that others run",
@@ -170,7 +172,65 @@ class WrappedModel(Swapped):
     def _settle(self) -> None:
         """Names the attention that the next forward is expected to need, so that compiled code finds it named."""
         state = self._lighthouse
+        self._look_again()
         state.name_attention(state.enabled and (self.training or state.settings.eval == "lighthouse"))
+
+    def _look_again(self) -> None:
+        """Looks whether what Lighthouse replaces is still what was wrapped; a layer that was put in gets its seat.
+
+        Raises `ValueError` where Lighthouse is on and would not act, or not on what it was given.
+        """
+        state = self._lighthouse
+        if state.enabled:
+            modules = self._attention_modules()
+            originals.check_layers(modules, architecture_of(self).attention_class)
+            state.settings.for_layers(len(modules))
+            self._check_attention_functions(modules[0])
+            originals.check_registry()
+        self._seat_layers()
+        state.own_loss = self._why_own_loss()
+
+    def _attention_modules(self) -> list:
+        architecture = architecture_of(self)
+        return architecture.attention(architecture.body(self))
+
+    def _seat_layers(self) -> None:
+        """Every layer follows this model's state, whatever it came with."""
+        state = self._lighthouse
+        modules = self._attention_modules()
+        for index, module in enumerate(modules):
+            acts = state.settings.acts_in_layer(index, len(modules))
+            config = state.config if acts else state.dense_config
+            if getattr(module, "config", None) is not config:
+                module.config = config
+            seat = vars(module).get("lighthouse_seat")
+            if acts and (seat is None or seat.state is not state):
+                module.lighthouse_seat = Seat(state)
+            elif not acts and seat is not None:
+                del module.lighthouse_seat
+
+    def _check_attention_functions(self, module) -> None:
+        state = self._lighthouse
+        named = self.config._attn_implementation
+        if named not in (NAME, state.former):
+            raise ValueError(
+                f"config._attn_implementation was set to {named!r} on the wrapped model: Lighthouse sets it itself; "
+                f"model.set_attn_implementation({named!r}) chooses what runs where Lighthouse does not act"
+            )
+        originals.check_attention_functions(state.former, module)
+
+    def _why_own_loss(self) -> str | None:
+        """Why the loss is the model's own though `loss="chunked"`; None where the two are the same."""
+        architecture = architecture_of(self)
+        if not architecture.has_head(self):
+            return None
+        forward = type(self).plain_class.forward
+        return originals.why_own_loss(self, architecture.output_layer(self), forward, architecture.causal)
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        if "_lighthouse" in vars(self):  # a copy, or from a file: its layers are copies too, and without a seat
+            self._seat_layers()
 
     def extra_repr(self) -> str:
         state = self._lighthouse
@@ -181,16 +241,12 @@ class WrappedModel(Swapped):
     @classmethod
     def namespace(cls, plain: type) -> dict:
         signature = inspect.signature(plain.forward)
-        names = [
-            name
-            for name, parameter in signature.parameters.items()
-            if parameter.kind is parameter.POSITIONAL_OR_KEYWORD and name != "self"
-        ]
+        names = positional_names(plain)
 
         def forward(self, *args, **kwargs):
             return self._call(names, args, kwargs)
 
-        forward.__signature__ = _with_labels(signature)  # Trainer reads here which columns the model takes
+        forward.__signature__ = with_labels(signature)  # Trainer reads here which columns the model takes
         forward.__doc__ = plain.forward.__doc__
         own = {"forward": forward}
         if hasattr(plain, "generate"):
@@ -218,17 +274,24 @@ class WrappedModel(Swapped):
             call = {**dict(zip(names, args, strict=False)), **kwargs}
 
         state = self._lighthouse
+        if not torch.compiler.is_compiling():  # compiled code was looked at by train() and lighthouse()
+            self._look_again()
         wants_loss = call.get("labels") is not None or call.get("shift_labels") is not None
         chunked = wants_loss and self._loss_is_ours(call)
-        if call.get("use_cache") is None and (self.training or chunked) and call.get("past_key_values") is None:
+        if call.get("use_cache") is None and (self.training or chunked) and not checks.has_cache(call):
             call["use_cache"] = False
         acts = self._acts(call)
         state.name_attention(acts)
+        with_gradients = torch.is_grad_enabled()
+        if self.training and with_gradients:
+            state.note_training(acts)
         if acts and call.get("attention_mask") is not None:
             call["attention_mask"] = None  # it hides nothing: _acts has looked
-        if chunked:
-            return self._with_loss(call)
-        return super().forward(**call)
+        state.with_gradients = with_gradients
+        try:
+            return self._with_loss(call) if chunked else super().forward(**call)
+        finally:
+            state.with_gradients = False
 
     def _acts(self, call: dict) -> bool:
         """Whether Lighthouse acts in this forward; where it does, everything it cannot honour has been refused."""
@@ -239,13 +302,13 @@ class WrappedModel(Swapped):
         if self.training:  # where the plain model runs too: another call may come before the backward
             checks.check_checkpointing(architecture_of(self).body(self))
         elif settings.eval == "dense":
-            _say_once(state.name, 'in eval() attention is dense; eval="lighthouse" would keep Lighthouse')
+            say_once(state.name, 'in eval() attention is dense; eval="lighthouse" would keep Lighthouse')
             return False
         use_cache = call.get("use_cache")
         if use_cache is None:
             use_cache = self.config.use_cache
-        if use_cache or call.get("past_key_values") is not None:
-            _say_once(state.name, "with a key-value cache attention is dense")
+        if use_cache or checks.has_cache(call):
+            say_once(state.name, "with a key-value cache attention is dense")
             return False
         name = "input_ids" if call.get("input_ids") is not None else "inputs_embeds"
         tokens = call.get(name)
@@ -253,27 +316,38 @@ class WrappedModel(Swapped):
             return False  # the plain model says what is missing
         device = tokens.device.type
         if not settings.pays(tokens.shape[1], device):
-            _say_once(
-                state.name,
-                f"sequences of fewer than {settings.least_tokens(device)} tokens (min_tokens), or whose sub-sequence "
-                f"is longer than {settings.max_share} of them (max_share), run with dense attention",
-            )
+            self._say_why_dense(tokens.shape[1], device)
             return False
         check_device(name, tokens.device)
-        checks.check_call(call, tokens.shape[1], self.config)
+        checks.check_call(call, tokens.shape[0], tokens.shape[1], self.config)
         if not self.training:
-            _say_once(
+            say_once(
                 state.name,
                 'in eval() Lighthouse acts, as eval="lighthouse" asks for: losses do not compare with dense ones',
             )
         return True
 
+    def _say_why_dense(self, tokens: int, device: str) -> None:
+        state = self._lighthouse
+        rule, message = state.settings.why_dense(None if torch.compiler.is_compiling() else tokens, device)
+        say_once(state.name, f"{message}: dense attention runs", rule)
+
     def _loss_is_ours(self, call: dict) -> bool:
         """Not where the model has its own and that, or some of the logits, is asked for."""
+        state = self._lighthouse
         if not architecture_of(self).has_head(self):
             return True
         kept = call.get("logits_to_keep")
-        return self._lighthouse.settings.loss == "chunked" and (kept is None or (isinstance(kept, int) and kept == 0))
+        if state.settings.loss != "chunked" or not (kept is None or (isinstance(kept, int) and kept == 0)):
+            return False
+        if state.own_loss is not None:
+            say_once(
+                state.name,
+                f'{state.own_loss}: the loss is the model\'s own, which holds all logits; loss="model" says that it '
+                "is to be",
+            )
+            return False
+        return True
 
     def _with_loss(self, call: dict):
         architecture = architecture_of(self)
@@ -306,78 +380,20 @@ class WrappedModel(Swapped):
 class _Generating:
     """While text is generated the plain attention runs, in train() too."""
 
-    def __init__(self, state: _State):
+    def __init__(self, state: State):
         self.state = state
 
     def __enter__(self) -> None:
         state = self.state
         self.before = state.generating, state.config._attn_implementation
         if state.enabled:
-            _say_once(state.name, "generate runs with dense attention")
+            say_once(state.name, "generate runs with dense attention")
         state.generating = True
         state.name_attention(acts=False)
 
     def __exit__(self, *_) -> None:
         self.state.generating, name = self.before
         self.state.name_attention(acts=name == NAME)
-
-
-def wrap(model: PreTrainedModel, settings: LighthouseSettings) -> PreTrainedModel:
-    """Lays `WrappedModel` over `model`, in place. `lighthouse.LighthouseWrapper` is the way in for users.
-
-    Raises `TypeError` or `ValueError` before anything is changed.
-    """
-    if isinstance(model, WrappedModel):
-        raise ValueError(
-            f"this {type(model).__name__} is wrapped already, with {model.lighthouse_settings}; "
-            "unwrap it first for other settings"
-        )
-    architecture = architecture_of(model)
-    _check_model(model, architecture, settings)
-    body = architecture.body(model)
-    attention = architecture.attention(body)
-    settings = settings.for_layers(len(attention))
-
-    former = model.config._attn_implementation
-    own, dense = copy.deepcopy(model.config), copy.deepcopy(model.config)
-    shared = model.config
-    for module in model.modules():
-        if getattr(module, "config", None) is shared:
-            module.config = own
-    for index, module in enumerate(attention):
-        if settings.acts_in_layer(index, len(attention)):
-            module.lighthouse_settings = settings
-        else:
-            module.config = dense
-    swap(architecture.output_layer(model), OutputLayer)
-    swap(model, WrappedModel)
-    model._lighthouse = _State(
-        settings=settings, former=former, config=own, dense_config=dense, loss_type=model.loss_type
-    )
-    # Trainer counts the predicted tokens by this: a bare model would be given one too many per sequence.
-    model.loss_type = "ForCausalLM"
-    keep_choices(model)
-    model._settle()
-    return model
-
-
-def _check_model(model: PreTrainedModel, architecture: Architecture, settings: LighthouseSettings) -> None:
-    name = type(model).__name__
-    checks.check_config(model.config)
-    if "forward" in vars(model):
-        raise ValueError(
-            f"this {name} has a forward of its own on the instance, as Liger or accelerate leave it: wrap it before"
-        )
-    for module in architecture.body(model).modules():
-        if isinstance(module, WrappedModel):
-            raise ValueError(f"a part of this {name} is wrapped already: unwrap it, then wrap the whole")
-    if architecture.has_head(model):
-        if settings.loss == "chunked" and model.loss_function is not ForCausalLMLoss:
-            raise ValueError(f'this {name} has a loss function of its own: loss="model" uses it')
-    elif settings.loss == "model":
-        raise ValueError(
-            f'loss="model": a {name} has no loss of its own; take "chunked" or a {architecture.causal.__name__}'
-        )
 
 
 def _labels_of(call: dict) -> torch.Tensor:
@@ -389,25 +405,3 @@ def _labels_of(call: dict) -> torch.Tensor:
     if isinstance(mask, torch.Tensor) and mask.shape == labels.shape:
         labels = labels.masked_fill(mask == 0, IGNORE_INDEX)
     return labels
-
-
-def _with_labels(signature: inspect.Signature) -> inspect.Signature:
-    """The plain forward's signature, with `labels` where it has none."""
-    parameters = dict(signature.parameters)
-    if "labels" not in parameters:
-        labels = inspect.Parameter("labels", inspect.Parameter.KEYWORD_ONLY, default=None)
-        rest = [name for name, parameter in parameters.items() if parameter.kind is parameter.VAR_KEYWORD]
-        last = {name: parameters.pop(name) for name in rest}
-        parameters = {**parameters, "labels": labels, **last}
-    return signature.replace(parameters=list(parameters.values()))
-
-
-_said: set[tuple[str, str]] = set()
-
-
-@torch.compiler.assume_constant_result
-def _say_once(name: str, message: str) -> None:
-    """Logs a warning once per model and process. Compiled code says it while it is compiled."""
-    if (name, message) not in _said:
-        _said.add((name, message))
-        logger.warning("Lighthouse: %s", message)

@@ -1,0 +1,125 @@
+"""Whether what Lighthouse replaces is what it is taken for: Transformers' own code.
+
+A layer with an attention of its own would never run Lighthouse, or run without the mask it counts on and see later
+tokens; a forward with a loss of its own would be passed by. Neither can be seen from names. What can be seen is where a
+function's code lies: here each function of a chain of wrappers has to lie in Transformers.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch.nn.functional as F
+import transformers
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from lighthouse.huggingface.attention_interface import NAME, dense_name, lighthouse_attention
+
+_PACKAGE = str(Path(transformers.__file__).parent) + "/"
+
+
+@functools.lru_cache(maxsize=1024)
+def is_own(function: Callable, name: str | None = None) -> bool:
+    """Whether `function`, and all it wraps, is Transformers' own code; with `name` that of this qualified name."""
+    while True:
+        while isinstance(function, functools.partial):
+            function = function.func
+        code = getattr(function, "__code__", None)
+        if code is None or not code.co_filename.startswith(_PACKAGE):
+            return False
+        inside = getattr(function, "__wrapped__", None)
+        if inside is None:
+            return name is None or function.__qualname__ == name
+        function = inside
+
+
+def place_of(function: Callable) -> str:
+    """Where `function` comes from, for an error."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return f"{getattr(function, '__module__', None)}.{getattr(function, '__qualname__', type(function).__name__)}"
+
+
+def check_attention_module(index: int, module: nn.Module, attention: type[nn.Module]) -> None:
+    """Raises `ValueError` unless the attention module of layer `index` computes what `attention` does."""
+    what = f"the attention of layer {index}, a {type(module).__name__},"
+    if "forward" in vars(module):
+        raise ValueError(f"{what} has a forward of its own on the instance: {_SELF_ATTENTION}")
+    if not is_own(type(module).forward, f"{attention.__name__}.forward"):
+        found = place_of(type(module).forward)
+        raise ValueError(f"{what} has a forward of its own, {found}: {_SELF_ATTENTION}")
+    if getattr(module, "is_causal", True) is not True:
+        raise ValueError(f"{what} has is_causal={module.is_causal!r}: Lighthouse is causal self-attention only")
+
+
+_SELF_ATTENTION = (
+    "Lighthouse replaces the attention of Transformers' own, and would pass by another or take its mask away; to train "
+    "with an attention of your own call lighthouse.attention in it, without the wrapper"
+)
+
+
+def check_layers(modules: Sequence[nn.Module], attention: type[nn.Module]) -> None:
+    """Raises `ValueError` where a layer's attention is not Transformers' `attention`, or is another layer's too."""
+    for index, module in enumerate(modules):
+        check_attention_module(index, module, attention)
+    if len(set(map(id, modules))) < len(modules):
+        raise ValueError("one attention module is in several layers: Lighthouse needs one for each layer")
+
+
+def check_attention_functions(former: str, module: nn.Module) -> None:
+    """Raises `ValueError` unless what runs where Lighthouse does not act is Transformers' own."""
+    for name in dict.fromkeys((former, dense_name(former))):
+        check_attention_function(name, module)
+
+
+def check_attention_function(name: str, module: nn.Module) -> None:
+    """Raises `ValueError` unless `name` is, for the attention `module`, one of Transformers' own dense attentions."""
+    function = ALL_ATTENTION_FUNCTIONS.get(name)
+    if function is None:  # eager: the function of the file that the module's forward is in
+        inside = type(module).forward
+        while hasattr(inside, "__wrapped__"):
+            inside = inside.__wrapped__
+        function = inside.__globals__.get("eager_attention_forward")
+    if function is None or not is_own(function):
+        raise ValueError(
+            f'attention "{name}" is {place_of(function)}, not one of Transformers\' own: Lighthouse would replace it, '
+            'and the dense stage would not train what Lighthouse trained; set "sdpa", "eager" or a flash attention '
+            "before wrapping, and leave their entries in Transformers' registry as they are (sequence parallelism "
+            "replaces them, and each process would attend within its own shard)"
+        )
+
+
+def check_registry() -> None:
+    """Raises `ValueError` where another function stands under Lighthouse's name, or SDPA attends across processes."""
+    if ALL_ATTENTION_FUNCTIONS.get(NAME) is not lighthouse_attention:
+        raise ValueError(
+            f'attention "{NAME}" in Transformers\' registry is {place_of(ALL_ATTENTION_FUNCTIONS.get(NAME))}: '
+            "Lighthouse would never run; register yours under another name"
+        )
+    sdpa = F.scaled_dot_product_attention
+    if isinstance(sdpa, types.FunctionType) and sdpa.__module__.startswith("torch.distributed"):
+        raise ValueError(
+            "context parallelism is on (torch.distributed's context_parallel): each process would choose and attend "
+            "within its own shard of the sequence; Lighthouse does not support it yet"
+        )
+
+
+def why_own_loss(model: nn.Module, output_layer: nn.Module, forward: Callable, causal: type[nn.Module]) -> str | None:
+    """What of the model's own loss the loss without logits would pass by; None where it gives the same.
+
+    `forward` is the plain class's, `causal` the architecture's class with an output layer.
+    """
+    name = type(model).__name__
+    if not is_own(forward, f"{causal.__name__}.forward"):
+        return f"this {name} has a forward of its own, {place_of(forward)}"
+    if not is_own(model.loss_function, "ForCausalLMLoss"):
+        return f"this {name} has a loss function of its own, {place_of(model.loss_function)}"
+    if "forward" in vars(output_layer):
+        return "the output layer has a forward of its own on the instance"
+    if output_layer._forward_hooks or output_layer._forward_pre_hooks:
+        return "the output layer has forward hooks"
+    return None

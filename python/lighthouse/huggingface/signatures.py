@@ -1,0 +1,25 @@
+"""The arguments of a plain model's forward, as a wrapped model takes them."""
+
+from __future__ import annotations
+
+import inspect
+
+
+def positional_names(plain: type) -> list[str]:
+    """Of the arguments of `plain.forward`; of the nearest base that names them where it takes `*args`."""
+    for cls in plain.__mro__:
+        parameters = inspect.signature(cls.forward).parameters.values()
+        if not any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
+            break
+    return [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "self"]
+
+
+def with_labels(signature: inspect.Signature) -> inspect.Signature:
+    """The plain forward's signature, with `labels` where it has none."""
+    parameters = dict(signature.parameters)
+    if "labels" not in parameters:
+        labels = inspect.Parameter("labels", inspect.Parameter.KEYWORD_ONLY, default=None)
+        rest = [name for name, parameter in parameters.items() if parameter.kind is parameter.VAR_KEYWORD]
+        last = {name: parameters.pop(name) for name in rest}
+        parameters = {**parameters, "labels": labels, **last}
+    return signature.replace(parameters=list(parameters.values()))

@@ -1,0 +1,87 @@
+"""The way into a wrapped model: everything is checked before anything is changed."""
+
+from __future__ import annotations
+
+import copy
+
+from transformers import PreTrainedModel
+
+from lighthouse.class_swap import swap
+from lighthouse.huggingface import checks, originals
+from lighthouse.huggingface.architectures import Architecture, architecture_of
+from lighthouse.huggingface.checkpointing import keep_choices
+from lighthouse.huggingface.loss import OutputLayer
+from lighthouse.huggingface.state import State, say_once
+from lighthouse.huggingface.wrapped import WrappedModel
+from lighthouse.wrapper import LighthouseSettings
+
+
+def wrap(model: PreTrainedModel, settings: LighthouseSettings) -> PreTrainedModel:
+    """Lays `WrappedModel` over `model`, in place. `lighthouse.LighthouseWrapper` is the way in for users.
+
+    Raises `TypeError` or `ValueError` before anything is changed.
+    """
+    if isinstance(model, WrappedModel):
+        raise ValueError(
+            f"this {type(model).__name__} is wrapped already, with {model.lighthouse_settings}; "
+            "unwrap it first for other settings"
+        )
+    architecture = architecture_of(model)
+    _check_model(model, architecture, settings)
+    body = architecture.body(model)
+    attention = architecture.attention(body)
+    settings = settings.for_layers(len(attention))
+
+    former = model.config._attn_implementation
+    own, dense = copy.deepcopy(model.config), copy.deepcopy(model.config)
+    shared = model.config
+    for module in model.modules():
+        if getattr(module, "config", None) is shared:
+            module.config = own
+    swap(architecture.output_layer(model), OutputLayer)
+    swap(model, WrappedModel)
+    model._lighthouse = State(
+        settings=settings, former=former, config=own, dense_config=dense, loss_type=model.loss_type
+    )
+    model._seat_layers()
+    # Trainer counts the predicted tokens by this: a bare model would be given one too many per sequence.
+    model.loss_type = "ForCausalLM"
+    keep_choices(model)
+    model._settle()
+    _say_if_never(model)
+    return model
+
+
+def _say_if_never(model: WrappedModel) -> None:
+    """Of settings with which Lighthouse acts at no length that the model allows."""
+    state, device = model._lighthouse, next(model.parameters()).device.type
+    longest = checks.longest(model.config)
+    if longest is None or device == "meta" or state.settings.pays(longest, device):
+        return
+    _, message = state.settings.why_dense(longest, device)
+    say_once(state.name, f"{message}, and the model allows no longer ones: with these settings Lighthouse never acts")
+
+
+def _check_model(model: PreTrainedModel, architecture: Architecture, settings: LighthouseSettings) -> None:
+    name = type(model).__name__
+    checks.check_config(model.config)
+    if "forward" in vars(model):
+        raise ValueError(
+            f"this {name} has a forward of its own on the instance, as Liger or accelerate leave it: wrap it before"
+        )
+    for module in architecture.body(model).modules():
+        if isinstance(module, WrappedModel):
+            raise ValueError(f"a part of this {name} is wrapped already: unwrap it, then wrap the whole")
+    modules = architecture.attention(architecture.body(model))
+    originals.check_layers(modules, architecture.attention_class)
+    originals.check_attention_functions(model.config._attn_implementation, modules[0])
+    originals.check_registry()
+    if architecture.has_head(model):
+        layer = architecture.output_layer(model)
+        reason = originals.why_own_loss(model, layer, type(model).forward, architecture.causal)
+        if settings.loss == "chunked" and reason is not None:
+            raise ValueError(f'{reason}: loss="model" uses it, the loss without logits would pass it by')
+    elif settings.loss == "model":
+        raise ValueError(
+            f'loss="model": a {name} has no loss of its own; take "chunked" or a {architecture.causal.__name__}'
+        )
