@@ -229,7 +229,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=int, nargs="+",
                         help="lengths (default: 1,024 to 16,384; on a GPU 4,096 to 262,144)")  # fmt: skip
     parser.add_argument("--budget", type=float, default=8.0,
-                        help="seconds for the calls of a length; slow ones on a CPU are timed once (default: 8)")  # fmt: skip
+                        help="seconds for the calls of a length; on a CPU slow ones are one (default: 8)")  # fmt: skip
     add_device(parser)
     parser.add_argument("--resume", action="store_true", help="go on with the results that --json has")
     parser.add_argument("--plot", metavar="FILE", help="draw time, speed-up and memory against length there (PNG)")

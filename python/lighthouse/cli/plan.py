@@ -230,8 +230,8 @@ def _known(precision: dict) -> list[str]:
         by = "by bench" if check["by"] == "bench" else "with the rates"
         side = "above" if check["error"] >= 0 else "below"
         lines.append(
-            f"at {check['tokens']:,} tokens, the nearest length that was measured, {by}, it is {abs(check['error']):.0%} "
-            f"{side} what was found"
+            f"at {check['tokens']:,} tokens, the nearest length that was measured, {by}, it is "
+            f"{abs(check['error']):.0%} {side} what was found"
         )
     if spread is not None and spread > speed.BUSY:
         lines.append(
