@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, LlamaForCausalLM, LlamaModel
 
 from lighthouse.cli import main
-from lighthouse.huggingface import LighthouseCallback, wrapped
+from lighthouse.huggingface import LighthouseCallback, state
 from lighthouse.huggingface import export as export_module
 from lighthouse.huggingface.card import history_of_checkpoint
 from lighthouse.huggingface.export import ExportFailed, export
@@ -296,7 +296,7 @@ FORGOTTEN = [
 
 @pytest.mark.parametrize("do, message", [f[1:] for f in FORGOTTEN], ids=[f[0] for f in FORGOTTEN])
 def test_a_forgotten_unwrap_is_said(monkeypatch, caplog, tmp_path, do, message):
-    monkeypatch.setattr(wrapped, "_said", set())
+    monkeypatch.setattr(state, "_said", set())
     spy = Spy()
     model, off = wrapped_llama(spy=spy), wrapped_llama(spy=spy).lighthouse(False)
     with caplog.at_level(logging.WARNING, "lighthouse"):
@@ -311,7 +311,7 @@ def test_a_forgotten_unwrap_is_said(monkeypatch, caplog, tmp_path, do, message):
 
 
 def test_an_evaluation_with_lighthouse_says_so(monkeypatch, caplog):
-    monkeypatch.setattr(wrapped, "_said", set())
+    monkeypatch.setattr(state, "_said", set())
     spy = Spy()
     model = wrapped_llama(spy=spy, eval="lighthouse").eval()
     with caplog.at_level(logging.WARNING, "lighthouse"), torch.no_grad():

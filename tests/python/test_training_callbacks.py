@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -12,9 +13,11 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import TrainerState
 
+from lighthouse.huggingface.state import Used
+from lighthouse.huggingface.steps import Steps, not_as_wished, not_ready
 from lighthouse.plan import plan
 from lighthouse.training import pretrain
-from lighthouse.training.callbacks import FirstNotFinite, Record, StopOnSignal, SwitchToDense, memory
+from lighthouse.training.callbacks import FirstNotFinite, PlainLines, Record, StopOnSignal, SwitchToDense, memory
 from lighthouse.training.result import DENSE, LIGHTHOUSE, NotFinite
 from small_llama import one_thread  # noqa: F401
 from training_runs import CONTEXT, options, training, write_text
@@ -53,17 +56,87 @@ def test_a_line_per_log(tmp_path, capsys, bar):
         assert line.startswith(wanted[0]) and all(part in line for part in wanted), line
 
 
-def model_in(stage: str):
-    return SimpleNamespace(lighthouse_enabled=stage == LIGHTHOUSE)
+ARGS_CPU = SimpleNamespace(device=torch.device("cpu"))
 
 
-def test_a_step_counts_for_what_the_model_did_in_it_and_not_for_what_was_planned():
-    record, state = Record(switch_step=2), SimpleNamespace(global_step=0, stateful_callbacks={})
-    args = SimpleNamespace(device=torch.device("cpu"))
-    record.on_train_begin(args, state, None)
-    for state.global_step, stage in enumerate((LIGHTHOUSE, DENSE, DENSE), 1):
-        record.on_step_end(args, state, None, model=model_in(stage))
-    assert {name: stage["steps"] for name, stage in record.stages.items()} == {LIGHTHOUSE: 1, DENSE: 2}
+class Model:
+    """Of a wrapped model, what its training forwards ran in each step."""
+
+    def __init__(self, *steps: tuple[bool, bool]):
+        self.steps = [(False, False), *steps]  # none ahead of the first
+
+    def take_used(self):
+        return Used(*self.steps.pop(0))
+
+
+ACTED, NOT, BOTH = (True, False), (False, True), (True, True)
+
+
+def recorded(*steps, switch_step: int) -> Record:
+    """The record of a run whose steps went so."""
+    record, state, model = Record(switch_step), TrainerState(), Model(*steps)
+    record.on_train_begin(ARGS_CPU, state, None, model=model)
+    for state.global_step in range(1, len(steps) + 1):
+        record.on_step_end(ARGS_CPU, state, None, model=model)
+    return record
+
+
+STEPS = [
+    ("as_planned", [ACTED, ACTED, NOT], 2, (2, 1, 0, 2), []),
+    ("never_acted", [NOT, NOT, NOT], 2, (0, 3, 0, 0), ["never acted: it was on in 2 steps"]),
+    ("acted_in_one_of_two", [NOT, ACTED, NOT], 2, (1, 2, 0, 2), ["acted in 1 of the 2 steps in which it was"]),
+    ("with_dense_forwards", [BOTH, ACTED, NOT], 2, (2, 1, 1, 2), ["In 1 of the 2 steps with Lighthouse some"]),
+    ("planned_dense", [NOT], 0, (0, 1, 0, 0), []),
+]
+
+
+@pytest.mark.parametrize("steps, planned, counted, said", [s[1:] for s in STEPS], ids=[s[0] for s in STEPS])
+def test_a_step_counts_for_what_its_forwards_did_and_not_for_what_was_planned(steps, planned, counted, said):
+    record = recorded(*steps, switch_step=planned)
+    assert record.steps_used == Steps(*counted)
+    stages = {name: stage["steps"] for name, stage in record.stages.items()}
+    assert stages == {name: n for name, n in ((LIGHTHOUSE, counted[0]), (DENSE, counted[1])) if n}
+    found = not_as_wished(planned, record.steps_used)
+    assert len(found) == len(said) and all(part in sentence for part, sentence in zip(said, found, strict=True))
+
+
+READY = [
+    ("no_dense_stage", (30, 30, 30), "All 30 steps behind these weights used Lighthouse"),
+    ("an_earlier_checkpoint", (4, 30, 30), "All 4 steps behind these weights used Lighthouse"),
+    ("dense_steps_before_alone", (30, 30, 7), "was used up to the last of the 30 steps"),
+    ("too_short_a_dense_stage", (100, 96, 96), "only the last 4 were dense: with less than 5%"),
+    ("a_dense_stage", (100, 95, 95), None),
+    ("never_with_it", (100, 0, 0), None),
+    ("no_step_at_all", (0, 0, 0), None),
+]
+
+
+@pytest.mark.parametrize("numbers, said", [r[1:] for r in READY], ids=[r[0] for r in READY])
+def test_what_keeps_weights_from_use(numbers, said):
+    found = not_ready(*numbers)
+    assert len(found) == (said is not None) and (said is None or said in found[0])
+
+
+def test_a_log_over_the_switch_is_of_both(capsys):
+    record = recorded(ACTED, ACTED, NOT, switch_step=2)
+    logs = {"loss": 1.0, "learning_rate": 0.1, "lighthouse": record.lighthouse_share(3)}
+    assert logs["lighthouse"] == pytest.approx(2 / 3) and record.lighthouse_share(3) == 0
+    PlainLines().on_log(None, TrainerState(global_step=3, max_steps=9, is_world_process_zero=True), None, logs=logs)
+    assert "step 3/9  both        loss 1.0000" in (said := capsys.readouterr().out)
+    assert "Lighthouse in 67% of these steps" in said
+
+
+def test_a_resumed_run_logs_what_an_undisturbed_one_does():
+    """A checkpoint may lie in the middle of what a log is of; one of an earlier version knows the stages alone."""
+    record = recorded(ACTED, ACTED, ACTED, switch_step=4)
+    record._logged = 2, 2
+    saved = json.loads(json.dumps(record.state()))
+    resumed = Record(4)
+    resumed.on_train_begin(ARGS_CPU, TrainerState(global_step=3, stateful_callbacks={"Record": saved}), None)
+    assert resumed.steps_used == record.steps_used and resumed._logged == record._logged
+    del saved["attributes"]["steps_used"], saved["attributes"]["logged"]
+    resumed.on_train_begin(ARGS_CPU, TrainerState(global_step=3, stateful_callbacks={"Record": saved}), None)
+    assert resumed.steps_used == Steps(lighthouse=3, last=3)
 
 
 def test_compiling_is_not_training():
@@ -78,7 +151,7 @@ def test_compiling_is_not_training():
     start = time.perf_counter()
     record.on_train_begin(args, TrainerState(), None)
     torch.compile(lambda x: 2 * x, backend=slowly)(torch.ones(1))
-    record.on_step_end(args, state, None, model=model_in(DENSE))
+    record.on_step_end(args, state, None, model=Model())
     assert 0 <= record.seconds <= time.perf_counter() - start - 0.5
 
 
@@ -98,7 +171,9 @@ def test_the_peak_of_a_stage_is_of_its_steps_alone():
     def step(number: int, mib: int) -> int:
         torch.ones(mib * 2**18)  # freed at once
         state.global_step = number
-        record.on_step_end(args, state, None, model=model_in(record.stage_of(number)))
+        model = Model()
+        model.steps = [ACTED if number == 1 else NOT]
+        record.on_step_end(args, state, None, model=model)
         return record.stages[record.stage_of(number)]["peak_memory"] / 2**20
 
     first = step(1, 300)

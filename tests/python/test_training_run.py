@@ -8,17 +8,22 @@ import subprocess
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainingArguments
 
+from lighthouse.huggingface.card import history_of_checkpoint
 from lighthouse.training import PretrainResult, checkpoints, prepare, pretrain
 from lighthouse.training import run as run_module
 from lighthouse.training.model import new_model
-from lighthouse.training.resume import FREE_ON_RESUME
+from lighthouse.training.resume import FREE_ON_RESUME, what_is_new
+from lighthouse.training.trainer import rows_to_evaluate
 from small_llama import one_thread  # noqa: F401
 from training_runs import CHECKPOINTING, CONTEXT, options, training, write_text
+
+TRAINERS = {f.name for f in fields(TrainingArguments)}
 
 attention_module = sys.modules["lighthouse.attention"]  # `lighthouse.attention` is the function
 
@@ -123,8 +128,9 @@ def plain_loss(folder: Path, text: Path, result: PretrainResult) -> float:
     return sum(losses) / len(losses)
 
 
-def test_the_held_out_loss_is_the_plain_models(tmp_path, text):
-    result = pretrain(options(text), training(tmp_path))
+@pytest.mark.parametrize("smoothing", [0.0, 0.4], ids=["plain", "label_smoothing"])
+def test_the_held_out_loss_is_the_plain_models_cross_entropy(tmp_path, text, smoothing):
+    result = pretrain(options(text), training(tmp_path, label_smoothing_factor=smoothing))
     assert result.loss == pytest.approx(plain_loss(tmp_path, text, result), rel=1e-5)
 
 
@@ -171,7 +177,7 @@ def test_more_steps_on_resuming_leave_the_switch_where_it_was(tmp_path, text, se
 def test_lighthouse_alone_is_said_to_be_no_model_for_use(tmp_path, text, caplog):
     result = pretrain(options(text, lighthouse_only=True), training(tmp_path))
     assert result.name == "lighthouse-only" and list(result.stages) == ["lighthouse"]
-    assert "All 5 steps used Lighthouse" in result.warnings[0] and result.warnings[0] in caplog.text
+    assert "All 5 steps behind these weights used" in result.warnings[0] and result.warnings[0] in caplog.text
     assert PretrainResult.load(tmp_path / "results.json").warnings == result.warnings
     assert result.loss == pytest.approx(plain_loss(tmp_path, text, result), rel=1e-5)
 
@@ -216,7 +222,7 @@ def test_another_text_or_schedule_is_another_run(tmp_path):
     with pytest.raises(ValueError, match="weight_decay was 0.1, is 0.9"):
         prepare(options(folder), training(tmp_path / "run", resume=True, weight_decay=0.9))
     (folder / "new.txt").write_text("more " * 500)
-    with pytest.raises(ValueError, match="text was"):
+    with pytest.raises(ValueError, match="the text, its order, its tokenizer"):
         prepare(options(folder), training(tmp_path / "run", resume=True))
 
 
@@ -226,6 +232,63 @@ def test_with_the_best_model_its_loss_is_the_one_reported(tmp_path, text):
     losses = {point.step: point.loss for point in result.held_out}
     assert result.model_step == min(losses, key=losses.get) != result.steps
     assert result.loss == min(losses.values())
+
+
+def test_a_best_model_from_before_the_switch_is_said_to_be_no_model_for_use(tmp_path, text, caplog):
+    """A rate so high at the end that the dense stage makes it worse."""
+
+    class Spoil(TrainerCallback):
+        def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+            for group in optimizer.param_groups:
+                group["lr"] = 1e-3 if state.global_step < 3 else 2.0
+
+    best = {"load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 1, "eval_steps": 1}
+    result = prepare(options(text), training(tmp_path, **best)).train(callbacks=[Spoil()])
+    assert result.switch_step == 3 and result.model_step <= 3
+    warning = f"All {result.model_step} steps behind these weights used Lighthouse"
+    assert len(result.warnings) == 1 and warning in result.warnings[0] and warning in caplog.text
+    assert history_of_checkpoint(tmp_path / "model").warnings() == result.warnings
+
+
+@pytest.mark.parametrize("order", ["random", "sequential"])
+def test_every_step_is_whole_and_has_the_tokens_that_it_counts_for(tmp_path, text, monkeypatch, order):
+    """Where rows, batches and accumulation do not divide: in each pass a part of a step's rows is left for the next."""
+    seen, step = [], run_module.RunTrainer.training_step
+
+    def counted(trainer, model, inputs, *args, **kwargs):
+        seen.append((trainer.state.global_step + 1, inputs["input_ids"].numel(), trainer.state.epoch))
+        return step(trainer, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(run_module.RunTrainer, "training_step", counted)
+    rows = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3}
+    strategy = {"train_sampling_strategy": order} if "train_sampling_strategy" in TRAINERS else {}
+    result = pretrain(options(text, context=512), training(tmp_path, max_steps=4, **rows, **strategy))
+    assert seen[-1][2] >= 1  # the second pass
+    tokens = [sum(numel for at, numel, _ in seen if at == number) for number in range(1, 5)]
+    assert tokens == [4 * 3 * 512] * 4
+    assert sum(stage.tokens for stage in result.stages.values()) == sum(tokens)
+
+
+def test_a_step_of_more_rows_than_the_text_has_is_refused(tmp_path, text):
+    with pytest.raises(ValueError, match=r"a step has 64 rows .*, and the text \d\d: take fewer"):
+        pretrain(options(text, context=512), training(tmp_path / "run", per_device_train_batch_size=64))
+    assert not (tmp_path / "run").exists()
+
+
+HELD_OUT = [
+    ("one_process", 1, 5, 4, 4),
+    ("divides", 2, 8, 2, 2),
+    ("does_not", 2, 6, 4, 3),
+    ("no_size_does", 2, 5, 4, 1),
+]
+
+
+@pytest.mark.parametrize("processes, rows, wanted, found", [h[1:] for h in HELD_OUT], ids=[h[0] for h in HELD_OUT])
+def test_no_held_out_row_counts_twice(capsys, processes, rows, wanted, found):
+    """Several processes would fill the last batch with rows again."""
+    args = SimpleNamespace(per_device_eval_batch_size=wanted, world_size=processes, process_index=0)
+    assert rows_to_evaluate(rows, args) == found
+    assert (f"was {wanted}, is {found}" in capsys.readouterr().out) == (found != wanted)
 
 
 def _remove(folder: Path) -> None:
@@ -385,6 +448,16 @@ def test_what_decides_the_losses_may_not_change(saved, text, run, trainer, messa
 def test_what_decides_no_loss_may_change(saved, text):
     run = prepare(options(text), training(saved, resume=True, max_steps=9, **FREE))
     assert run.checkpoint == str(saved / "checkpoint-5") and run.switch_step == 3
+
+
+def test_what_may_differ_in_the_last_digits_is_said():
+    """Versions and the device: a sentence, and no refusal."""
+    earlier = {"device_name": "a CPU", "versions": {"torch": "2.10", "python": "3.11"}, "seed": 1}
+    now = {"device_name": "a CPU", "versions": {"torch": "2.11", "python": "3.11"}, "seed": 2}
+    assert what_is_new(earlier, now) == [
+        "Since this run began torch was 2.10, is 2.11: losses may differ in their last digits."
+    ]
+    assert what_is_new(earlier, earlier) == what_is_new({}, now) == []
 
 
 def test_each_option_that_may_change_is_one_of_the_trainers():

@@ -70,7 +70,7 @@ def _table(exported: Exported) -> Table:
     table.add_column(overflow="fold")
     steps = "not recorded" if exported.step is None else f"{exported.step:,}"
     if exported.step is not None and exported.switch_step is not None:
-        steps += f", of which {min(exported.step, exported.switch_step):,} with Lighthouse"
+        steps += f", of which {exported.lighthouse_steps:,} with Lighthouse"
     rows = [
         ("folder", exported.folder),
         ("from", exported.source),

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import fields
+from dataclasses import asdict, fields
 
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from lighthouse.huggingface.steps import Steps, forget_forwards, not_as_wished, not_ready, used_in
 from lighthouse.huggingface.wrapped import WrappedModel
+from lighthouse.processes import strangers
 
 logger = logging.getLogger("lighthouse")
 
@@ -38,6 +40,10 @@ class LighthouseCallback(TrainerCallback, ExportableState):
 
     A resumed run switches where the first one would have; another share, step or number than the checkpoint has counts
     as a new wish. `step` is the switch's, None as long as it depends on tokens to come.
+
+    `steps` counts what the steps did, which is kept in each checkpoint too and told by `lighthouse export`: in which
+    Lighthouse acted and which were dense, as those are whose sequences are too short. None in a run that was resumed
+    from a checkpoint without these numbers. What keeps the model from use is logged at the end.
 
     Raises `ValueError` at the start of training if the model is not wrapped, or the tokens are not counted.
     """
@@ -69,21 +75,34 @@ class LighthouseCallback(TrainerCallback, ExportableState):
         self.step: int | None = None
         self.tokens: int | None = None  # trained on at the switch, where the Trainer counts them
         self.settings: dict = {}
+        self.steps: Steps | None = Steps()
 
     def state(self) -> dict:
+        steps = None if self.steps is None else asdict(self.steps)
         return {
             "args": self.given,
-            "attributes": {"step": self.step, "tokens": self.tokens, "settings": self.settings},
+            "attributes": {"step": self.step, "tokens": self.tokens, "settings": self.settings, "steps": steps},
         }
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        settings = _wrapped_in(model).lighthouse_settings
+        why_not = strangers(args.world_size)
+        if why_not is not None:
+            logger.warning("Lighthouse: %s", why_not)
+        model = _wrapped_in(model)
+        forget_forwards(model)
+        settings = model.lighthouse_settings
         known = {f.name for f in fields(settings)}
         self.settings = {name: getattr(settings, name) for name in SAVED_SETTINGS if name in known}
         saved = state.stateful_callbacks.get(type(self).__name__)
         self.step = self.tokens = None
-        if state.global_step > 0 and isinstance(saved, dict) and saved["args"] == self.given:
-            self.step, self.tokens = saved["attributes"]["step"], saved["attributes"]["tokens"]
+        self.steps = Steps() if state.global_step == 0 else None
+        if state.global_step > 0 and isinstance(saved, dict):
+            attributes = saved["attributes"]
+            if attributes.get("steps") is not None:
+                self.steps = Steps(**attributes["steps"])
+            self._say_what_changed(attributes["settings"], state)
+            if saved["args"] == self.given:
+                self.step, self.tokens = attributes["step"], attributes["tokens"]
         if self.step is not None:
             return
         if self.given["switch_step"] is not None:
@@ -100,7 +119,10 @@ class LighthouseCallback(TrainerCallback, ExportableState):
         if model.lighthouse_enabled != wanted:
             model.lighthouse(wanted)
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        used = used_in(_wrapped_in(model), state.global_step)
+        if self.steps is not None:
+            self.steps.note(used, state.global_step)
         if self.step is None:
             self._switch_by_tokens(state)
         if state.global_step == self.step:
@@ -109,13 +131,32 @@ class LighthouseCallback(TrainerCallback, ExportableState):
                 control.should_evaluate = True
         return control
 
-    def on_train_end(self, args, state, control, **kwargs):
-        if state.is_world_process_zero and (self.step is None or self.step >= state.global_step > 0):
-            logger.warning(
-                "Lighthouse: all %s steps used it: the model had no dense stage and is not ready for dense attention, "
-                "which is what any other program runs it with",
-                f"{state.global_step:,}",
-            )
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 0:
+            return
+        wished = state.global_step if self.step is None else min(self.step, state.global_step)
+        last, lighthouse, said = wished, None, []
+        if self.steps is not None:
+            last, lighthouse, said = self.steps.last, self.steps.lighthouse, not_as_wished(wished, self.steps)
+        best = best_step(args, state)
+        if best is not None and best <= last:
+            _wrapped_in(model)._lighthouse.ready = False  # for `unwrap` and `export`
+            said.append(f"The model is now the best checkpoint's, of step {best:,}, from before the dense stage.")
+        said += not_ready(state.global_step if best is None else best, last, lighthouse)
+        if state.is_world_process_zero:
+            for sentence in said:
+                logger.warning("Lighthouse: %s", sentence)
+
+    def _say_what_changed(self, earlier: dict, state) -> None:
+        """A resumed run may be given a model that was wrapped otherwise."""
+        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in self.settings.items()}
+        changed = [
+            f"{name} was {earlier[name]!r}, is {value!r}"
+            for name, value in plain.items()
+            if name in earlier and earlier[name] != value
+        ]
+        if changed and state.is_world_process_zero:
+            logger.warning("Lighthouse: since step %s of this run %s", f"{state.global_step:,}", "; ".join(changed))
 
     def _switch_by_tokens(self, state) -> None:
         if state.num_input_tokens_seen >= self.given["switch_tokens"]:
@@ -133,6 +174,13 @@ class LighthouseCallback(TrainerCallback, ExportableState):
                 f"{wish}: the {state.global_step} steps of the checkpoint were made without counting their tokens; "
                 "give switch_step"
             )
+
+
+def best_step(args, state) -> int | None:
+    """The step whose weights the Trainer has loaded at its end, where it was told to take the best."""
+    if not args.load_best_model_at_end or state.best_model_checkpoint is None:
+        return None
+    return state.best_global_step
 
 
 def _wrapped_in(model) -> WrappedModel:

@@ -14,10 +14,11 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 
 from lighthouse.huggingface.callback import LighthouseCallback
+from lighthouse.huggingface.steps import Steps, not_ready
 from lighthouse.huggingface.wrapped import WrappedModel
-from lighthouse.training.callbacks import Record
+from lighthouse.training.callbacks import Record, steps_in_record
 from lighthouse.training.result import DENSE, LIGHTHOUSE, RESULTS
-from lighthouse.training.resume import SETTINGS, STATE
+from lighthouse.training.resume import FACTS, MODEL, SETTINGS, STATE
 
 PAPER = "arXiv:2605.06554"
 HELD_OUT_ROWS = 12
@@ -37,14 +38,17 @@ code that runs them are those of a plain {model_class}, with dense attention."""
 class History:
     """Of the exported weights. None, or an empty list, stands for what is not known.
 
-    `step` is theirs; Lighthouse was on in the steps up to `switch_step`, 0 if it never was. `still_on` is for a model
-    in memory, of which no steps are known. `held_out` are (step, loss); `losses_are_dense` is False where nothing says
-    with which attention they were measured.
+    `step` is theirs; `switch_step` is the last in which Lighthouse acted, 0 if it never did, and `lighthouse_steps` are
+    all of those. `still_on` and `ready` are for a model in memory, of which no steps are known. `held_out` are (step, loss);
+    `losses_are_dense` is False where nothing says with which attention they were measured, `losses_are_ours` where
+    another script's Trainer has made them of whatever its loss is. `doubts` are of what lies beside the weights.
     """
 
     step: int | None = None
     switch_step: int | None = None
+    lighthouse_steps: int | None = None
     still_on: bool | None = None
+    ready: bool | None = None
     pool_ratios: list[float] | None = None
     select_topk: int | float | None = None
     dense_layers: int | None = None
@@ -53,13 +57,22 @@ class History:
     lighthouse_tokens: int | None = None
     held_out: list[tuple[int, float]] = field(default_factory=list)
     losses_are_dense: bool = False
+    losses_are_ours: bool = False
+    doubts: list[str] = field(default_factory=list)
+
+    @property
+    def steps_with_lighthouse(self) -> int | None:
+        """Of those up to `step`."""
+        if self.step is None or self.switch_step is None:
+            return None
+        return min(self.step, self.switch_step) if self.lighthouse_steps is None else self.lighthouse_steps
 
     @property
     def stages(self) -> list[tuple[str, int, int | None]]:
         """(name, steps, tokens or None) of the stages up to `step`."""
         if self.step is None or self.switch_step is None:
             return []
-        first = min(self.step, self.switch_step)
+        first = self.steps_with_lighthouse
         tokens = first_tokens = rest = None
         if self.tokens is not None:
             tokens, first_tokens = self.tokens, self.lighthouse_tokens
@@ -76,16 +89,16 @@ class History:
                 "Lighthouse was still on when this model was exported: without steps of dense attention its weights "
                 "are not ready for it, and dense attention is what any other program runs them with."
             ]
+        if self.ready is False:
+            return [
+                "No dense step has followed the last one with Lighthouse in these weights: they are not ready for dense "
+                "attention, which is what any other program runs them with."
+            ]
         if self.still_on is not None:
             return []
         if self.switch_step is None:
-            return ["Whether these weights had a dense stage is not recorded beside the checkpoint."]
-        if self.step is not None and 0 < self.step <= self.switch_step:
-            return [
-                f"All {self.step:,} steps behind these weights used Lighthouse: they had no dense stage and are not "
-                "ready for dense attention, which is what any other program runs them with."
-            ]
-        return []
+            return ["Whether these weights had a dense stage is not recorded beside the checkpoint.", *self.doubts]
+        return [*not_ready(self.step or 0, self.switch_step, self.lighthouse_steps), *self.doubts]
 
 
 def history_of_model(model) -> History:
@@ -95,6 +108,7 @@ def history_of_model(model) -> History:
     settings = model.lighthouse_settings
     return History(
         still_on=model.lighthouse_enabled,
+        ready=model._lighthouse.ready,
         pool_ratios=list(settings.pool_ratios),
         select_topk=settings.select_topk,
         dense_layers=settings.dense_layers,
@@ -105,29 +119,47 @@ def history_of_checkpoint(folder: Path) -> History:
     """Of a checkpoint of any Trainer, or of a finished run's model."""
     state = _read(folder / STATE)
     if state is not None:
-        run = _read(folder.parent / SETTINGS)
-        return _of_a_run(run, state) if run is not None else _of_a_trainer(state)
+        callbacks = state.get("stateful_callbacks", {})
+        record = callbacks.get(Record.__name__)
+        return _of_a_trainer(state) if record is None else _of_a_run(folder, record, state)
     results = _read(folder.parent / RESULTS)
-    if results is None:
+    if results is None or folder.name != MODEL:  # the results are of that folder's weights and of no others
         return History()
-    history = _settings_of(results["settings"], results["switch_step"], results["model_step"])
+    stages = results["stages"]
+    steps = steps_in_record({"stages": stages})
+    history = _settings_of(results["settings"], steps, results["model_step"])
     history.held_out = [(point["step"], point["loss"]) for point in results["held_out"]]
     return _up_to_its_step(history)
 
 
-def _of_a_run(run: dict, state: dict) -> History:
-    """A checkpoint of `lighthouse pretrain`."""
-    history = _settings_of(run, run["lighthouse_steps"], state["global_step"])
-    record = state["stateful_callbacks"].get(Record.__name__, {}).get("attributes", {})
-    history.held_out = [(point["step"], point["loss"]) for point in record.get("held_out", [])]
+def _of_a_run(folder: Path, record: dict, state: dict) -> History:
+    """A checkpoint of `lighthouse pretrain`. Those of earlier versions tell nothing of their run by themselves."""
+    run, facts = _read(folder.parent / SETTINGS), record["args"].get("facts")
+    attributes = record["attributes"]
+    if run is None and not facts:
+        history = _of_a_trainer(state)
+        history.switch_step = steps_in_record(attributes).last
+        return history
+    history = _settings_of(facts or run, steps_in_record(attributes), state["global_step"])
+    history.held_out = [(point["step"], point["loss"]) for point in attributes["held_out"]]
+    if facts and run is not None:
+        differ = [name for name in FACTS if name != "lighthouse_steps" and facts.get(name) != run.get(name)]
+        if differ:
+            history.doubts.append(
+                f"The checkpoint is of another run than the {SETTINGS} beside it, by {', '.join(differ)}: what is told "
+                "here is the checkpoint's own."
+            )
     return _up_to_its_step(history)
 
 
-def _settings_of(run: dict, switch_step: int, step: int) -> History:
-    history = History(step=step, switch_step=switch_step, context=run["context"], losses_are_dense=True)
+def _settings_of(run: dict, steps: Steps, step: int) -> History:
+    """`steps` are those of the whole run; of them the weights have the first `step`."""
+    last = min(step, steps.last)
+    history = History(step=step, switch_step=last, lighthouse_steps=min(step, steps.lighthouse))
+    history.context, history.losses_are_dense, history.losses_are_ours = run["context"], True, True
     history.tokens = step * run["tokens_per_step"]
-    history.lighthouse_tokens = min(step, switch_step) * run["tokens_per_step"]
-    if switch_step > 0:
+    history.lighthouse_tokens = history.lighthouse_steps * run["tokens_per_step"]
+    if history.lighthouse_steps > 0:
         history.pool_ratios, history.select_topk = run["pool_ratios"], run["select_topk"]
         history.dense_layers = run["dense_layers"]
     return history
@@ -141,11 +173,17 @@ def _of_a_trainer(state: dict) -> History:
     if isinstance(saved, dict):
         attributes = saved["attributes"]
         settings = attributes["settings"]
-        history.pool_ratios, history.select_topk = settings["pool_ratios"], settings["select_topk"]
-        history.dense_layers = settings["dense_layers"]
         # By tokens the switch's step is None until it is there: all steps so far used Lighthouse.
         history.switch_step = history.step if attributes["step"] is None else attributes["step"]
         history.lighthouse_tokens = attributes["tokens"]
+        if attributes.get("steps") is not None:  # what happened; earlier versions saved what was planned alone
+            steps = Steps(**attributes["steps"])
+            if steps.lighthouse != min(history.step, history.switch_step):
+                history.lighthouse_tokens = None  # it counts up to the switch
+            history.switch_step, history.lighthouse_steps = steps.last, steps.lighthouse
+        if history.lighthouse_steps != 0:
+            history.pool_ratios, history.select_topk = settings["pool_ratios"], settings["select_topk"]
+            history.dense_layers = settings["dense_layers"]
         history.losses_are_dense = settings["eval"] == "dense"
     return _up_to_its_step(history)
 
@@ -247,6 +285,9 @@ def _losses(history: History) -> list[str]:
     rows = [(f"{step:,}", f"{loss:.4f}") for step, loss in points]
     if not history.losses_are_dense:
         return ["## Evaluation loss", "As the Trainer logged it.", _table(("step", "eval_loss"), rows)]
+    if not history.losses_are_ours:
+        told = "As the Trainer logged it, measured with dense attention in both stages."
+        return ["## Evaluation loss", told, _table(("step", "eval_loss"), rows)]
     return [
         "## Dense held-out loss",
         "Nats per token, measured with dense attention in both stages.",

@@ -54,7 +54,10 @@ class NoSpace(ExportFailed):
 
 @dataclass(frozen=True)
 class Exported:
-    """What was exported. `check` says what was compared, `warnings` what keeps the model from use."""
+    """What was exported. `check` says what was compared, `warnings` what keeps the model from use.
+
+    Lighthouse acted in `lighthouse_steps` of the `step` steps behind the weights, last in `switch_step`.
+    """
 
     folder: str
     source: str
@@ -67,6 +70,7 @@ class Exported:
     bytes: int
     check: str
     warnings: list[str]
+    lighthouse_steps: int | None = None
 
 
 @dataclass
@@ -170,6 +174,7 @@ def export(
             bytes=size,
             check=check,
             warnings=warnings,
+            lighthouse_steps=source.history.steps_with_lighthouse,
         )
         model_card(exported, source.history).save(partial / "README.md")
 
@@ -214,9 +219,16 @@ def _checkpoint_in(path: Path) -> Path:
         raise NotADirectoryError(f"{name} is a file: the folder of a checkpoint or a run is needed")
     there = checkpoints.checkpoints_in(path)
     if (path / SETTINGS).is_file():  # a run of lighthouse pretrain
-        if (path / RESULTS).is_file() and (path / MODEL).is_dir():
-            return path / MODEL
         last = checkpoints.last_whole(path, logger.warning)
+        if (path / RESULTS).is_file() and (path / MODEL).is_dir():
+            steps = json.loads((path / RESULTS).read_text(encoding="utf-8"))["steps"]
+            if last is not None and checkpoints.step_of(last) > steps:
+                logger.warning(
+                    "Lighthouse: the run has gone on since its model was saved, after step %s: the last checkpoint is %s",
+                    f"{steps:,}",
+                    last,
+                )
+            return path / MODEL
         if last is None:
             raise FileNotFoundError(f"{name} is a run without a whole checkpoint yet: let it go on with --resume")
         return last

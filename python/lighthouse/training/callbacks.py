@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+from dataclasses import asdict
 from datetime import timedelta
 from time import monotonic, perf_counter
 
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from transformers import ProgressCallback, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from lighthouse.huggingface.steps import Steps, forget_forwards, used_in
 from lighthouse.training.result import DENSE, LIGHTHOUSE, NotFinite
 
 
@@ -46,19 +48,24 @@ class SwitchToDense(TrainerCallback):
 class Record(TrainerCallback, ExportableState):
     """Training seconds, steps and peak memory of each stage, and the dense held-out loss against time and steps.
 
-    The clock runs while steps are made, fetching their data included, and stands still during evaluation and saving,
-    whose memory does not count either, and while something is compiled.
+    A step is of the stage that its forwards were in, whatever was planned. The clock runs while steps are made,
+    fetching their data included, and stands still during evaluation and saving, whose memory does not count either, and
+    while something is compiled.
     Checkpoints carry the record: a resumed run's clock goes on from the checkpoint's, and the time between the
-    checkpoint and the interruption is in no number.
+    checkpoint and the interruption is in no number. They carry the `facts` of their run too, as `run.json` has them, so
+    that a checkpoint tells of itself wherever it lies.
     """
 
-    def __init__(self, switch_step: int = 0):
+    def __init__(self, switch_step: int = 0, facts: dict | None = None):
         self.switch_step = switch_step
+        self.facts = facts or {}
         self.stages = {}  # name: {"steps": ..., "seconds": ..., "peak_memory": bytes or None}
         self.held_out = []  # {"step": ..., "seconds": ..., "stage": ..., "loss": ...}
+        self.steps_used = Steps()
         self._mark = None
         self._peaks = False  # whether the peak is that since the mark
-        self._logged = (0, 0.0)  # steps and seconds at the last log
+        self._timed = (0, 0.0)  # steps and seconds at the last log
+        self._logged = (0, 0)  # steps, and those with Lighthouse, at the last log
 
     @property
     def seconds(self) -> float:
@@ -66,35 +73,51 @@ class Record(TrainerCallback, ExportableState):
         return sum(stage["seconds"] for stage in self.stages.values())
 
     def stage_of(self, step: int) -> str:
-        """The stage of the `step`-th step, counted from 1."""
+        """The stage that the `step`-th step, counted from 1, was planned for."""
         return LIGHTHOUSE if step <= self.switch_step else DENSE
 
     def steps_per_second(self, steps: int) -> float | None:
         """Since the last call; None where no time has passed since."""
-        before, since = self._logged
-        self._logged = steps, self.seconds
+        before, since = self._timed
+        self._timed = steps, self.seconds
         return (steps - before) / (self.seconds - since) if self.seconds > since and steps > before else None
+
+    def lighthouse_share(self, steps: int) -> float:
+        """The part of the steps since the last call that Lighthouse acted in."""
+        before, used = self._logged
+        self._logged = steps, self.steps_used.lighthouse
+        return (self.steps_used.lighthouse - used) / max(1, steps - before)
 
     def state(self) -> dict:
         return {
-            "args": {"switch_step": self.switch_step},
-            "attributes": {"stages": self.stages, "held_out": self.held_out},
+            "args": {"switch_step": self.switch_step, "facts": self.facts},
+            "attributes": {
+                "stages": self.stages,
+                "held_out": self.held_out,
+                "steps_used": asdict(self.steps_used),
+                "logged": self._logged,
+            },
         }
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
         saved = state.stateful_callbacks.get(type(self).__name__)
         if saved is not None and state.global_step > 0:
-            self.stages, self.held_out = saved["attributes"]["stages"], saved["attributes"]["held_out"]
-        self._logged = state.global_step, self.seconds
+            attributes = saved["attributes"]
+            self.stages, self.held_out = attributes["stages"], attributes["held_out"]
+            self.steps_used = steps_in_record(attributes)
+            self._logged = tuple(attributes.get("logged", (state.global_step, self.steps_used.lighthouse)))
+        self._timed = state.global_step, self.seconds
+        if model is not None:
+            forget_forwards(model)
         self._set_mark()
 
     def on_step_end(self, args, state, control, model, **kwargs):
         if args.device.type == "cuda" and (control.should_log or control.should_evaluate or control.should_save):
             torch.cuda.synchronize(args.device)  # steps still in flight would be in no stage's seconds
         now = clock()
-        # What the model did and not what was planned: the two are compared where a run is judged.
-        name = LIGHTHOUSE if model.lighthouse_enabled else DENSE
-        stage = self.stages.setdefault(name, {"steps": 0, "seconds": 0.0})
+        used = used_in(model, state.global_step)
+        self.steps_used.note(used, state.global_step)
+        stage = self.stages.setdefault(LIGHTHOUSE if used.lighthouse else DENSE, {"steps": 0, "seconds": 0.0})
         stage["steps"] += 1
         stage["seconds"] += now - self._mark
         if self._peaks:
@@ -108,10 +131,11 @@ class Record(TrainerCallback, ExportableState):
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         if not math.isfinite(metrics["eval_loss"]):
             raise NotFinite(f"step {state.global_step}: the held-out loss is {metrics['eval_loss']}")
+        last = self.steps_used.last
         point = {
             "step": state.global_step,
             "seconds": self.seconds,
-            "stage": self.stage_of(max(1, state.global_step)),
+            "stage": (LIGHTHOUSE if state.global_step == last else DENSE) if state.global_step else self.stage_of(1),
             "loss": metrics["eval_loss"],
         }
         if not self.held_out or self.held_out[-1]["step"] != state.global_step:
@@ -120,6 +144,14 @@ class Record(TrainerCallback, ExportableState):
 
     def on_save(self, args, state, control, **kwargs):
         self._set_mark()
+
+
+def steps_in_record(attributes: dict) -> Steps:
+    """Of a `Record` in a checkpoint. Earlier versions saved the stages alone, of which Lighthouse's was the first."""
+    if "steps_used" in attributes:
+        return Steps(**attributes["steps_used"])
+    first, rest = (attributes.get("stages", {}).get(name, {}).get("steps", 0) for name in (LIGHTHOUSE, DENSE))
+    return Steps(lighthouse=first, dense=rest, last=first)
 
 
 class StopOnSignal(TrainerCallback):
@@ -255,15 +287,18 @@ class PlainLines(TrainerCallback):
         if "eval_loss" in logs:
             self.write(f"{step}  dense held-out loss {logs['eval_loss']:.4f}")
         elif "loss" in logs:
-            stage = "Lighthouse" if logs.get("lighthouse") else "dense"
+            share = logs.get("lighthouse", 0)  # of the steps that the line tells of
+            stage = {0: "dense", 1: "Lighthouse"}.get(share, "both")
             line = f"{step}  {stage:10}  loss {float(logs['loss']):.4f}  rate {float(logs['learning_rate']):.2e}"
             if "tokens_per_second" in logs:
                 line += f"  {logs['tokens_per_second']:,.0f} tokens/s"
             for name in ("peak_memory_gib", "resident_memory_gib"):
                 if name in logs:
                     line += f"  {name.split('_')[0]} {logs[name]:.2f} GiB"
-            if logs.get("lighthouse"):
+            if share == 1:
                 line += f"  kept {logs['kept_share']:.1%}  S {logs['sub_length']:,}"
+            elif share:
+                line += f"  Lighthouse in {share:.0%} of these steps"
             self.write(line)
 
 

@@ -19,8 +19,10 @@ from transformers import TrainingArguments
 
 CONFIGURATION = "config.yaml"
 
-# Of the Trainer's options: what says how a run goes on, secrets, what is derived from others, and a former name.
+# Of the Trainer's options: what says how a run goes on, secrets, what is derived from others or refused, and a former
+# name.
 LEFT_OUT = ("resume", "resume_from_checkpoint", "hub_token", "push_to_hub_token", "do_eval", "dataloader_pin_memory")
+LEFT_OUT += ("num_train_epochs",)
 if "activation_checkpointing" in {field.name for field in dataclasses.fields(TrainingArguments)}:
     LEFT_OUT += ("gradient_checkpointing", "gradient_checkpointing_kwargs")
 
@@ -84,6 +86,13 @@ def resolved(options, training) -> dict:
         if field.name in declared or (value is not None and value != _default(field, training)):
             values[field.name] = value
     return values
+
+
+def changed(training, name: str) -> bool:
+    """Whether an option of the Trainer is another than by default: our default, where we have one."""
+    field = next((field for field in dataclasses.fields(training) if field.name == name), None)
+    value = _plain(getattr(training, name, None))
+    return field is not None and value is not None and value != _default(field, training)
 
 
 def _default(field: dataclasses.Field, training):

@@ -7,12 +7,15 @@ under its own name. Each checks its own values; what needs the model or the text
 from __future__ import annotations
 
 import math
+from argparse import SUPPRESS
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
 
 import torch
 from transformers import TrainingArguments
 
+from lighthouse.acting import why_it_cannot_act
+from lighthouse.processes import launched, strangers
 from lighthouse.training.model import SIZES, check_model
 from lighthouse.wrapper import LighthouseSettings
 
@@ -145,6 +148,9 @@ class PretrainOptions(ModelOptions, DataOptions, LighthouseOptions):
         layers = check_model(self.model, self.context)
         if self.uses_lighthouse:
             self.dense_layers = settings.for_layers(layers).dense_layers
+            why_not = why_it_cannot_act(self.context, self.pool_ratios, self.select_topk)
+            if why_not is not None:
+                raise ValueError(f"context={self.context}: {why_not}; or train dense with dense_only")
 
     def _check_switch(self) -> None:
         if not (math.isfinite(self.share) and 0 <= self.share <= 1):
@@ -184,7 +190,9 @@ class PretrainOptions(ModelOptions, DataOptions, LighthouseOptions):
 class TrainingOptions(TrainingArguments):
     """Transformers' `TrainingArguments` with defaults for pre-training a small model.
 
-    `max_steps` (also `--steps`) decides the length; `num_train_epochs` is not looked at. Steps are optimizer steps.
+    `max_steps` (also `--steps`) decides the length, and `num_train_epochs` is refused. Steps are optimizer steps.
+
+    Raises `ValueError` where a launcher has started several processes that are not joined.
     """
 
     _argument_group_name = "training (every option of Transformers' TrainingArguments)"
@@ -194,6 +202,7 @@ class TrainingOptions(TrainingArguments):
         metadata={"help": "Folder for the run: checkpoints, results, the final model.", "aliases": ["--output"]},
     )
     max_steps: int = field(default=1000, metadata={"help": "Optimizer steps.", "aliases": ["--steps"]})
+    num_train_epochs: float = field(default=0, metadata={"help": SUPPRESS})  # refused
     resume: bool = field(
         default=False, metadata={"help": "Go on from the last checkpoint in the output folder, in either stage."}
     )
@@ -218,8 +227,15 @@ class TrainingOptions(TrainingArguments):
     def __post_init__(self):
         if self.max_steps < 1:
             raise ValueError(f"max_steps={self.max_steps}: at least one step is needed")
-        moves_are_ours = self.accelerator_config is None
+        moves_are_ours, use_cpu = self.accelerator_config is None, self.use_cpu
+        # accelerate joins processes on a CPU only where it is told to use one. What the option says stays as it is:
+        # the same configuration may be taken to a machine with a GPU.
+        self.use_cpu = use_cpu or (launched()[1] > 1 and not torch.accelerator.is_available())
         super().__post_init__()
+        self.use_cpu = use_cpu
+        why_not = strangers(self.world_size)
+        if why_not is not None:
+            raise ValueError(why_not)
         if moves_are_ours and self.device.type == "cuda":
             self.accelerator_config.non_blocking = True  # else each step waits for the one before, then for its launch
         if self.device.type == "cpu":

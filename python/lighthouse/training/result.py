@@ -116,8 +116,8 @@ class PretrainResult:
 
     @property
     def device_hours(self) -> float:
-        """The same times devices; each process has one, the CPU of one being such too."""
-        return self.seconds * self.settings.get("processes", 1) / 3600
+        """The same times devices, the CPU of a process being one too."""
+        return self.seconds * self.settings.get("devices", self.settings.get("processes", 1)) / 3600
 
     @property
     def loss(self) -> float | None:

@@ -20,6 +20,21 @@ SETTINGS = "run.json"
 STATE = "trainer_state.json"
 MODEL = "model"
 
+# Of a run's settings, what its checkpoints tell of it by themselves.
+FACTS = ("context", "pool_ratios", "select_topk", "dense_layers", "tokens_per_step", "lighthouse_steps", "seed", "text")
+
+# Of a run's settings, what may be another when it goes on, and is said.
+SAID = ("device_name", "versions")
+
+# Options that say where the text and its tokenizer lie: what these are is compared instead, by "text".
+PLACES = frozenset({"data", "dataset", "dataset_config", "tokenizer"})
+
+# Settings that are digests: what to say where they differ.
+DIGESTS = {
+    "text": "the text, its order, its tokenizer or the way it is cut is another",
+    "rows": "the text is another, though its files are as long as they were",
+}
+
 # Options of the Trainer that may be others when a run goes on, since no loss depends on them. All that are not here,
 # those of later versions of Transformers too, must be as they were.
 FREE_ON_RESUME = frozenset(
@@ -117,14 +132,29 @@ def check_same(earlier: dict, now: dict, free: frozenset[str] = FREE_ON_RESUME) 
 
     Settings that only one of the two has belong to another version of Transformers and are not compared.
     """
-    free = free | {"lighthouse_steps"}  # which follows from the options
+    free = free | {"lighthouse_steps", "devices", *SAID}  # the first two follow from the others
+    if "text" in now and earlier.get("text") == now["text"]:
+        free = free | PLACES
     differ = [
-        f"{name} was {earlier[name]!r}, is {now[name]!r}"
+        DIGESTS.get(name, f"{name} was {earlier[name]!r}, is {now[name]!r}")
         for name in now
         if name in earlier and name not in free and earlier[name] != now[name]
     ]
     if differ:
         raise ValueError("a resumed run goes on with the settings it began with: " + "; ".join(differ))
+
+
+def what_is_new(earlier: dict, now: dict) -> list[str]:
+    """A sentence of what may change a loss a little and yet does not keep a run from going on."""
+    before, here = _flat(earlier), _flat(now)
+    new = [f"{name} was {before[name]}, is {here[name]}" for name in here if before.get(name, here[name]) != here[name]]
+    return [f"Since this run began {'; '.join(new)}: losses may differ in their last digits."] if new else []
+
+
+def _flat(settings: dict) -> dict[str, str]:
+    """The settings in `SAID`, each version by its own name."""
+    found = {name: settings[name] for name in SAID if name in settings}
+    return {name: value for name, value in found.items() if name != "versions"} | found.get("versions", {})
 
 
 def check_same_model(checkpoint: str | Path, model) -> None:

@@ -13,7 +13,7 @@ import math
 import sys
 from collections.abc import Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -31,12 +31,14 @@ from transformers.utils.generic import ExplicitEnum
 
 import lighthouse.huggingface  # noqa: F401  the wrapper would import it only when a run has begun
 from lighthouse import LighthouseWrapper
+from lighthouse.huggingface.steps import not_as_wished, not_ready
 from lighthouse.plan import plan
 from lighthouse.speed import device_name
 from lighthouse.training import checkpoints, configuration, data
 from lighthouse.training.callbacks import Record, StopOnSignal, SwitchToDense
+from lighthouse.training.followed import check_followed
 from lighthouse.training.memory import MemoryEstimate, check_memory, estimate
-from lighthouse.training.model import check_head_dim, empty_model, model_notes, model_of, new_config
+from lighthouse.training.model import check_head_dim, model_notes, model_of, new_config
 from lighthouse.training.options import PretrainOptions, TrainingOptions
 from lighthouse.training.result import (
     RESULTS,
@@ -49,20 +51,21 @@ from lighthouse.training.result import (
     Stopped,
     versions,
 )
-from lighthouse.training.resume import MODEL, SETTINGS, STATE, check_same, check_same_model, steps_in, what_is_there
+from lighthouse.training.resume import (
+    FACTS,
+    MODEL,
+    SETTINGS,
+    STATE,
+    check_same,
+    check_same_model,
+    steps_in,
+    what_is_new,
+    what_is_there,
+)
 from lighthouse.training.trainer import RunTrainer, checkpoint_bytes, gb, space_for, weight_bytes
 from lighthouse.wrapper import LighthouseSettings
 
 logger = logging.getLogger(__name__)
-
-# Options of the Trainer that would break what this file promises, and why.
-REFUSED = {
-    "auto_find_batch_size": "the steps' tokens would change within the run",
-    "enable_jit_checkpoint": "SIGTERM saves a checkpoint already, and in a way that resumes to the same losses",
-    "ignore_data_skip": "a resumed run would begin the text again",
-    "restore_callback_states_from_checkpoint": "what a run keeps is restored already",
-    "save_only_model": "no run could go on from such checkpoints",
-}
 
 # Where accelerate runs copies in place of shards, without a word.
 NOT_SHARDED_ON = frozenset({"cpu", "mps"})
@@ -83,6 +86,8 @@ class Run:
     corpus: data.Corpus
     switch_step: int
     checkpoint: str | None
+    notes: tuple[str, ...] = ()  # of a resumed run: what is said of it
+    earlier: dict | None = None  # the settings that it began with
 
     @property
     def folder(self) -> Path:
@@ -108,9 +113,20 @@ class Run:
             "lighthouse_steps": self.switch_step,
             "text": self.corpus.fingerprint,
             "processes": self.training.world_size,
+            "devices": self.training.world_size * max(1, self.training.n_gpu),
             "device": self.training.device.type,
+            "device_name": device_name(self.training.device),
+            "versions": versions(),
         }
+        rows = self.corpus.rows_fingerprint
+        settings |= {} if rows is None else {"rows": rows}  # known once the text is cut
         return json.loads(json.dumps(settings, default=str))
+
+    @property
+    def facts(self) -> dict:
+        """What a checkpoint tells of its run by itself."""
+        settings = self.settings()
+        return {name: settings[name] for name in FACTS}
 
     def __str__(self) -> str:
         options, steps = self.options, self.training.max_steps
@@ -120,6 +136,9 @@ class Run:
             planned = TrainerState.load_from_json(str(Path(self.checkpoint) / STATE)).max_steps
             if planned != steps:
                 lines.append(f"max_steps was {planned:,}, is {steps:,}: the learning rate is now that of so many.")
+            if options.stream:
+                lines.append("Its text has the sizes and samples it had; streamed, it is not read whole to compare it.")
+        lines += self.notes
         if self.switch_step == 0:
             return "\n".join([*lines, f"{steps:,} steps of {self.tokens_per_step:,} tokens, all dense."])
         lines.append(
@@ -152,7 +171,7 @@ class Run:
             DiskFull, NotFinite: the run cannot go on; the last whole checkpoint is as it was.
             Stopped: SIGTERM or SIGUSR1 was received, and a checkpoint saved.
         """
-        record, stop = Record(self.switch_step), stop or StopOnSignal()
+        record, stop = Record(self.switch_step, self.facts), stop or StopOnSignal()
         with self._begins():
             trainer = self._trainer(record, stop, callbacks)
         with self._ends(trainer):
@@ -214,6 +233,11 @@ class Run:
         options, training = self.options, self.training
         # Not in main_process_first: the others would wait in a collective, which times out. Here they wait for a file.
         train_rows, held_out_rows = data.rows_of(self.corpus)
+        if self.earlier is not None:
+            check_same(self.earlier, self.settings())  # of the rows, which are known only now
+        said = self.corpus.passes(training.max_steps * self.tokens_per_step)
+        if said and training.process_index == 0:
+            print(said, flush=True)
         model = model_of(new_config(options.model, options.context, self.tokenizer), training.seed)
         if self.checkpoint is not None:
             check_same_model(self.checkpoint, model)
@@ -319,12 +343,12 @@ class Run:
         plain = trainer.accelerator.unwrap_model(trainer.model)
         plain = plain.unwrap()
         plain.config.use_cache = True  # off in training only
-        warnings = []
-        if self.switch_step >= state.global_step:
-            warnings.append(
-                f"All {state.global_step:,} steps used Lighthouse: the model had no dense stage and is not ready for "
-                "dense attention, which is what any other program runs it with."
-            )
+        model_step = checkpoints.step_of(Path(state.best_model_checkpoint)) if best else state.global_step
+        used = record.steps_used
+        warnings = [
+            *not_ready(model_step, used.last, used.lighthouse),
+            *not_as_wished(min(self.switch_step, state.global_step), used),
+        ]
         peaks = torch.tensor([[stage.get("peak_memory") or 0 for stage in record.stages.values()]])
         peaks = trainer.accelerator.gather(peaks.to(self.training.device)).amax(0).tolist()
         result = PretrainResult(
@@ -333,7 +357,7 @@ class Run:
             context=options.context,
             steps=state.global_step,
             switch_step=self.switch_step,
-            model_step=checkpoints.step_of(Path(state.best_model_checkpoint)) if best else state.global_step,
+            model_step=model_step,
             stages={
                 name: Stage(stage["steps"], stage["seconds"], stage["steps"] * self.tokens_per_step, peak or None)
                 for (name, stage), peak in zip(record.stages.items(), peaks, strict=True)
@@ -391,18 +415,17 @@ def prepare(options: PretrainOptions | None = None, training: TrainingOptions | 
             other settings than it began with.
     """
     options, training = options or PretrainOptions(), training or TrainingOptions()
-    for name, why in REFUSED.items():
-        if getattr(training, name, False):
-            raise ValueError(f"{name}=True: {why}; leave it out")
     _check_processes(options, training)
     if options.uses_lighthouse:
         check_head_dim(options.model, options.context, training.device.type)
-    training.logging_nan_inf_filter = False  # it hides what is to stop the run, and waits for the device in each step
-    training.remove_unused_columns = False  # a row's place in the text is one
     earlier, checkpoint = what_is_there(training)
     tokenizer = data.load_tokenizer(options.tokenizer)
     config = new_config(options.model, options.context, tokenizer)
-    _check_parts(training, config)
+    check_followed(training, config)
+    _check_parts(training)
+    training.logging_nan_inf_filter = False  # it hides what is to stop the run, and waits for the device in each step
+    training.remove_unused_columns = False  # a row's place in the text is one
+    training.dataloader_drop_last = False  # steps are whole, and all held-out rows are evaluated
     switch_step = options.lighthouse_steps(training.max_steps, tokens_per_step(options, training))
     if earlier is not None and _switches_at_a_share(options):
         switch_step = earlier["lighthouse_steps"]  # it stays where it was when the number of steps changes
@@ -411,6 +434,7 @@ def prepare(options: PretrainOptions | None = None, training: TrainingOptions | 
     run = Run(options, training, tokenizer, corpus, switch_step, checkpoint)
     if earlier is not None:
         check_same(earlier, run.settings())
+        run = replace(run, notes=tuple(what_is_new(earlier, run.settings())), earlier=earlier)
         if checkpoint is not None and steps_in(checkpoint) > training.max_steps:
             raise ValueError(
                 f"max_steps={training.max_steps}: {checkpoint!r} has {steps_in(checkpoint)} steps already; "
@@ -435,13 +459,11 @@ def _check_processes(options: PretrainOptions, training: TrainingOptions) -> Non
         )
 
 
-def _check_parts(training: TrainingOptions, config) -> None:
+def _check_parts(training: TrainingOptions) -> None:
     """The Trainer's own parts that it would make only when all else is ready: here, their packages and arguments."""
     with _named("report_to", training.report_to):
         for callback in get_reporting_integration_callbacks(training.report_to):
             callback()
-    with _named("optim", training.optim):
-        Trainer.get_optimizer_cls_and_kwargs(training, empty_model(config))
     with _named("lr_scheduler_kwargs", training.lr_scheduler_kwargs):
         optimizer = torch.optim.SGD([torch.zeros(1)], lr=training.learning_rate)
         steps = {"num_warmup_steps": training.get_warmup_steps(training.max_steps)}
@@ -480,6 +502,7 @@ def _memory(options: PretrainOptions, training: TrainingOptions, config, *, dens
         optimizer=training.optim.value if isinstance(training.optim, ExplicitEnum) else str(training.optim),
         accumulation=training.gradient_accumulation_steps,
         compiled=training.torch_compile or options.compile_layers,
+        logits=training.label_smoothing_factor != 0,
         shards=training.world_size if sharded else 1,
     )
 

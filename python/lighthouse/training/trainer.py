@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from accelerate.utils import gather_object
+from torch.utils.data import IterableDataset, RandomSampler, SequentialSampler
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
@@ -15,7 +16,7 @@ from lighthouse.plan import plan
 from lighthouse.training import checkpoints
 from lighthouse.training.callbacks import FirstNotFinite, Lines, PlainLines, Record, StopOnSignal, memory
 from lighthouse.training.options import TrainingOptions
-from lighthouse.training.result import LIGHTHOUSE, DiskFull, NotFinite, Stopped
+from lighthouse.training.result import DiskFull, NotFinite, Stopped
 
 if TYPE_CHECKING:
     from lighthouse.training.run import Run
@@ -25,8 +26,10 @@ class RunTrainer(Trainer):
     """Transformers' Trainer whose checkpoints are whole and finite, that stops behind a step, and logs more."""
 
     def __init__(self, *, run: Run, record: Record, stop: StopOnSignal, args: TrainingOptions, **kwargs):
-        super().__init__(args=args, **kwargs)
         self.run = run
+        self.rows_of_a_pass = self._rows_of_a_pass(kwargs["train_dataset"])
+        args.per_device_eval_batch_size = rows_to_evaluate(len(kwargs["eval_dataset"]), args)
+        super().__init__(args=args, **kwargs)
         self.record = record
         self.stop = stop
         self.plan = plan(run.options.context, pool_ratios=run.options.pool_ratios, select_topk=run.options.select_topk)
@@ -40,10 +43,11 @@ class RunTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             step = self.state.global_step
-            lighthouse = self.record.stage_of(step) == LIGHTHOUSE
-            logs["lighthouse"] = int(lighthouse)
-            logs["kept_share"] = self.plan.kept_share if lighthouse else 1.0
-            logs["sub_length"] = self.plan.length if lighthouse else self.plan.tokens
+            share = self.record.lighthouse_share(step)  # means over the steps, as the loss is
+            logs["lighthouse"] = int(share) if share in (0, 1) else share
+            logs["kept_share"] = share * self.plan.kept_share + (1 - share)
+            length = share * self.plan.length + (1 - share) * self.plan.tokens
+            logs["sub_length"] = int(length) if share in (0, 1) else length
             steps_per_second = self.record.steps_per_second(step)
             if steps_per_second is not None:
                 logs["tokens_per_second"] = steps_per_second * self.run.tokens_per_step
@@ -56,6 +60,35 @@ class RunTrainer(Trainer):
         loss = super().training_step(model, inputs, *args, **kwargs)
         self.not_finite.note("loss", loss, self.state.global_step + 1)
         return loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """The cross entropy, whatever is trained with: label smoothing, for one, is left out. Rows are of one length."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = model(**inputs).loss
+        return loss.detach().mean(), None, None  # the mean over the GPUs of one process
+
+    def _rows_of_a_pass(self, rows) -> int | None:
+        """Of the rows to train on those in one pass over them: so many that all steps are whole. None without end.
+
+        So each step has the tokens that it counts for. Which rows are left out changes from pass to pass.
+        """
+        if isinstance(rows, IterableDataset):
+            return None
+        of_a_step = self.run.tokens_per_step // self.run.options.context
+        if len(rows) < of_a_step:
+            raise ValueError(
+                f"a step has {of_a_step:,} rows (per_device_train_batch_size x gradient_accumulation_steps x devices), "
+                f"and the text {len(rows):,}: take fewer, a shorter context, or more text"
+            )
+        return len(rows) // of_a_step * of_a_step
+
+    def _get_train_sampler(self, train_dataset=None):
+        if self.rows_of_a_pass is None:
+            return None
+        if getattr(self.args, "train_sampling_strategy", "random") == "sequential":
+            return SequentialSampler(range(self.rows_of_a_pass))
+        return RandomSampler(self.train_dataset, num_samples=self.rows_of_a_pass)
 
     def _get_grad_norm(self, *args, **kwargs):
         norm = super()._get_grad_norm(*args, **kwargs)
@@ -114,6 +147,24 @@ class RunTrainer(Trainer):
             args.save_total_limit = limit
         if args.should_save:
             checkpoints.rotate(folder, limit, self.state.best_model_checkpoint)
+
+
+def rows_to_evaluate(rows: int, args: TrainingOptions) -> int:
+    """At a time on a device: as many as were asked for, or fewer, which is said.
+
+    Several processes fill the last batch with rows again, whose losses would be in its mean.
+    """
+    wanted, processes = args.per_device_eval_batch_size, args.world_size
+    if processes == 1:
+        return wanted
+    found = next(size for size in range(wanted, 0, -1) if size == 1 or rows % (size * processes) == 0)
+    if found != wanted and args.process_index == 0:
+        print(
+            f"per_device_eval_batch_size was {wanted}, is {found}: {rows} held-out rows on {processes} processes would "
+            "leave a batch that is not whole.",
+            flush=True,
+        )
+    return found
 
 
 class _OpenLoss(TrainerCallback, ExportableState):

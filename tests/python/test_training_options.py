@@ -1,0 +1,210 @@
+"""Which options of Transformers' Trainer a run follows; settings and launches that are refused before any work."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import fields
+from types import SimpleNamespace
+
+import pytest
+from transformers import TrainingArguments
+
+from lighthouse.acting import acts, why_it_cannot_act
+from lighthouse.plan import plan
+from lighthouse.processes import COUNTED_BY, strangers
+from lighthouse.settings import check_select_topk
+from lighthouse.training.followed import FOLLOWED, NOTHING_DEPENDS_ON, ONLY_WITH, REFUSED, check_followed
+from lighthouse.training.model import new_config
+from training_runs import CHECKPOINTING, options, training
+
+CONFIG = new_config("nano", 128)
+TRAINERS = {field.name for field in fields(TrainingArguments) if field.init}
+
+
+def check(folder, **changes) -> None:
+    check_followed(training(folder, **changes), CONFIG)
+
+
+def test_each_option_of_the_trainer_is_in_one_table():
+    tables = [FOLLOWED, NOTHING_DEPENDS_ON, set(REFUSED)]
+    assert TRAINERS <= set().union(*tables) and sum(map(len, tables)) == len(set().union(*tables))
+    assert ONLY_WITH.keys() <= FOLLOWED
+
+
+CHANGED = {bool: lambda value: not value, int: lambda value: value + 1, float: lambda value: value + 1}
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED.keys() & TRAINERS - {"include_for_metrics", "parallelism_config"}))
+def test_what_is_refused_is_refused_by_its_name(tmp_path, name):
+    default = getattr(training(tmp_path), name)
+    value = CHANGED.get(type(default), lambda value: "x")(default)
+    checked = training(tmp_path)
+    setattr(checked, name, value)
+    with pytest.raises(ValueError, match=f"^{name}="):
+        check_followed(checked, CONFIG)
+
+
+NOT_FOLLOWED = [
+    ("half_precision_on_a_cpu", {"fp16": True}, "fp16=True on a cpu device: .* take bf16"),
+    ("epochs", {"num_train_epochs": 1.0}, r"num_train_epochs=1.0: max_steps \(--steps\) says how long"),
+    ("as_many_epochs_as_the_trainers_default", {"num_train_epochs": 3.0}, "num_train_epochs=3.0"),
+    (
+        "arguments_of_what_is_off",
+        {f"{CHECKPOINTING}_kwargs": {"a": 1}},
+        f"nothing is done with it without {CHECKPOINTING}",
+    ),
+    ("shards_of_nothing", {"fsdp_config": {"a": 1}}, "fsdp_config=.* without fsdp"),
+    ("a_best_model_that_is_not_loaded", {"metric_for_best_model": "loss"}, "without load_best_model_at_end"),
+    ("a_repository_without_a_push", {"hub_model_id": "me/x"}, "hub_model_id='me/x': .* without push_to_hub"),
+    ("a_push_that_never_is", {"push_to_hub": True, "hub_strategy": "end"}, "nothing at its end; .* hf upload"),
+    (
+        "a_metric_that_is_none",
+        {"load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 2, "metric_for_best_model": "bleu"},
+        "metric_for_best_model='bleu': the held-out loss is the one metric",
+    ),
+    ("rows_of_all_devices", {"accelerator_config": {"split_batches": True}}, "accelerator_config: split_batches"),
+    ("a_warm_up_of_none", {"lr_scheduler_type": "constant", "warmup_steps": 7}, "warmup_steps=7.*has no warm-up"),
+    ("betas_of_none", {"optim": "sgd", "adam_beta1": 0.8}, "adam_beta1=0.8: the optimizer 'sgd' has none"),
+    ("epsilon_of_none", {"optim": "adafactor", "adam_epsilon": 1e-6}, "adam_epsilon=1e-06: the optimizer 'adafactor'"),
+    (
+        "arguments_of_none",
+        {"optim_args": "momentum=0.9"},
+        "optim_args='momentum=0.9': the optimizer 'adamw_torch_fused'",
+    ),
+    ("modules_of_none", {"optim_target_modules": ["attn"]}, "optim_target_modules=.*is not given it"),
+]
+
+
+@pytest.mark.parametrize("changes, message", [n[1:] for n in NOT_FOLLOWED], ids=[n[0] for n in NOT_FOLLOWED])
+def test_an_option_that_would_not_be_followed_is_refused(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        check(tmp_path, **changes)
+
+
+GOOD = [
+    ("the_defaults", {}),
+    ("arguments_that_are_taken", {"optim": "sgd", "optim_args": "momentum=0.9"}),
+    ("betas_that_are_taken", {"adam_beta1": 0.8, "adam_epsilon": 1e-6}),
+    ("no_warm_up_by_default", {"lr_scheduler_type": "constant"}),
+    ("a_schedule_by_the_loss", {"lr_scheduler_type": "reduce_lr_on_plateau"}),
+    ("the_best_model", {"load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 2}),
+    ("on_what_nothing_depends", {"dataloader_drop_last": True, "remove_unused_columns": False, "do_train": True}),
+    ("bfloat16", {"bf16": True}),
+]
+
+
+@pytest.mark.parametrize("changes", [g[1] for g in GOOD], ids=[g[0] for g in GOOD])
+def test_an_option_that_is_followed_is_not(tmp_path, changes, caplog):
+    check(tmp_path, **changes)
+    assert not caplog.messages
+
+
+def test_a_warm_up_that_is_none_is_written_down_as_none(tmp_path):
+    constant = training(tmp_path, lr_scheduler_type="constant")
+    check_followed(constant, CONFIG)
+    assert constant.warmup_steps == 0
+
+
+def test_an_option_of_a_later_version_is_said_not_to_be_known(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("lighthouse.training.followed.FOLLOWED", FOLLOWED - {"torch_empty_cache_steps"})
+    check(tmp_path, torch_empty_cache_steps=3)
+    assert "torch_empty_cache_steps: an option not known here" in caplog.text
+
+
+def test_a_precision_from_the_environment_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    if getattr(training(tmp_path), "mixed_precision", "no") == "no":
+        pytest.skip("this version of Transformers sets the variable itself")
+    with pytest.raises(ValueError, match="ACCELERATE_MIXED_PRECISION=fp16 in the environment"):
+        check(tmp_path)
+
+
+# Settings with which Lighthouse never acts
+
+
+CASES = [
+    ("longer_than_the_sequence", 1024, [1 / 2, 1 / 4, 1 / 8], 1024, "1,920 entries of 1,024 tokens"),
+    ("by_a_share", 1000, [1 / 2, 1 / 4, 1 / 8], 0.5, "acts with here is"),
+    ("shorter_than_a_window", 8, [1 / 4, 1 / 16], 1 / 64, "fewer than the coarsest window of 16"),
+    ("one_level", 512, [], 4, "without pool_ratios"),
+    ("windows_of_which_one_is_there", 20, [1 / 4, 1 / 16], 9, "sub-sequence of 25 entries of 20 tokens"),
+    ("as_long_as_the_sequence", 80, [1 / 2], 20, None),
+    ("the_default", 512, [1 / 4, 1 / 16], 1 / 64, None),
+]
+
+
+@pytest.mark.parametrize("tokens, ratios, topk, message", [c[1:] for c in CASES], ids=[c[0] for c in CASES])
+def test_where_lighthouse_can_never_act(tokens, ratios, topk, message):
+    found = why_it_cannot_act(tokens, ratios, topk)
+    assert (found is None) == (message is None) and (message is None or message in found)
+    if message is None or "entries of" not in message:
+        return
+    made = plan(tokens, pool_ratios=ratios, select_topk=topk)
+    best = max(
+        (k for k in range(1, tokens) if plan(tokens, pool_ratios=ratios, select_topk=k).length <= tokens), default=0
+    )
+    assert (f"acts with here is {best:,}" in found) == (best > 0)
+    longer = next(n for n in range(tokens, 10**5) if acts(n, made.windows, check_select_topk(topk)))
+    assert f"with this one is {longer:,} tokens" in found
+
+
+def test_such_settings_are_no_options_of_a_run(tmp_path):
+    never = {"context": 1024, "pool_ratios": ["1/2", "1/4", "1/8"], "select_topk": "1024"}
+    with pytest.raises(ValueError, match=r"^context=1024: select_topk=1024 .*\(188%\).* 160; .* 6,560 .* dense_only$"):
+        options(tmp_path, **never)
+    options(tmp_path, **never, dense_only=True)
+
+
+# Processes that are strangers
+
+
+def environment(monkeypatch, **values):
+    for name in (*COUNTED_BY, "SLURM_NTASKS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+
+
+LAUNCHED = [
+    ("alone", {}, 1, None),
+    ("one_of_one", {"WORLD_SIZE": "1", "SLURM_NTASKS": "1"}, 1, None),
+    ("joined", {"WORLD_SIZE": "2"}, 2, None),
+    ("by_torchrun", {"WORLD_SIZE": "2"}, 1, "WORLD_SIZE=2: a launcher has started 2 processes"),
+    ("by_mpirun", {"OMPI_COMM_WORLD_SIZE": "4"}, 1, "torchrun --nproc_per_node 4, .* OMPI_COMM_WORLD_SIZE=1"),
+    ("by_hydra", {"PMI_SIZE": "3"}, 1, "PMI_SIZE=3"),
+    ("by_srun", {"SLURM_STEP_NUM_TASKS": "8", "SLURM_NTASKS": "16"}, 1, "SLURM_STEP_NUM_TASKS=8"),
+    ("one_step_of_a_larger_job", {"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "16"}, 1, None),
+    ("by_slurm", {"SLURM_NTASKS": "2"}, 1, "SLURM_NTASKS=2"),
+]
+
+
+@pytest.mark.parametrize("values, found, message", [case[1:] for case in LAUNCHED], ids=[case[0] for case in LAUNCHED])
+def test_processes_that_are_not_joined(monkeypatch, values, found, message):
+    environment(monkeypatch, **values)
+    said = strangers(found)
+    assert (said is None) == (message is None)
+    if message is not None:
+        with pytest.raises(ValueError, match=message):
+            raise ValueError(said)
+
+
+def test_a_run_among_strangers_is_refused(tmp_path, monkeypatch):
+    environment(monkeypatch, SLURM_NTASKS="2")
+    with pytest.raises(ValueError, match="SLURM_NTASKS=2: .* not joined"):
+        training(tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
+def test_without_a_gpu_launched_processes_are_joined_on_the_cpu(tmp_path, monkeypatch):
+    """As with `use_cpu`, which stays as it was given: the configuration may be taken to a machine with a GPU."""
+    environment(monkeypatch, WORLD_SIZE="2")
+    asked = []
+
+    def post_init(self):
+        asked.append(self.use_cpu)
+        vars(self).update(_setup_devices=SimpleNamespace(type="cpu"), distributed_state=SimpleNamespace())
+
+    monkeypatch.setattr(TrainingArguments, "__post_init__", post_init)
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    assert training(tmp_path, use_cpu=False).use_cpu is False and asked == [True]
