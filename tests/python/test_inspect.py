@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.image import imread
+from safetensors.torch import load_file, save_file
 
 import lighthouse
 from cases import rand_qkv
 from lighthouse import LighthouseWrapper
+from lighthouse.cli import inspect as inspect_module
 from lighthouse.cli import main
 from lighthouse.huggingface.inspection import Choices, choices_in, choices_of
 from lighthouse.report import choice
@@ -137,6 +139,43 @@ def test_of_a_text_much_longer_than_the_context_the_rest_is_not_read(tmp_path, m
     assert main([*command, "--device", "cpu"]) == 0
 
 
+def test_of_long_tokens_as_many_are_taken_as_of_short_ones(tmp_path):
+    """A text of 100 tokens of 100 characters each."""
+    text = tmp_path / "text.txt"
+    text.write_text("x" * 10_000)
+    for most, expected in ((10, 10), (99, 99), (100, 100), (200, 100)):
+        ids = inspect_module._ids(lambda texts: [np.arange(len(texts[0]) // 100)], str(text), most)
+        assert ids == list(range(expected))
+
+
+def test_what_is_otherwise_than_one_may_think_is_said(tmp_path, model_folder, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("some text " * 20)
+    shutil.copytree(model_folder, "run/model")
+    settings = {"pool_ratios": [1 / 8], "select_topk": 1 / 64, "dense_layers": 1, "dense_only": False}
+    Path("run/run.json").write_text(json.dumps(settings))
+    command = ["inspect", "run/model", "--text", "text.txt", "--device", "cpu", "--json", "-"]
+    assert main([*command, "--context", "512"]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)["notes"] == [
+        "the text has 200 tokens, fewer than the 512 that were asked for",
+        "the model was trained with pool_ratios [0.125], and not with what is shown",
+    ]
+    assert "Note: the text has 200 tokens" in said.err
+    Path("run/run.json").write_text(json.dumps(settings | {"dense_only": True}))
+    assert main(command) == 0
+    assert json.loads(capsys.readouterr().out)["notes"] == ["the model was trained with dense attention alone"]
+
+
+def lacking(folder):
+    """A model without one of its weights."""
+    shutil.copytree(folder, "../lacking")
+    weights = load_file("../lacking/model.safetensors")
+    del weights["model.layers.0.self_attn.q_proj.weight"]
+    save_file(weights, "../lacking/model.safetensors", metadata={"format": "pt"})
+    return ["../lacking"]
+
+
 def damaged(folder):
     shutil.copytree(folder, "../damaged")
     os.truncate("../damaged/model.safetensors", 9999)
@@ -157,6 +196,12 @@ WRONG = [
     ("no_gpu", lambda folder: [str(folder), "--device", "cuda"], "finds no GPU here; take --device cpu"),
     ("output_is_a_file", lambda folder: [str(folder), "--output", "text.txt"], "output='text.txt' is a file"),
     ("no_folder_for_json", lambda folder: [str(folder), "--json", "no/a.json"], "its folder does not exist"),
+    ("missing_weights", lacking, "1 of its weights are not in the folder, model.layers.0.self_attn.q_proj.weight for"),
+    (
+        "a_text_too_short_for_the_choice",
+        lambda folder: [str(folder), "--pool_ratios", "1/2", "1/4", "1/8", "--select_topk", "80"],
+        "select_topk=80: of the text's 90 tokens that is a sub-sequence of",
+    ),
     ("damaged_weights", damaged, "its weights cannot be read, the file is damaged"),
     ("no_tokenizer_in_a_folder", lambda folder: [str(folder), "--tokenizer", "."], "tokenizer='.' cannot be loaded"),
 ]
@@ -184,6 +229,7 @@ def test_a_text_shorter_than_a_window(tmp_path, model_folder, monkeypatch, capsy
     Path("text.txt").write_text("nine char")
     assert main(["inspect", str(model_folder), "--text", "text.txt", "--device", "cpu"]) == 0
     said = capsys.readouterr()
+    assert "Note: 9 tokens are fewer than the coarsest window has, 16: this is dense attention" in said.out
     assert "9 tokens, a sub-sequence of 9 entries" in said.out and "9 tokens through the model" in said.err
     assert not caplog.text
     assert "keeps of text.txt" in Path("inspected/choice.html").read_text()

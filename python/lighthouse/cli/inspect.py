@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -21,8 +22,10 @@ from lighthouse import LighthouseWrapper  # noqa: E402
 from lighthouse.cli.plan import chosen_device  # noqa: E402
 from lighthouse.cli.shared import check_folders, say, write_json  # noqa: E402
 from lighthouse.huggingface.inspection import Choices, choices_of  # noqa: E402
+from lighthouse.plan import plan  # noqa: E402
 from lighthouse.report import choice  # noqa: E402
 from lighthouse.training.options import number  # noqa: E402
+from lighthouse.training.resume import SETTINGS  # noqa: E402
 from lighthouse.training.tokenizer import Encoder, load_tokenizer  # noqa: E402
 
 EXAMPLE = """\
@@ -32,7 +35,7 @@ example:
 """
 
 
-LONGEST_TOKEN = 64  # characters: of a text much longer than the context the rest is not even read
+LONGEST_TOKEN = 64  # characters, of most tokens: of a text much longer than the context the rest is not even read
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -40,7 +43,7 @@ def main(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(arguments)
     disable_progress_bar()
     try:
-        choices, pieces = _choices(options)
+        choices, pieces, notes = _choices(options)
     except (OSError, ValueError, TypeError) as error:
         print(f"lighthouse inspect: error: {error}", file=sys.stderr)
         return 2
@@ -49,7 +52,7 @@ def main(arguments: Sequence[str]) -> int:
         return 1
     say("drawing")
     model, text = Path(options.model).resolve(), Path(options.text)
-    numbers = choice.summary(choices)
+    numbers = choice.summary(choices) | {"notes": notes}
     try:
         paths = choice.save(
             choices, pieces, f"What {model.parent.name}/{model.name} keeps of {text.name}", options.output
@@ -58,6 +61,8 @@ def main(arguments: Sequence[str]) -> int:
     except OSError as error:
         print(f"lighthouse inspect: error: {error}", file=sys.stderr)
         return 1
+    for note in notes:
+        print(f"Note: {note}.", file=sys.stderr if options.json == "-" else sys.stdout)
     if options.json != "-":
         print(f"{numbers['tokens']:,} tokens, a sub-sequence of {numbers['sub_length']:,} entries")
         print(f"kept as tokens by every head: {numbers['kept_by_every_head_share']:.2%}; by none: ", end="")
@@ -66,8 +71,11 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _choices(options: argparse.Namespace) -> tuple[Choices, list[str]]:
-    """What is kept, and the text of each token. Raises where options, model or text do not do."""
+def _choices(options: argparse.Namespace) -> tuple[Choices, list[str], list[str]]:
+    """What is kept, the text of each token, and what is otherwise than one may think.
+
+    Raises where options, model or text do not do.
+    """
     device = chosen_device(options)
     folder = Path(options.model)
     if not (folder / "config.json").is_file():
@@ -82,15 +90,20 @@ def _choices(options: argparse.Namespace) -> tuple[Choices, list[str]]:
     tokenizer_folder = options.tokenizer or (options.model if (folder / "tokenizer_config.json").is_file() else None)
     tokenizer = load_tokenizer(tokenizer_folder)
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+        model, loading = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, output_loading_info=True)
     except SafetensorError as error:
         raise ValueError(f"model={options.model!r}: its weights cannot be read, the file is damaged: {error}") from None
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"model={options.model!r}: {len(missing)} of its weights are not in the folder, {missing[0]} for one: they "
+            "would be random numbers; give a whole model"
+        )
     most = model.config.max_position_embeddings
     if options.context is not None and options.context > most:
         raise ValueError(f"context={options.context}: the model allows at most {most}")
     most = options.context or most
-    text = _text(options.text, most * LONGEST_TOKEN)
-    ids = Encoder(tokenizer)([text.encode()])[0][:most].tolist()
+    ids = _ids(Encoder(tokenizer), options.text, most)
     if len(ids) < 2:
         raise ValueError(f"text={options.text!r} has {len(ids)} tokens: at least 2 are needed")
     LighthouseWrapper(
@@ -102,13 +115,57 @@ def _choices(options: argparse.Namespace) -> tuple[Choices, list[str]]:
         min_tokens=0,
         max_share=1.0,
     )
+    settings = model.lighthouse_settings
+    made = plan(len(ids), pool_ratios=settings.pool_ratios, select_topk=settings.select_topk)
+    if made.length > made.tokens:
+        raise ValueError(
+            f"select_topk={options.select_topk}: of the text's {made.tokens:,} tokens that is a sub-sequence of "
+            f"{made.length:,} entries, so that the model stays dense; take a smaller --select_topk or a longer text"
+        )
+    notes = []
+    if options.context is not None and len(ids) < options.context:
+        notes.append(f"the text has {len(ids):,} tokens, fewer than the {options.context:,} that were asked for")
+    if not made.entries[-1]:
+        notes.append(
+            f"{made.tokens:,} tokens are fewer than the coarsest window has, {made.windows[-1]:,}: this is dense "
+            "attention, and all are kept"
+        )
+    notes += _trained_otherwise(folder.resolve(), settings)
     say(f"{len(ids):,} tokens through the model")
     logging.disable(logging.WARNING)  # that losses do not compare: there are none here
     try:
         choices = choices_of(model.to(device), torch.tensor([ids], device=device))
     finally:
         logging.disable(logging.NOTSET)
-    return choices, [tokenizer.decode([i]) or "\ufffd" for i in ids]  # a byte alone may be no character
+    return choices, [tokenizer.decode([i]) or "\ufffd" for i in ids], notes  # a byte alone may be no character
+
+
+def _ids(encode: Encoder, name: str, most: int) -> list[int]:
+    """Of the first `most` tokens of a text: more of it is read only where these are not in what was read."""
+    characters = most * LONGEST_TOKEN
+    while True:
+        text = _text(name, characters)
+        ids = encode([text.encode()])[0]
+        if len(ids) > most or len(text) < characters:
+            return ids[:most].tolist()
+        characters *= 8
+
+
+def _trained_otherwise(folder: Path, settings) -> list[str]:
+    """What the run that the model lies in was trained with, where that is not what is shown."""
+    file = folder.parent / SETTINGS
+    if not file.is_file():
+        return []
+    run = json.loads(file.read_text(encoding="utf-8"))
+    if run.get("dense_only"):
+        return ["the model was trained with dense attention alone"]
+    shown = {
+        "pool_ratios": list(settings.pool_ratios),
+        "select_topk": settings.select_topk,
+        "dense_layers": settings.dense_layers,
+    }
+    other = [f"{name} {run[name]}" for name, value in shown.items() if name in run and run[name] != value]
+    return [f"the model was trained with {', '.join(other)}, and not with what is shown"] if other else []
 
 
 def _text(name: str, characters: int) -> str:
@@ -137,7 +194,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokenizer", help="folder or name of a tokenizer (default: the model's, else bytes)")
     parser.add_argument("--pool_ratios", nargs="+", default=["1/4", "1/16"], metavar="RATIO", help="default: 1/4 1/16")
     parser.add_argument("--select_topk", default="1/64", help="parents per level, a number or a share (default 1/64)")
-    parser.add_argument("--dense_layers", type=int, help="layers at each end that stay dense (default: as in training)")
+    parser.add_argument(
+        "--dense_layers", type=int, help="layers at each end that stay dense (default: by the rule of pretrain)"
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     parser.add_argument("--output", default="inspected", metavar="FOLDER", help="for the files (default: inspected)")
     parser.add_argument("--json", metavar="FILE", help="write the numbers there too; - is standard output")
