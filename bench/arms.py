@@ -34,13 +34,14 @@ import torch
 from corpus import SEPARATOR, read, shuffled
 from sides import check, dense
 from small_model import Model, Shape, compiled_graphs, new_model, new_optimizer
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 import lighthouse
 
 ARMS = ("dense", "window", "published", "both")
 WARM_UP, CLIP = 0.05, 1.0
 PASSAGE, CUE, PASSAGES = 64, 8, 32  # bytes planted, of them left out at the front, and how many are planted
+BLOCK = 128  # tokens, of FlexAttention
 LETTERS = b"abcdefghijklmnopqrstuvwxyz0123456789"
 
 
@@ -133,13 +134,7 @@ def stage_one(settings: Settings, device: str):
 
     if settings.arm == "published":
         return pyramid
-    tokens, width = settings.tokens, settings.window
-
-    def near(batch, head, query, key):
-        return (query >= key) & (query - key < width)
-
-    # Compiled: without it a mask of tokens x tokens is made first.
-    mask = create_block_mask(near, None, None, tokens, tokens, device=device, _compile=device == "cuda")
+    mask = window_mask(settings.tokens, settings.window, device)
 
     def window(query, key, value):
         return flex_attention(query, key, value, block_mask=mask)
@@ -148,6 +143,29 @@ def stage_one(settings: Settings, device: str):
         return pyramid(query, key, value) + window(query, key, value)
 
     return window if settings.arm == "window" else both
+
+
+def window_mask(tokens: int, width: int, device: str) -> BlockMask:
+    """Causal attention to the last `width` tokens. torch's `create_block_mask` takes tokens x tokens, or minutes."""
+
+    def near(batch, head, query, key):
+        return (query >= key) & (query - key < width)
+
+    blocks = -(-tokens // BLOCK)
+    behind = torch.arange(blocks, device=device)[:, None] - torch.arange(blocks, device=device)[None]
+    # Of a block of queries and one of keys `behind` blocks before it: the smallest and the largest distance in tokens.
+    nearest, farthest = behind * BLOCK - (BLOCK - 1), behind * BLOCK + (BLOCK - 1)
+    full = (nearest >= 0) & (farthest < width) & (torch.arange(blocks, device=device) < tokens // BLOCK)
+    partly = (farthest >= 0) & (nearest < width) & ~full
+
+    def listed(which):
+        count = which.sum(-1, dtype=torch.int32)[None, None]
+        order = which.to(torch.int8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
+        return count, order[None, None].contiguous()
+
+    return BlockMask.from_kv_blocks(
+        *listed(partly), *listed(full), BLOCK_SIZE=BLOCK, mask_mod=near, seq_lengths=(tokens, tokens)
+    )
 
 
 def losses(model: Model, batch, attention) -> torch.Tensor:
