@@ -11,6 +11,8 @@ export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell getconf _NPROCESSORS_ONLN)
 export CTEST_PARALLEL_LEVEL ?= $(CMAKE_BUILD_PARALLEL_LEVEL)
 
 CTEST = $(BIN)/ctest --progress --output-on-failure --no-tests=error --test-dir
+# A process for each core, one thread each: a file of tests stays together, with what it has set up.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 # Two makes at once take turns at the build folder.
 LOCK := $(shell command -v flock >/dev/null && echo flock $(DEV)/.lock)
 # ThreadSanitizer needs addresses that are not spread too widely.
@@ -47,7 +49,7 @@ test: $(DEV)/.tests
 	@$(LOCK) $(CMAKE) --build $(DEV)
 	@$(LOCK) scripts/setup.sh library $(DEV)
 	$(CTEST) $(DEV)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 demo: native
 	$(BIN)/lighthouse compare
