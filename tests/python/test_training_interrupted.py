@@ -91,7 +91,7 @@ class AtStep:
 
 def in_cutting():
     """Kills the process while its text is cut."""
-    run_module.data._cut = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+    run_module.data.cutting._cut = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
 
 
 class AtChange:
@@ -270,8 +270,8 @@ def test_two_processes_stop_behind_the_same_step(tmp_path, text):
 
 
 def cut_slowly():
-    cut = run_module.data._cut
-    run_module.data._cut = lambda *args: (time.sleep(12), cut(*args))
+    cut = run_module.data.cutting._cut
+    run_module.data.cutting._cut = lambda *args: (time.sleep(12), cut(*args))
 
 
 def test_two_processes_may_cut_for_longer_than_they_may_wait_for_each_other(tmp_path, text):
