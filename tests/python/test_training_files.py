@@ -174,6 +174,7 @@ TWICE = [
     ("copies", a_second(lambda path: path.with_suffix(".md").write_bytes(path.read_bytes()))),
     ("copies_without_a_last_line_end", a_second(lambda p: p.with_suffix(".md").write_bytes(p.read_bytes().strip()))),
     ("copies_with_other_line_ends", a_second(lambda p: p.with_suffix(".md").write_bytes(p.read_bytes() + b"\r\n"))),
+    ("copies_with_a_mark", a_second(lambda p: p.with_suffix(".md").write_bytes(b"\xef\xbb\xbf" + p.read_bytes()))),
     ("compressed_copies", a_second(lambda path: path.with_suffix(".gz").write_bytes(gzip.compress(path.read_bytes())))),
     ("rows", rows_twice),
 ]
@@ -188,7 +189,7 @@ def test_a_text_that_comes_twice_is_used_once_and_not_in_both_parts(tmp_path, tw
     trained = [b"".join(p).decode() for _, p in corpus.source.training(corpus.held_out.documents)]
     held = "".join(chr(max(0, token - 3)) for token in corpus.held_out.rows.reshape(-1).tolist())
     assert held.strip()[:500] not in "".join(trained)
-    words = sorted(" ".join(each.split()) for each in trained)
+    words = sorted(" ".join(each.strip("\ufeff").split()) for each in trained)
     assert len(words) == len(set(words)) == len(texts) - len(corpus.held_out.documents) and set(words) < {
         " ".join(each.split()) for each in texts
     }

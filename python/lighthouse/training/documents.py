@@ -7,6 +7,7 @@ out and the other trained on. Whoever passes documents on asks `Seen`.
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import os
 from collections.abc import Iterable, Iterator
@@ -59,13 +60,13 @@ class LeftOut:
 
 
 class TextDigest:
-    """16 bytes that two documents share if they differ in white space at most: line ends, indentation, a last line."""
+    """16 bytes that two documents share if they differ in white space at most, as line ends, or a byte order mark."""
 
     def __init__(self):
         self._hash = hashlib.sha256()
 
     def update(self, piece: bytes) -> None:
-        self._hash.update(piece.translate(None, WHITE_SPACE))
+        self._hash.update(piece.removeprefix(codecs.BOM_UTF8).translate(None, WHITE_SPACE))
 
     def digest(self) -> bytes:
         return self._hash.digest()[:16]
