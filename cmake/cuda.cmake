@@ -48,10 +48,11 @@ if(LIGHTHOUSE_CUDA_FOUND)
   add_library(lighthouse::cuda ALIAS lighthouse_cuda)
   target_include_directories(lighthouse_cuda PRIVATE src)
   target_compile_features(lighthouse_cuda PUBLIC cxx_std_20 PRIVATE cuda_std_20)
-  # The rules' constexpr functions run on the device as they are. Several architectures make a library of megabytes:
-  # compressed it is a tenth.
+  # As on the host, nothing is contracted to fused multiply-add, so that the device has the host's bits. The rules'
+  # constexpr functions run on the device as they are. Several architectures make a library of megabytes: compressed it
+  # is a tenth.
   target_compile_options(lighthouse_cuda PRIVATE
-    --expt-relaxed-constexpr --extended-lambda -compress-mode=size -Xcompiler=-Wall,-Wextra,-ffp-contract=off
+    -fmad=false --expt-relaxed-constexpr --extended-lambda -compress-mode=size -Xcompiler=-Wall,-Wextra,-ffp-contract=off
     $<$<BOOL:${LIGHTHOUSE_WERROR}>:-Werror=all-warnings>)
   target_link_libraries(lighthouse_cuda PUBLIC lighthouse_core PRIVATE CUDA::cudart_static)
   set_target_properties(lighthouse_cuda PROPERTIES EXPORT_NAME cuda)

@@ -65,7 +65,11 @@ class WindowSummer {
 
  public:
   WindowSummer(const Pyramid& pyramid, WindowRule rule, int64_t head_dim)
-      : pyramid_(pyramid), rule_(rule), n_(head_dim), sums_(static_cast<size_t>(pyramid.levels * head_dim)) {}
+      : pyramid_(pyramid),
+        rule_(rule),
+        n_(head_dim),
+        piece_(pyramid.levels > 1 ? rules::piece_length(pyramid.windows[1], rules::kLongestSum) : 0),
+        sums_(static_cast<size_t>(pyramid.levels * head_dim)) {}
 
   void run(const Choice& choice, Rows<const T> tokens, Rows<T> entries, int64_t begin, int64_t end) {
     const int64_t shift = static_cast<int64_t>(rule_.reach);
@@ -81,7 +85,11 @@ class WindowSummer {
         }
       }
       if (pyramid_.levels > 1) {
-        row_.add_rows(sum(1), tokens[first], tokens.stride, last - first, n_);
+        if (piece_ == step) {
+          row_.add_rows(sum(1), tokens[first], tokens.stride, last - first, n_);
+        } else {
+          add_in_pieces(tokens, first, last, shift);
+        }
         finish_windows(choice, entries, u + step, u + step >= std::min(end, choice.tokens + shift));
       }
     }
@@ -89,6 +97,16 @@ class WindowSummer {
 
  private:
   A* sum(int level) { return sums_.data() + level * n_; }
+
+  void add_in_pieces(Rows<const T> tokens, int64_t first, int64_t last, int64_t shift) {
+    while (first < last) {
+      const int64_t next = std::min(last, ((first + shift) / piece_ + 1) * piece_ - shift);
+      row_.add_rows(sum(0), tokens[first], tokens.stride, next - first, n_);
+      row_.add(sum(1), sum(0), n_);
+      std::fill(sum(0), sum(0) + n_, A{0});
+      first = next;
+    }
+  }
 
   // Writes out and passes on every window that ends at unit `at`; at the last one also those cut short.
   void finish_windows(const Choice& choice, Rows<T> entries, int64_t at, bool last) {
@@ -107,7 +125,8 @@ class WindowSummer {
   const Pyramid& pyramid_;
   WindowRule rule_;
   int64_t n_;
-  std::vector<A> sums_;  // [levels, head_dim]; the open window of each level; zero between runs
+  int64_t piece_;        // of a window of level 1
+  std::vector<A> sums_;  // [levels, head_dim]; the open window of each level, of 0 its piece; zero between runs
   const RowFunctions<T>& row_ = rows().of<T>();
 };
 

@@ -33,8 +33,8 @@ struct EntriesToTokens {
   View tokens;
 };
 
-// entries[place] = sum or mean of the tokens of its window. A window's sum is made of the finer windows' sums, each in
-// token order, so it does not depend on how the work is cut.
+// entries[place] = sum or mean of the tokens of its window, added in the order of rules/order.h however the work is
+// cut.
 void sum_windows(const Layout& layout, WindowRule rule, std::span<const TokensToEntries> tensors,
                  const ConstSelection& selection, const Executor& executor);
 

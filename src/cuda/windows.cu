@@ -14,9 +14,8 @@ namespace {
 constexpr int threads_of(int width) { return width == 1 ? 256 : 128; }
 constexpr int kTokensPerBlock = 512;    // at most: their choice is held in shared memory
 constexpr int kRowsAhead = 4;           // loads in flight per thread
-constexpr int64_t kLongestSum = 64;     // tokens that one thread sums
 constexpr int64_t kLongestSpread = 16;  // tokens that one thread writes
-constexpr int64_t kShortest = 8;        // units below cost more than long ones
+static_assert(rules::kLongestPiece <= kTokensPerBlock, "a piece of a window is a unit");
 
 // Blocks of 128 threads that a multiprocessor holds at least, which limits a thread's registers: every level's open sum
 // takes some.
@@ -324,11 +323,8 @@ Cut cut_into_units(const Pyramid& pyramid, int64_t longest) {
   while (inner + 1 < pyramid.levels && pyramid.windows[static_cast<size_t>(inner + 1)] <= longest) ++inner;
   if (inner > 0) return {pyramid.windows[static_cast<size_t>(inner)], inner};
   if (pyramid.levels == 1) return {longest, 0};
-  const int64_t window = pyramid.windows[1];
-  int64_t unit = longest;
-  while (window % unit != 0) --unit;
-  if (unit < kShortest && window <= kTokensPerBlock) return {window, 1};  // a prime, say
-  return {unit, 0};
+  const int64_t unit = rules::piece_length(pyramid.windows[1], longest);
+  return {unit, unit == pyramid.windows[1] ? 1 : 0};
 }
 
 int64_t units_of(const Layout& layout, WindowRule rule, int64_t unit) {
@@ -377,11 +373,14 @@ dim3 grid_of(const Launch<T>& launch) {
   return grid_over(launch.heads, rules::ceil_div(launch.units, launch.units_per_block), launch.layout.sequences());
 }
 
-// Calls function with the smallest of the compiled numbers of levels that holds `levels`.
-template <int kLevels, int... kMore, class Function>
+// Calls function with the smallest of the compiled numbers of levels that holds `levels`. Each window is at least twice
+// the finer one, so within a unit of `kLongest` tokens there are at most the last number's.
+template <int64_t kLongest, int kLevels, int... kMore, class Function>
 void with_levels(int levels, const Function& function) {
   if constexpr (sizeof...(kMore) > 0) {
-    if (levels > kLevels) return with_levels<kMore...>(levels, function);
+    if (levels > kLevels) return with_levels<kLongest, kMore...>(levels, function);
+  } else {
+    static_assert(kLongest < int64_t{2} << kLevels, "units of this length can have more levels");
   }
   function(std::integral_constant<int, kLevels>());
 }
@@ -395,7 +394,7 @@ std::vector<ConstView> views_of(const Pair* pairs, int count) {
 }  // namespace
 
 int64_t sum_workspace(const Layout& layout, WindowRule rule, int64_t heads, int64_t head_dim) {
-  const Cut cut = cut_into_units(layout.pyramid, kLongestSum);
+  const Cut cut = cut_into_units(layout.pyramid, rules::kLongestSum);
   if (cut.inner + 1 >= layout.pyramid.levels) return 0;
   return layout.rows * heads * units_of(layout, rule, cut.unit) * head_dim * static_cast<int64_t>(sizeof(float));
 }
@@ -404,7 +403,7 @@ void sum_windows(const Layout& layout, WindowRule rule, const Pair* pairs, int c
                  const Workspace& workspace, Stream stream) {
   const auto queue = static_cast<cudaStream_t>(stream);
   const Pyramid& pyramid = layout.pyramid;
-  const Cut cut = cut_into_units(pyramid, kLongestSum);
+  const Cut cut = cut_into_units(pyramid, rules::kLongestSum);
   with_column(views_of(pairs, count), [&]<class T, int kWidth>(T*, std::integral_constant<int, kWidth>) {
     const int64_t head_dim = pairs[0].source.head_dim();
     auto launch = make_launch<T, kWidth>(layout, rule, cut, pairs, count, selection);
@@ -413,7 +412,7 @@ void sum_windows(const Layout& layout, WindowRule rule, const Pair* pairs, int c
       launch.sums = static_cast<float*>(workspace.data);
     }
     const dim3 threads(static_cast<unsigned>(head_dim / kWidth), static_cast<unsigned>(launch.units_per_block));
-    with_levels<1, 2, 3, 6>(cut.inner, [&]<int kLevels>(std::integral_constant<int, kLevels>) {
+    with_levels<rules::kLongestSum, 1, 2, 3, 6>(cut.inner, [&]<int kLevels>(std::integral_constant<int, kLevels>) {
       sum_units<T, kWidth, kLevels><<<grid_of(launch), threads, 0, queue>>>(launch);
     });
     check_launch("sum_units");
@@ -437,7 +436,7 @@ void spread_windows(const Layout& layout, WindowRule rule, const Pair* pairs, in
     const int64_t columns = pairs[0].source.head_dim() / kWidth;
     const auto launch = make_launch<T, kWidth>(layout, rule, cut, pairs, count, selection);
     const dim3 threads(static_cast<unsigned>(columns), static_cast<unsigned>(launch.units_per_block));
-    with_levels<1, 2, 4>(cut.inner, [&]<int kLevels>(std::integral_constant<int, kLevels>) {
+    with_levels<kLongestSpread, 1, 2, 4>(cut.inner, [&]<int kLevels>(std::integral_constant<int, kLevels>) {
       spread_units<T, kWidth, kLevels><<<grid_of(launch), threads, 0, queue>>>(launch);
     });
     check_launch("spread_units");

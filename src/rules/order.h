@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "rules/platform.h"
+#include "rules/strata.h"
 
 namespace lighthouse::rules {
 
@@ -27,6 +28,20 @@ enum class Reach : int { pooled = 0, written = 1 };
 LIGHTHOUSE_HOST_DEVICE inline int64_t entry_reaching(Reach reach, int64_t window, int64_t token) {
   const int64_t shift = static_cast<int64_t>(reach);
   return (token + shift) / window - shift;
+}
+
+// The order of additions is a rule too: all devices give the same bits. A window of level 1 is added up token by token,
+// one of more than kLongestSum tokens piece by piece first; a window of a coarser level is the sum of the finer ones'
+// sums, in order.
+inline constexpr int64_t kLongestSum = 64;
+inline constexpr int64_t kShortestPiece = 8;   // shorter ones cost more than long ones: a window of 67, say,
+inline constexpr int64_t kLongestPiece = 512;  // is then one piece
+
+// The pieces of a window: all of one length, the longest up to `longest` that divides it.
+LIGHTHOUSE_HOST_DEVICE inline int64_t piece_length(int64_t window, int64_t longest) {
+  int64_t piece = smaller(window, longest);
+  while (window % piece != 0) --piece;
+  return piece < kShortestPiece && window <= kLongestPiece ? window : piece;
 }
 
 }  // namespace lighthouse::rules
