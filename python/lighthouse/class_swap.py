@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import MutableMapping
+from weakref import WeakKeyDictionary
 
 
 class Swapped:
@@ -65,24 +67,24 @@ def unswapped_class(cls: type) -> type:
     if not issubclass(cls, Swapped):
         return cls
     bases = tuple(unswapped_class(base) for base in cls.__bases__)
-    plain = bases[-1]
-    rebuilt = _classes_on_top(cls)
-    if plain not in rebuilt:
-        own = {key: value for key, value in vars(cls).items() if key not in ("__dict__", "__weakref__")}
-        rebuilt[plain] = type(cls.__name__, bases, own)
-    return rebuilt[plain]
+    made, key = _made_again(cls, bases[-1])
+    if key not in made:
+        own = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+        made[key] = type(cls.__name__, bases, own)
+    return made[key]
 
 
-_rebuilt: dict[type, dict[type, type]] = {}
+# Class on top -> the same over the plain class. Each has its own: `parametrize` makes one for every module.
+_over_plain: MutableMapping[type, type] = WeakKeyDictionary()
 
 
-def _classes_on_top(cls: type) -> dict[type, type]:
-    """Plain class -> that class with the first base of `cls` on top: for FSDP, torch's own table.
+def _made_again(cls: type, plain: type) -> tuple[MutableMapping[type, type], type]:
+    """Where the class that `cls` becomes over `plain` is kept, and under what: for FSDP, torch's own table.
 
     The compiler looks FSDP classes up in that table, and a model that is sharded later shares the class then.
     """
     module = sys.modules.get("torch.distributed.fsdp._fully_shard._fully_shard")
     table = getattr(module, "cls_to_fsdp_cls", None)
     if table is not None and table.get(cls.__bases__[-1]) is cls:
-        return table
-    return _rebuilt.setdefault(cls.__bases__[0], {})
+        return table, plain
+    return _over_plain, cls
