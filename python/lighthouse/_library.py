@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
 LIBRARY = "liblighthouse.so"
+NAMESPACE = "lighthouse"
 OLDEST_TORCH = (2, 10)
 
 
@@ -31,6 +34,8 @@ def load(folders: Iterable[str]) -> Path:
             f"the native library {LIBRARY} is not there; looked for\n  {looked}\n"
             "It is built on installing: run `pip install .` in a checkout (`make test` in a development checkout)."
         )
+    if os.path.realpath(path) not in torch.ops.loaded_libraries:
+        _check_that_the_namespace_is_free()
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
@@ -40,3 +45,20 @@ def load(folders: Iterable[str]) -> Path:
             "`pip install --force-reinstall --no-deps lighthouse-attn`."
         ) from error
     return path
+
+
+def _check_that_the_namespace_is_free() -> None:
+    """What is registered already must not be registered again: the library would end the process on being loaded."""
+    operators = sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith(f"{NAMESPACE}::"))
+    if operators:
+        found = f"{operators[0]} is there"
+    else:
+        try:
+            torch.library.Library(NAMESPACE, "DEF")._destroy()
+            return
+        except RuntimeError as error:
+            found = " ".join(re.findall(r"Previous registration .*?registered at [^;]*", str(error))) or str(error)
+    raise NativeLibraryError(
+        f"the namespace torch.ops.{NAMESPACE}, in which lighthouse registers its operators, is taken in this process: "
+        f"{found}. It is a second copy of lighthouse, or another package that uses the name: import one of them alone."
+    )

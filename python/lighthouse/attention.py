@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from lighthouse.inner import InnerAttention, SubSequences, causal_sdpa
-from lighthouse.inputs import check_qkv, check_scores
+from lighthouse.inputs import check_inner_output, check_options, check_qkv, check_scores
 from lighthouse.operators import choose, gather, scatter
 from lighthouse.plan import sub_length
 from lighthouse.settings import POOL_RATIOS, SELECT_TOPK, check_pool_ratios, check_select_topk
@@ -29,25 +29,15 @@ def sub_sequence_attention(
     """`attention` for settings that `check_pool_ratios` and `check_select_topk` have turned into windows and topk."""
     query, key, value = check_qkv(query, key, value)
     scores = check_scores(scores, key)
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p={dropout_p}: a share from 0 to below 1 is needed")
+    check_options(scale, dropout_p, inner, cover_start)
 
     length = sub_length(query.shape[2], windows, topk)
-    mask, prefix = choose(query, key, windows, topk, scores, bool(cover_start))
+    mask, prefix = choose(query, key, windows, topk, scores, cover_start)
     query_sub, key_sub, value_sub = gather(query, key, value, mask, prefix, windows, length)
     output_sub = (inner or causal_sdpa)(
         query_sub, key_sub, value_sub, scale=scale, dropout_p=dropout_p, layout=SubSequences(query.shape[0], length)
     )
-    if not isinstance(output_sub, Tensor):
-        raise TypeError(f"inner returned a {type(output_sub).__name__}: the output alone is needed, a tensor")
-    if output_sub.shape != query_sub.shape or output_sub.dtype != query_sub.dtype:
-        raise ValueError(
-            f"inner returned {list(output_sub.shape)} {output_sub.dtype} for a query of {list(query_sub.shape)} "
-            f"{query_sub.dtype}: an output like the query is needed"
-        )
-    if output_sub.stride(-1) != 1:
-        output_sub = output_sub.contiguous()
-    return scatter(output_sub, mask, prefix, windows)
+    return scatter(check_inner_output(output_sub, query_sub), mask, prefix, windows)
 
 
 def attention(
@@ -74,11 +64,12 @@ def attention(
         key, value: `[B, Hkv, N, D]`, Hkv dividing Hq. One choice is made per key-value head.
         pool_ratios: entries per token of the levels above the tokens; windows are 1 over these. `()` is dense.
         select_topk: parents per level; an int is a number, a float a share of the tokens.
-        scale: of the logits; None is 1/sqrt(D).
-        scores: of the caller's own in place of the norms: for queries and for keys, each `[B, Hkv, N]` float32.
+        scale: of the logits, a number above 0; None is 1/sqrt(D).
+        scores: of the caller's own in place of the norms: for queries and for keys, each `[B, Hkv, N]` float32. They
+            get no gradient.
         dropout_p: passed on to the inner attention.
-        inner: the attention of the sub-sequence, `inner(query, key, value, *, scale, dropout_p, layout)`; PyTorch's
-            `scaled_dot_product_attention` by default.
+        inner: the attention of the sub-sequence, `inner(query, key, value, *, scale, dropout_p, layout)`, whose output
+            is like its query and has a gradient; PyTorch's `scaled_dot_product_attention` by default.
         cover_start: have an output for the first tokens whatever their scores.
 
     Returns:
@@ -86,6 +77,7 @@ def attention(
 
     Raises:
         ValueError, TypeError: before any work, naming the argument, the rule and the value.
+        NotImplementedError: under `torch.func.grad`, `vjp`, `jvp` and forward-mode derivatives, which would be wrong.
     """
     return sub_sequence_attention(
         query,

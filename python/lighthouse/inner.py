@@ -19,6 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.backends import cuda as backends
 from torch.nn.attention import SDPBackend
+from torch.utils._python_dispatch import _disable_current_modes
+
+from lighthouse.inputs import autocast_dtype
 
 logger = logging.getLogger("lighthouse")
 
@@ -79,7 +82,7 @@ def _case(query: Tensor, grouped: bool, dropout_p: float) -> tuple:
         query.dtype,
         next((size for size in HEAD_DIMS if query.shape[3] <= size), HEAD_DIMS[-1]),
         grouped,
-        dropout_p > 0,
+        True if dropout_p > 0 else False,  # noqa: SIM210 - a plain bool also while tracing
         query.requires_grad and torch.is_grad_enabled(),
     )
 
@@ -92,9 +95,17 @@ def inner_backend(query: Tensor, key: Tensor, *, dropout_p: float = 0.0) -> SDPB
         key: `[B, Hkv, N, D]`.
         dropout_p: as in `lighthouse.attention`.
 
+    Raises:
+        ValueError: PyTorch cannot be asked: the device is not there (meta tensors, fake CUDA tensors without a GPU).
+
     The same is logged at level DEBUG, once for each kind of input, with what keeps the faster ones from it.
     """
     case = _Case(*_case(query, query.shape[1] != key.shape[1], dropout_p))
+    case = case._replace(
+        dtype=autocast_dtype(query), gradient=case.gradient or (key.requires_grad and torch.is_grad_enabled())
+    )
+    if not _can_be_asked(case.device):
+        raise ValueError(f"query is on {case.device}: PyTorch chooses a backend on a CPU or GPU that is there")
     backend = _backend(case, _allowed())
     if backend == SDPBackend.MATH and case.grouped:
         return _backend(case._replace(grouped=False), _allowed())
@@ -103,17 +114,25 @@ def inner_backend(query: Tensor, key: Tensor, *, dropout_p: float = 0.0) -> SDPB
 
 @torch.compiler.assume_constant_result
 def _is_math(*case) -> bool:
-    """Whether PyTorch has only the math backend for a case. Takes constants and gives one, so that it can be traced."""
+    """Whether PyTorch has only the math backend for a case. Takes constants and gives one, so that it can be traced.
+
+    Where PyTorch cannot be asked, nothing is calculated either: shapes are traced, and they are those of any backend.
+    """
     case, allowed = _Case(*case), _allowed()
-    if _backend(case, allowed) != SDPBackend.MATH:
+    if not _can_be_asked(case.device) or _backend(case, allowed) != SDPBackend.MATH:
         return False
     _say_if_math(case._replace(grouped=False), allowed)
     return True
 
 
-def _allowed() -> tuple[bool, ...]:
+def _can_be_asked(device: torch.device) -> bool:
+    return device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_available())
+
+
+def _allowed() -> tuple:
     """What the user lets PyTorch choose from."""
     return (
+        tuple(torch._C._get_sdp_priority_order()),
         backends.cudnn_sdp_enabled(),
         backends.flash_sdp_enabled(),
         backends.mem_efficient_sdp_enabled(),
@@ -123,11 +142,15 @@ def _allowed() -> tuple[bool, ...]:
 
 
 @functools.cache
-def _backend(case: _Case, allowed: tuple[bool, ...]) -> SDPBackend:
-    """What PyTorch chooses for a case, under what is allowed now."""
-    query, key, value = case.tensors()
+def _backend(case: _Case, allowed: tuple) -> SDPBackend:
+    """What PyTorch chooses for a case, under what is allowed now.
+
+    The answer is kept for all later calls, so it is asked of real tensors, outside of whatever traces or fakes this
+    call (`torch.export`, `make_fx`, `FakeTensorMode`, a mode of the user's), which does not see the question either.
+    """
     dropout_p = 0.5 if case.dropout else 0.0
-    with torch.set_grad_enabled(case.gradient):
+    with torch._C.DisableTorchFunction(), _disable_current_modes(), torch.set_grad_enabled(case.gradient):
+        query, key, value = case.tensors()
         chosen = SDPBackend(
             torch._fused_sdp_choice(query, key, value, None, dropout_p, True, scale=None, enable_gqa=case.grouped)
         )
@@ -161,7 +184,7 @@ def _reason(can_use: Callable, parameters) -> str:
 
 
 @functools.cache
-def _say_if_math(case: _Case, allowed: tuple[bool, ...]) -> None:
+def _say_if_math(case: _Case, allowed: tuple) -> None:
     if _backend(case, allowed) == SDPBackend.MATH:
         logger.warning(
             "Lighthouse: of PyTorch's attentions only the math backend takes %s; its memory grows with the square of "

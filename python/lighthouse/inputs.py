@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Callable
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -15,9 +18,17 @@ logger = logging.getLogger("lighthouse")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+def _check_layout(name: str, tensor: Tensor) -> None:
+    if tensor.is_nested:
+        raise ValueError(f"{name} is a nested tensor: sequences of one length are needed; pass each by itself")
+    if tensor.layout != torch.strided:
+        raise ValueError(f"{name} has layout {tensor.layout}: torch.strided is needed; convert it with .to_dense()")
+
+
 def _check_tensor(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} is a {type(tensor).__name__}: a tensor [batch, heads, tokens, head_dim] is needed")
+    _check_layout(name, tensor)
     if tensor.ndim != 4:
         raise ValueError(f"{name} has shape {list(tensor.shape)}: [batch, heads, tokens, head_dim] is needed")
     if 0 in tensor.shape:
@@ -57,12 +68,17 @@ def _log_copy_once(name: str) -> None:
         logger.debug("%s has a last stride other than one and is copied; said once", name)
 
 
-def _autocast(tensor: Tensor) -> Tensor:
-    """Casts as PyTorch's own attention does under autocast."""
+def autocast_dtype(tensor: Tensor) -> torch.dtype:
+    """What PyTorch's own attention casts the tensor to under autocast."""
     device = tensor.device.type
     if device == "meta" or not torch.is_autocast_enabled(device) or tensor.dtype == torch.float64:
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(device))
+        return tensor.dtype
+    return torch.get_autocast_dtype(device)
+
+
+def _autocast(tensor: Tensor) -> Tensor:
+    dtype = autocast_dtype(tensor)
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def check_qk(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,6 +118,7 @@ def check_scores(scores: tuple[Tensor, Tensor] | None, key: Tensor) -> tuple[Ten
         name = f"scores[{i}]"
         if not isinstance(score, Tensor):
             raise TypeError(f"{name} is a {type(score).__name__}: a tensor [batch, key heads, tokens] is needed")
+        _check_layout(name, score)
         if score.shape != key.shape[:3]:
             raise ValueError(
                 f"{name} has shape {list(score.shape)}: {list(key.shape[:3])} is needed, [batch, key heads, tokens]"
@@ -110,5 +127,67 @@ def check_scores(scores: tuple[Tensor, Tensor] | None, key: Tensor) -> tuple[Ten
             raise ValueError(f"{name} has dtype {score.dtype}: float32 is needed")
         if score.device != key.device:
             raise ValueError(f"{name} is on {score.device}, key on {key.device}: they must be the same")
+        if score.requires_grad and torch.is_grad_enabled():
+            _say_that_scores_have_no_gradient(i)
     query_score, key_score = scores
     return query_score.detach().contiguous(), key_score.detach().contiguous()
+
+
+@torch.compiler.assume_constant_result
+def _say_that_scores_have_no_gradient(i: int) -> None:
+    """Once, while tracing too."""
+    if i not in _said_of_scores:
+        _said_of_scores.add(i)
+        logger.warning(
+            "Lighthouse: scores[%d] requires a gradient and gets none, since a choice has none (said once; pass "
+            "scores.detach() where that is meant)",
+            i,
+        )
+
+
+_said_of_scores: set[int] = set()
+
+
+def check_cover_start(cover_start: bool) -> None:
+    """Raises TypeError."""
+    if not isinstance(cover_start, bool):  # of "False" the truth is True
+        raise TypeError(f"cover_start={cover_start!r}: True or False is needed")
+
+
+def check_options(scale: float | None, dropout_p: float, inner: Callable | None, cover_start: bool) -> None:
+    """What else `lighthouse.attention` is asked for. Raises ValueError or TypeError."""
+    if scale is not None:
+        if isinstance(scale, Tensor):
+            raise TypeError("scale is a tensor, which would get no gradient: a number is needed; scale the query by it")
+        if not isinstance(scale, (Real, torch.SymFloat)):
+            raise TypeError(f"scale={scale!r}: a number above 0 is needed, or None for 1/sqrt(head_dim)")
+        if not 0 < scale < math.inf:  # of 0 PyTorch's attention makes NaN
+            raise ValueError(f"scale={scale}: a finite number above 0 is needed, or None for 1/sqrt(head_dim)")
+    if not isinstance(dropout_p, (Real, torch.SymFloat)):
+        raise TypeError(f"dropout_p={dropout_p!r}: a share from 0 to below 1 is needed")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p={dropout_p}: a share from 0 to below 1 is needed")
+    if inner is not None and not callable(inner):
+        raise TypeError(
+            f"inner={inner!r}: a function inner(query, key, value, *, scale, dropout_p, layout) is needed, or None for "
+            "PyTorch's attention"
+        )
+    check_cover_start(cover_start)
+
+
+def check_inner_output(output: Tensor, query: Tensor) -> Tensor:
+    """What the user's inner attention made of its query, as `scatter` takes it. Raises ValueError or TypeError."""
+    if not isinstance(output, Tensor):
+        raise TypeError(f"inner returned a {type(output).__name__}: the output alone is needed, a tensor")
+    _check_layout("what inner returned", output)
+    if output.shape != query.shape or output.dtype != query.dtype or output.device != query.device:
+        raise ValueError(
+            f"inner returned {list(output.shape)} {output.dtype} on {output.device} for a query of {list(query.shape)} "
+            f"{query.dtype} on {query.device}: an output like the query is needed"
+        )
+    if query.requires_grad and not output.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "inner returned an output without a gradient for a query that requires one: nothing would be learned "
+            "through it; a differentiable attention is needed, or torch.no_grad() around the call"
+        )
+    return with_unit_stride(output)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import lighthouse
@@ -129,15 +130,42 @@ def _scatter_backward_backward(ctx, grad):
     return _OPERATORS.scatter(with_unit_stride(grad), *ctx.saved_tensors, ctx.windows), *[None] * 5
 
 
+def _refuse_forward_mode(inputs) -> None:
+    """Without a word PyTorch would take the tangent of what has no forward-mode formula for zero."""
+    if forward_ad._current_level < 0:  # the usual case costs least
+        return
+    if any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in inputs):
+        raise NotImplementedError(
+            "forward-mode derivatives (torch.func.jvp, torch.autograd.forward_ad) through Lighthouse attention are not "
+            "supported: take torch.autograd.grad"
+        )
+
+
+class _ReverseMode(torch.library.Library):
+    """Registers autograd kernels that refuse forward mode before they do anything."""
+
+    def impl(self, op_name, fn, *args, **kwargs):
+        def kernel(keyset, *inputs):
+            _refuse_forward_mode(inputs)
+            return fn(keyset, *inputs)
+
+        super().impl(op_name, kernel, *args, **kwargs)
+
+
+_REVERSE_MODE = _ReverseMode("lighthouse", "FRAGMENT")
+
+for _name, _inputs in (("score", 2), ("select", 6)):
+    torch.library.register_autograd(
+        f"lighthouse::{_name}", lambda ctx, *_, count=_inputs: (None,) * count, setup_context=_no_gradient
+    )
+
 for _name, _backward, _setup in (
-    ("score", lambda ctx, *_: (None,) * 2, _no_gradient),
-    ("select", lambda ctx, *_: (None,) * 6, _no_gradient),
     ("gather", _gather_backward, _gather_setup),
     ("gather_backward", _gather_backward_backward, _gather_backward_setup),
     ("scatter", _scatter_backward, _scatter_setup),
     ("scatter_backward", _scatter_backward_backward, _scatter_backward_setup),
 ):
-    torch.library.register_autograd(f"lighthouse::{_name}", _backward, setup_context=_setup)
+    torch.library.register_autograd(f"lighthouse::{_name}", _backward, setup_context=_setup, lib=_REVERSE_MODE)
 
 
 # The operators as `lighthouse.attention` calls them.
@@ -176,14 +204,23 @@ def _without_gradient(operator, *inputs):
 
 
 def is_out_of_memory(message: str, on_cuda: bool) -> bool:
-    """Whether an operator failed for want of GPU memory. The stable ABI knows one kind of error, and before torch 2.15
-    not its words, which are on stderr then; callers that catch `torch.OutOfMemoryError` should find it."""
-    allocating = ("out of memory", "aoti_torch_empty", "aten::new_empty")
-    return on_cuda and any(words in message for words in allocating)
+    """Whether an operator failed for want of GPU memory; callers that catch `torch.OutOfMemoryError` should find it.
+
+    The stable ABI knows one kind of error, and before torch 2.15 not its words, which are on stderr then: a failed
+    allocation. An earlier kernel's failure arrives in the next allocation too, but then the device takes no more calls
+    at all, and says why: PyTorch's own error (`torch.AcceleratorError`) is raised in place of an answer.
+    """
+    if not on_cuda or "out of memory" in message:
+        return on_cuda
+    if "CUDA error" in message or not any(call in message for call in ("aoti_torch_empty", "aten::new_empty")):
+        return False
+    torch.cuda.mem_get_info()
+    return True
 
 
 def _in_backward(operator, *inputs):
     """With a gradient of its own where the caller asked for one (`create_graph`)."""
+    _refuse_forward_mode(inputs)
     return operator(*inputs) if torch.is_grad_enabled() else _without_gradient(operator, *inputs)
 
 
@@ -223,6 +260,7 @@ def choose(
 
 def gather(*inputs) -> tuple[Tensor, Tensor, Tensor]:
     """`torch.ops.lighthouse.gather` with its gradient."""
+    _refuse_forward_mode(inputs)
     return _OPERATORS.gather(*inputs) if _traced() else _Gather.apply(*inputs)
 
 
@@ -232,6 +270,7 @@ def scatter(*inputs) -> Tensor:
     Compiled code makes the output again in its backward. The product behind it would keep it, a full tensor a layer,
     while it follows from the sub-sequence's output, which attention keeps anyway. (torch 2.11 keeps it all the same.)
     """
+    _refuse_forward_mode(inputs)
     if not _traced():
         return _Scatter.apply(*inputs)
     if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():

@@ -55,11 +55,19 @@ def stratum_kinds(tokens, windows: Sequence[int], topk: tuple[int, int]) -> list
     ]
 
 
+def _fits(parents, entries, windows: Sequence[int], topk: tuple[int, int]):
+    """parents <= entries. For most shares it holds of every length with an entry, and then it is asked so: of a
+    symbolic length that is known to be long enough PyTorch sees it, and `torch.export` needs no condition."""
+    numerator, denominator = topk
+    always = numerator * windows[-1] <= denominator
+    return entries >= 1 if always else parents <= entries
+
+
 def chosen_per_level(tokens, windows: Sequence[int], topk: tuple[int, int]) -> list:
     """How many entries of each level are in the sub-sequence, finest first. `tokens` may be symbolic."""
     entries, parents = tokens // windows[-1], parents_per_level(tokens, topk)
     ratios = [coarser // finer for finer, coarser in zip(windows, windows[1:], strict=False)]
-    if parents <= entries:
+    if _fits(parents, entries, windows, topk):
         # No stratum has fewer entries than its budget, so strata do not matter. Tracing a symbolic length depends on
         # this: the sum over strata takes minutes to simplify.
         chosen = [parents * ratio for ratio in ratios] + [entries]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lighthouse.inputs import check_qk, check_scores
+from lighthouse.inputs import check_cover_start, check_qk, check_scores
 from lighthouse.operators import choose
 from lighthouse.plan import sub_length
 from lighthouse.settings import POOL_RATIOS, SELECT_TOPK, check_pool_ratios, check_select_topk
@@ -62,5 +62,6 @@ def select(
     """
     windows, topk = check_pool_ratios(pool_ratios), check_select_topk(select_topk)
     query, key = check_qk(query, key)
-    mask, prefix = choose(query, key, windows, topk, check_scores(scores, key), bool(cover_start))
+    check_cover_start(cover_start)
+    mask, prefix = choose(query, key, windows, topk, check_scores(scores, key), cover_start)
     return Selection(mask, prefix, sub_length(key.shape[2], windows, topk), windows)

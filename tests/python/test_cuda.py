@@ -13,12 +13,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 import lighthouse
-from cases import dense, rand_qkv
+from cases import CONTEXTS, MM, Calls, Layer, dense, rand_qkv
 from lighthouse import inner, operators
 from lighthouse.plan import sub_length
 from lighthouse.settings import check_pool_ratios, check_select_topk
 from small_llama import TOKENS, Spy, ids, wrapped
-from test_checkpointing import CONTEXTS, MM, Calls, Layer
 
 GIB = 2**30
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -4,10 +4,11 @@ import warnings
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import lighthouse
-from cases import dense, rand_qkv
+from cases import Calls, dense, rand_qkv
 from lighthouse import inner
 
 
@@ -28,6 +29,48 @@ def test_the_backend_can_be_asked_for_and_is_the_users():
     with sdpa_kernel(SDPBackend.MATH):
         assert lighthouse.inner_backend(query, key) == SDPBackend.MATH
     assert lighthouse.inner_backend(query.requires_grad_(), key, dropout_p=0.5) == SDPBackend.MATH
+
+
+UNREAL = {
+    "fake": lambda: FakeTensorMode(),
+    "a_users_mode": lambda: Calls(),
+    "on_meta_by_default": lambda: torch.device("meta"),
+}
+
+
+@pytest.mark.parametrize("name", UNREAL)
+def test_what_is_found_out_is_of_real_tensors(name):
+    """It is kept for all later calls, whatever the first one ran under; and a mode does not see the question."""
+    inputs = rand_qkv(64, query_heads=4, kv_heads=2, dtype=torch.float32)
+    with UNREAL[name]() as mode:
+        lighthouse.attention(*([torch.empty(t.shape) for t in inputs] if name == "fake" else inputs))
+    assert lighthouse.inner_backend(*inputs[:2]) == SDPBackend.FLASH_ATTENTION
+    if isinstance(mode, Calls):
+        assert not [str(operator) for operator in mode.of if "empty" in str(operator) or "choice" in str(operator)]
+
+
+def test_a_device_that_is_not_there_is_not_asked(caplog):
+    inputs = [tensor.to("meta") for tensor in rand_qkv(64, dtype=torch.float32)]
+    assert lighthouse.attention(*inputs).is_meta
+    assert not caplog.records
+    with pytest.raises(ValueError, match="query is on meta: PyTorch chooses a backend on a CPU or GPU that is there"):
+        lighthouse.inner_backend(*inputs[:2])
+
+
+def test_the_backend_is_that_of_the_call_under_autocast():
+    query, key, _ = rand_qkv(64, dtype=torch.float32)
+    asked = []
+    with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16):
+        patch.setattr(inner, "_backend", lambda case, allowed: asked.append(case) or SDPBackend.FLASH_ATTENTION)
+        lighthouse.inner_backend(query, key.requires_grad_())
+        lighthouse.attention(query, key, key)
+    assert asked[0] == asked[1] and asked[0].dtype == torch.bfloat16 and asked[0].gradient
+
+
+def test_the_order_that_a_user_gives_is_obeyed():
+    with sdpa_kernel([SDPBackend.MATH, SDPBackend.FLASH_ATTENTION], set_priority=True):
+        first = inner._allowed()
+    assert first != inner._allowed()
 
 
 def test_only_math_is_said_once(caplog):

@@ -1,5 +1,6 @@
 """The operators one by one: what PyTorch asks of an operator, and what the native library may need of PyTorch."""
 
+import shutil
 import subprocess
 import sys
 
@@ -108,18 +109,55 @@ def test_the_operators_check_again(change, message):
         torch.ops.lighthouse.gather(*change(detached))
 
 
-@pytest.mark.parametrize(
-    "message, on_cuda, out_of_memory",
-    [
-        ("CUDA out of memory. Tried to allocate 2 GiB (originally from aoti_torch_empty_strided(...)", True, True),
-        ("aoti_torch_empty_strided(4, sizes.data(), ...) API call failed at tensors.h, line 114", True, True),
-        ('torch_call_dispatcher("aten::new_empty", "", stack.data(), ...) API call failed', True, True),
-        ("CUDA error: no kernel image is available for execution on the device", True, False),
-        ("DefaultCPUAllocator: can't allocate memory (originally from aoti_torch_empty_strided(...)", False, False),
-    ],
-)
-def test_want_of_gpu_memory_is_known_by_its_words(message, on_cuda, out_of_memory):
-    assert operators.is_out_of_memory(message, on_cuda) == out_of_memory
+ASSERTED = "CUDA error: device-side assert triggered"  # of an earlier kernel, and then of every call
+
+# What is said, on a GPU, what the device answers to another call, and whether it is for want of memory.
+FAILURES = {
+    "torchs_own_words": (
+        "CUDA out of memory. Tried to allocate 2 GiB (originally from aoti_torch_empty_strided(...)",
+        True,
+        None,
+        True,
+    ),
+    "the_drivers_words": ("CUDA error: out of memory (originally from aten::new_empty", True, None, True),
+    "a_tensor_without_words": (
+        "aoti_torch_empty_strided(4, sizes.data(), ...) API call failed at tensors.h, line 114",
+        True,
+        None,
+        True,
+    ),
+    "scratch_without_words": (
+        'torch_call_dispatcher("aten::new_empty", "", stack.data(), ...) API call failed',
+        True,
+        None,
+        True,
+    ),
+    "no_kernel": ("CUDA error: no kernel image is available for execution on the device", True, None, False),
+    "an_earlier_failure": (f"{ASSERTED} (originally from aten::new_empty", True, ASSERTED, False),
+    "an_earlier_failure_without_words": ("aoti_torch_empty_strided(...) API call failed", True, ASSERTED, ASSERTED),
+    "on_the_cpu": (
+        "DefaultCPUAllocator: can't allocate memory (originally from aoti_torch_empty_strided(...)",
+        False,
+        None,
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FAILURES)
+def test_want_of_gpu_memory_is_known(case, monkeypatch):
+    message, on_cuda, answer, out_of_memory = FAILURES[case]
+
+    def mem_get_info():
+        if answer is not None:
+            raise RuntimeError(answer)
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", mem_get_info)
+    if isinstance(out_of_memory, str):
+        with pytest.raises(RuntimeError, match=out_of_memory):
+            operators.is_out_of_memory(message, on_cuda)
+    else:
+        assert operators.is_out_of_memory(message, on_cuda) == out_of_memory
 
 
 def test_the_library_needs_only_torchs_stable_functions():
@@ -156,11 +194,38 @@ def test_a_missing_library_says_where_it_was_looked_for(tmp_path):
     assert "pip install ." in str(error.value)
 
 
-def test_a_damaged_library_says_so(tmp_path):
+def test_a_damaged_library_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(_library, "NAMESPACE", "lighthouse_elsewhere")
     (tmp_path / "liblighthouse.so").write_bytes(b"not a library")
     with pytest.raises(lighthouse.NativeLibraryError, match="does not load") as error:
         _library.load([str(tmp_path)])
     assert "reinstall" in str(error.value)
+
+
+def test_a_second_copy_is_refused_before_it_ends_the_process(tmp_path):
+    shutil.copy(operators.LIBRARY_PATH, tmp_path)
+    with pytest.raises(lighthouse.NativeLibraryError, match="is taken in this process: lighthouse::gather is there"):
+        _library.load([str(tmp_path)])
+    assert _library.load([str(operators.LIBRARY_PATH.parent)]) == operators.LIBRARY_PATH  # the same one again is none
+
+
+def test_a_namespace_that_someone_else_has_is_refused_with_the_place(monkeypatch):
+    monkeypatch.setattr(_library, "NAMESPACE", "lighthouse_of_another")
+    for _ in range(2):  # to look leaves nothing behind
+        _library._check_that_the_namespace_is_free()
+    other = torch.library.Library(_library.NAMESPACE, "DEF")
+    with pytest.raises(
+        lighthouse.NativeLibraryError, match=r"registered at .*test_operators.py.*import one of them alone"
+    ):
+        _library._check_that_the_namespace_is_free()
+    other._destroy()
+
+
+def test_an_import_after_someone_elses_is_an_error_and_no_crash():
+    code = "import torch; other = torch.library.Library('lighthouse', 'DEF'); import lighthouse"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "NativeLibraryError: the namespace torch.ops.lighthouse" in result.stderr
 
 
 def test_an_old_torch_is_named(monkeypatch):
