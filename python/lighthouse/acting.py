@@ -1,7 +1,7 @@
 """Whether Lighthouse can act on a length at all, and which settings nearest to the given ones let it.
 
-It cannot where the sub-sequence would be longer than the sequence (a wrapped model then runs dense), nor where it is the
-sequence itself: with one level, or fewer tokens than the coarsest window (METHOD 8).
+It cannot where the sub-sequence would be longer than the sequence (a wrapped model then runs dense), nor where it is
+the sequence itself: with one level, or fewer tokens than the coarsest window (METHOD 8).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def acts(tokens: int, windows: Sequence[int], topk: tuple[int, int]) -> bool:
 
 
 def why_it_cannot_act(tokens: int, pool_ratios: Sequence[float], select_topk: int | float) -> str | None:
-    """The rule that keeps Lighthouse from acting on sequences of `tokens`, with the numbers and the way out; or None."""
+    """The rule that keeps Lighthouse from acting on so many tokens, with the numbers and the way out; or None."""
     windows, topk = check_pool_ratios(pool_ratios), check_select_topk(select_topk)
     if acts(tokens, windows, topk):
         return None

@@ -5,17 +5,22 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel, TrainerCallback, TrainerState
 
-from lighthouse.huggingface import LighthouseCallback
-from small_llama import LIGHTHOUSE_LAYERS, TOKENS, Spy, one_thread, plain, wrapped  # noqa: F401
+from lighthouse.huggingface import LighthouseCallback, state
+from lighthouse.huggingface.card import history_of_checkpoint, history_of_model
+from lighthouse.huggingface.steps import Steps
+from lighthouse.huggingface.wrapped import WrappedModel
+from small_llama import LIGHTHOUSE_LAYERS, TOKENS, VOCABULARY, Spy, ids, one_thread, plain, wrapped  # noqa: F401
 from test_huggingface_training import trainer
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "python"
@@ -55,6 +60,91 @@ def test_the_switch(tmp_path, caplog, arguments, steps):
 def test_it_evaluates_right_before_the_switch(tmp_path):
     _, found, _ = run(tmp_path, switch_step=2, eval_strategy="steps", eval_steps=3)  # and at the end
     assert [entry["step"] for entry in found.state.log_history if "eval_loss" in entry] == [2, 3, 4]
+
+
+def dense_steps(folder, **more):
+    """A run of which every step is dense, since its sequences are shorter than `min_tokens`."""
+    callback = LighthouseCallback(switch_step=2)
+    found = trainer(wrapped(min_tokens=TOKENS + 1), folder, [callback], **more)
+    found.train()
+    return callback, found
+
+
+def test_a_run_whose_sequences_are_too_short_is_a_dense_one(tmp_path, caplog):
+    callback, _ = dense_steps(tmp_path, save_strategy="steps", save_steps=4)
+    assert callback.steps == Steps(dense=4)
+    assert "Lighthouse never acted: it was on in 2 steps" in caplog.text and "no dense stage" not in caplog.text
+    history = history_of_checkpoint(tmp_path / "checkpoint-4")
+    assert history.stages == [("dense", 4, None)] and history.pool_ratios is None and not history.warnings()
+
+
+class Lengths(torch.utils.data.Dataset):
+    """A row in two is so short that it runs dense."""
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        row = torch.arange(TOKENS if index % 2 else TOKENS // 2) % VOCABULARY
+        return {"input_ids": row, "labels": row}
+
+
+def test_a_step_of_short_and_long_batches_is_lighthouses_and_its_dense_forwards_are_said(tmp_path, caplog):
+    callback = LighthouseCallback(switch_step=3)
+    rows = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    trainer(wrapped(min_tokens=TOKENS), tmp_path, [callback], Lengths(), seed=1, **rows).train()
+    assert callback.steps.lighthouse == 3 and callback.steps.mixed > 0
+    assert f"In {callback.steps.mixed} of the 3 steps with Lighthouse some forwards were dense" in caplog.text
+
+
+class Spoil(TrainerCallback):
+    """The dense stage makes the model worse."""
+
+    def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 if state.global_step < 2 else 5.0
+
+
+def test_a_best_model_from_before_the_switch_is_said(tmp_path, caplog, monkeypatch):
+    """At the end of training, by `unwrap`, and by `export` of the model and of the checkpoint."""
+    monkeypatch.setattr(state, "_said", set())
+    every = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    callbacks = [LighthouseCallback(switch_step=2), Spoil()]
+    run = trainer(wrapped(), tmp_path / "run", callbacks, load_best_model_at_end=True, **every)
+    run.train()
+    best = run.state.best_global_step
+    assert best <= 2 and f"the best checkpoint's, of step {best}, from before the dense stage" in caplog.text
+    assert f"All {best} steps behind these weights used Lighthouse" in caplog.text
+    assert "No dense step has followed" in history_of_model(run.model).warnings()[0]
+    assert len(history_of_checkpoint(Path(run.state.best_model_checkpoint)).warnings()) == 1
+    caplog.clear()
+    run.model.unwrap()
+    assert "no step of dense attention after it" in caplog.text
+
+
+def test_a_resumed_run_goes_on_counting(tmp_path, caplog):
+    """A checkpoint of an earlier version has no counts: none are then made up. Other settings are said."""
+    whole, *_ = run(tmp_path, switch_step=2, **SAVED)
+    assert whole.steps == Steps(lighthouse=2, dense=2, last=2)
+    again, *_ = run(tmp_path, str(tmp_path / "checkpoint-1"), switch_step=2, **SAVED)
+    assert again.steps == whole.steps and "since step" not in caplog.text
+
+    written = tmp_path / "checkpoint-3" / "trainer_state.json"
+    earlier = json.loads(written.read_text())
+    attributes = earlier["stateful_callbacks"]["LighthouseCallback"]["attributes"]
+    assert attributes.pop("steps") == {"lighthouse": 2, "dense": 1, "mixed": 0, "last": 2}
+    attributes["settings"]["select_topk"] = 3
+    written.write_text(json.dumps(earlier))
+    again, *_ = run(tmp_path, str(written.parent), switch_step=2, **SAVED)
+    assert again.steps is None and "since step 3 of this run select_topk was 3, is 4" in caplog.text
+    assert history_of_checkpoint(tmp_path / "checkpoint-4").stages == [("lighthouse", 2, None), ("dense", 2, None)]
+
+
+def test_processes_that_are_strangers_are_said(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    callback, found = LighthouseCallback(switch_step=1), SimpleNamespace(world_size=1, max_steps=2)
+    callback.on_train_begin(found, TrainerState(), None, model=wrapped())
+    assert "OMPI_COMM_WORLD_SIZE=2: a launcher has started 2 processes, and they are not joined" in caplog.text
 
 
 SAVED = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4}
@@ -114,6 +204,37 @@ def test_the_callback_needs_transformers_alone():
     code = "import sys; sys.modules['datasets'] = None; from lighthouse.huggingface import LighthouseCallback\n"
     code += "assert 'lighthouse.training' not in sys.modules; LighthouseCallback(switch_share=0.6)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# What the README shows
+
+
+def test_the_readmes_own_training_loop(monkeypatch, caplog):
+    """As it stands, with a model, batches and a step of the switch: one step with Lighthouse, one dense, and plain."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    [code] = re.findall(r"```python\n(.*?LighthouseWrapper.*?)```", readme, re.DOTALL)
+    length = 13_056  # from about here on its settings keep less than `max_share`
+    tiny = {"vocab_size": VOCABULARY, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
+    used, unwrap = [], WrappedModel.unwrap
+
+    def batches():
+        for _ in range(2):
+            yield {"input_ids": ids(1, length)}
+            used.append(names["model"].take_used())
+
+    def unwrapped(model):
+        used.append(model.lighthouse_enabled)
+        return unwrap(model)
+
+    monkeypatch.setattr(WrappedModel, "unwrap", unwrapped)
+    names = {
+        "config": LlamaConfig(**tiny, num_hidden_layers=3, max_position_embeddings=length),
+        "dataloader": batches(),
+        "switch_step": 1,
+    }
+    exec(code, names)
+    assert used == [(True, False), (False, True), False] and type(names["model"]) is LlamaModel
+    assert names["model"] is names["base_model"] and "not ready" not in caplog.text
 
 
 # The examples, as files

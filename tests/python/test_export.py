@@ -97,11 +97,13 @@ def test_a_trainers_checkpoint_before_the_switch(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "lighthouse"):
         done = export(tmp_path / "run" / "checkpoint-2", tmp_path / "out", dtype="bfloat16")
     assert any("All 2 steps behind these weights used Lighthouse" in message for message in caplog.messages)
-    assert done.model_class == "LlamaModel" and "hidden states" in done.check and done.tokenizer is None
+    assert done.model_class == "LlamaModel" and done.tokenizer is None
+    assert "gives the hidden states of the source's weights in bfloat16 bit for bit" in done.check
     assert {weight.dtype for weight in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.bfloat16}
     card = (tmp_path / "out" / "README.md").read_text()
     evaluations = [entry for entry in run.state.log_history if "eval_loss" in entry]
     losses = [f"| {entry['step']} | {entry['eval_loss']:.4f} |" for entry in evaluations]
+    assert "## Evaluation loss" in card and "Nats per token" not in card  # its Trainer's loss may be any
     for part in (*losses, "> **Warning.** All 2 steps", "There is no tokenizer", "| Lighthouse | 2 | 256 |"):
         assert part in card, part
     assert len(losses) == 2 and "after step" not in card
@@ -137,6 +139,48 @@ def test_what_a_checkpoint_knows(run):
     assert late.stages == [("lighthouse", 2, 256), ("dense", 1, 128)] and not late.warnings()
     assert [step for step, _ in late.held_out] == [1, 2, 3] and late.losses_are_dense
     assert late.pool_ratios == [0.5, 0.25] and late.select_topk == 4 and late.context == 128
+
+
+def test_a_checkpoint_tells_of_its_own_run_wherever_it_lies(run, tmp_path):
+    """Alone, and beside the settings of another run, which is said; one of an earlier version knows these alone."""
+    alone = shutil.copytree(run / "checkpoint-3", tmp_path / "alone")
+    expected = history_of_checkpoint(run / "checkpoint-3")
+    assert history_of_checkpoint(alone) == expected and not expected.doubts
+    settings = json.loads((run / "run.json").read_text()) | {"context": 999, "select_topk": 7, "seed": 1}
+    (tmp_path / "run.json").write_text(json.dumps(settings))
+    found = history_of_checkpoint(alone)
+    assert (found.context, found.select_topk, found.stages) == (128, 4, expected.stages)
+    assert "another run than the run.json beside it, by context, select_topk, seed" in found.warnings()[0]
+    state = json.loads((alone / "trainer_state.json").read_text())
+    record = state["stateful_callbacks"]["Record"]
+    del record["args"]["facts"], record["attributes"]["steps_used"]
+    (alone / "trainer_state.json").write_text(json.dumps(state))
+    earlier = history_of_checkpoint(alone)
+    assert (earlier.context, earlier.lighthouse_steps, earlier.switch_step) == (999, 2, 2) and not earlier.doubts
+
+
+def test_a_runs_results_are_told_of_its_model_alone(run, tmp_path):
+    """Not of a checkpoint whose state is missing, nor of other weights that lie in the run's folder."""
+    for name in ("model", "checkpoint-2", "mine"):
+        (tmp_path / name).mkdir()
+    shutil.copy(run / "results.json", tmp_path)
+    shutil.copytree(run / "model", tmp_path / "model", dirs_exist_ok=True)
+    assert history_of_checkpoint(tmp_path / "model").step == 4
+    shutil.copy(run / "checkpoint-2" / "model.safetensors", tmp_path / "model")
+    others = history_of_checkpoint(tmp_path / "model")
+    assert others.step is None and "not those that the run beside them saved" in others.warnings()[1]
+    for name in ("checkpoint-2", "mine"):
+        history = history_of_checkpoint(tmp_path / name)
+        assert history.step is None and "not recorded" in history.warnings()[0]
+
+
+def test_a_run_that_has_gone_on_since_its_model_was_saved_is_said(run, tmp_path, caplog):
+    for name in ("run.json", "results.json"):
+        shutil.copy(run / name, tmp_path)
+    (tmp_path / "model").mkdir()
+    later = shutil.copytree(run / "checkpoint-4", tmp_path / "checkpoint-9")
+    assert export_module._checkpoint_in(tmp_path) == tmp_path / "model"
+    assert f"gone on since its model was saved, after step 4; its last checkpoint: {later}" in caplog.text
 
 
 def test_nothing_is_invented(tmp_path):

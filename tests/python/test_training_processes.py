@@ -15,6 +15,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from training_runs import CHECKPOINTING, write_text
@@ -67,8 +68,13 @@ def losses(folder):
     return [(point["step"], point["loss"]) for point in points]
 
 
-def test_copies(tmp_path, text):
-    """Accumulation, checkpointing of activations and bfloat16 too: one sequence of each process in two turns."""
+def test_copies(tmp_path, text, monkeypatch):
+    """Accumulation, checkpointing of activations and bfloat16 too: one sequence of each process in two turns.
+
+    Without a GPU they are joined although nothing says that the CPU is to be used.
+    """
+    if not torch.accelerator.is_available():
+        monkeypatch.setitem(globals(), "SMALL", [option for option in SMALL if option != "--use_cpu"])
     options = ["--gradient_accumulation_steps", "2", f"--{CHECKPOINTING}", "true", "--bf16", "true"]
     done = start(tmp_path, ["--data", str(text), "--output_dir", str(tmp_path / "run"), *options])
     assert done.returncode == 0, done.stdout + done.stderr

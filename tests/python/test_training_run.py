@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainingArguments
 
 from lighthouse.huggingface.card import history_of_checkpoint
-from lighthouse.training import PretrainResult, checkpoints, prepare, pretrain
+from lighthouse.training import PretrainResult, Refused, checkpoints, prepare, pretrain
 from lighthouse.training import run as run_module
 from lighthouse.training.model import new_model
 from lighthouse.training.resume import FREE_ON_RESUME, what_is_new
@@ -401,6 +401,19 @@ def test_a_folder_with_a_run_is_not_written_over(tmp_path, text):
     with pytest.raises(FileExistsError, match="holds a run already: take another folder .* --resume, or delete"):
         prepare(options(text), training(tmp_path))
     assert (tmp_path / "results.json").read_text() == before
+
+
+def test_two_runs_are_not_in_one_folder(tmp_path, text, monkeypatch):
+    """Not at the same time, nor one after the other where the second was prepared before the first began."""
+    monkeypatch.setattr(checkpoints, "WORKERS_END", 0.2)
+    first, second = (prepare(options(text, dense_only=True), training(tmp_path / "run", max_steps=1)) for _ in range(2))
+    with checkpoints.alone_in(tmp_path / "run"), pytest.raises(Refused, match="another process trains in this folder"):
+        first.train()
+    assert list((tmp_path / "run").iterdir()) == []
+    result = first.train()
+    with pytest.raises(Refused, match="holds a run that another process has begun"):
+        second.train()
+    assert PretrainResult.load(tmp_path / "run" / "results.json") == result
 
 
 def test_a_file_is_no_output_folder(tmp_path, text):

@@ -17,6 +17,7 @@ from lighthouse.huggingface.callback import LighthouseCallback
 from lighthouse.huggingface.steps import Steps, not_ready
 from lighthouse.huggingface.wrapped import WrappedModel
 from lighthouse.training.callbacks import Record, steps_in_record
+from lighthouse.training.checkpoints import weights_in
 from lighthouse.training.result import DENSE, LIGHTHOUSE, RESULTS
 from lighthouse.training.resume import FACTS, MODEL, SETTINGS, STATE
 
@@ -39,9 +40,9 @@ class History:
     """Of the exported weights. None, or an empty list, stands for what is not known.
 
     `step` is theirs; `switch_step` is the last in which Lighthouse acted, 0 if it never did, and `lighthouse_steps` are
-    all of those. `still_on` and `ready` are for a model in memory, of which no steps are known. `held_out` are (step, loss);
-    `losses_are_dense` is False where nothing says with which attention they were measured, `losses_are_ours` where
-    another script's Trainer has made them of whatever its loss is. `doubts` are of what lies beside the weights.
+    all of those. `still_on` and `ready` are for a model in memory, of which no steps are known. `held_out` are (step,
+    loss); `losses_are_dense` is False where nothing says with which attention they were measured, `losses_are_ours`
+    where another script's Trainer has made them of whatever its loss is. `doubts` are of what lies beside the weights.
     """
 
     step: int | None = None
@@ -91,8 +92,8 @@ class History:
             ]
         if self.ready is False:
             return [
-                "No dense step has followed the last one with Lighthouse in these weights: they are not ready for dense "
-                "attention, which is what any other program runs them with."
+                "No dense step has followed the last one with Lighthouse in these weights: they are not ready for "
+                "dense attention, which is what any other program runs them with."
             ]
         if self.still_on is not None:
             return []
@@ -125,8 +126,11 @@ def history_of_checkpoint(folder: Path) -> History:
     results = _read(folder.parent / RESULTS)
     if results is None or folder.name != MODEL:  # the results are of that folder's weights and of no others
         return History()
-    stages = results["stages"]
-    steps = steps_in_record({"stages": stages})
+    if results.get("weights", "") not in ("", weights_in(folder)):
+        return History(
+            doubts=[f"These weights are not those that the run beside them saved, so its {RESULTS} is not told."]
+        )
+    steps = steps_in_record({"stages": results["stages"]})
     history = _settings_of(results["settings"], steps, results["model_step"])
     history.held_out = [(point["step"], point["loss"]) for point in results["held_out"]]
     return _up_to_its_step(history)

@@ -134,6 +134,7 @@ def export(
         return None
     if dtype is None:
         dtype = next(iter(weights.values())).dtype
+    cast = any(weight.is_floating_point() and weight.dtype != dtype for weight in weights.values())
     weights = {name: _cast(weight, dtype) for name, weight in weights.items()}
     ids = _ids(source)
     _clean(source.config)
@@ -161,7 +162,8 @@ def export(
             source.tokenizer.save_pretrained(partial)
         _check_no_trace(partial)
         say("loading it in a process without this package, and comparing")
-        check = _check(partial, source, {name: weight.float() for name, weight in weights.items()}, ids)
+        which = "the source's weights" + (f" in {str(dtype).removeprefix('torch.')}" if cast else "")
+        check = _check(partial, source, {name: weight.float() for name, weight in weights.items()}, ids, which)
         exported = Exported(
             folder=str(folder),
             source=source.name,
@@ -224,7 +226,7 @@ def _checkpoint_in(path: Path) -> Path:
             steps = json.loads((path / RESULTS).read_text(encoding="utf-8"))["steps"]
             if last is not None and checkpoints.step_of(last) > steps:
                 logger.warning(
-                    "Lighthouse: the run has gone on since its model was saved, after step %s: the last checkpoint is %s",
+                    "Lighthouse: the run has gone on since its model was saved, after step %s; its last checkpoint: %s",
                     f"{steps:,}",
                     last,
                 )
@@ -277,7 +279,7 @@ def _from_checkpoint(folder: Path, tokenizer) -> _Source:
     if named not in classes:
         raise ValueError(f"checkpoint={str(folder)!r} is of {named}: one of {', '.join(classes)} is needed")
     model_class = classes[named]
-    generation_config = None
+    generation_config, history = None, history_of_checkpoint(folder)
     if (folder / GENERATION_CONFIG).is_file():
         generation_config = GenerationConfig.from_pretrained(folder)
 
@@ -301,8 +303,8 @@ def _from_checkpoint(folder: Path, tokenizer) -> _Source:
         config=model_class.config_class.from_pretrained(folder),
         generation_config=generation_config,
         weights=weights,
-        tokenizer=tokenizer or _tokenizer_of(folder),
-        history=history_of_checkpoint(folder),
+        tokenizer=tokenizer or _tokenizer_of(folder, its_run=not history.doubts),
+        history=history,
     )
 
 
@@ -343,13 +345,13 @@ def _state_dict(model) -> dict[str, torch.Tensor]:
     return weights
 
 
-def _tokenizer_of(folder: Path) -> PreTrainedTokenizerBase | None:
-    """The one beside the weights, else that of the run; None where there is none."""
-    for place in (folder, folder.parent / MODEL):
+def _tokenizer_of(folder: Path, its_run: bool) -> PreTrainedTokenizerBase | None:
+    """The one beside the weights, else that of the run around them, if it is theirs; None where there is none."""
+    for place in (folder, folder.parent / MODEL) if its_run else (folder,):
         if any((place / file).is_file() for file in TOKENIZER_FILES):
             return AutoTokenizer.from_pretrained(place, local_files_only=True)
     settings = folder.parent / SETTINGS
-    if settings.is_file():
+    if its_run and settings.is_file():
         return load_tokenizer(json.loads(settings.read_text(encoding="utf-8"))["tokenizer"])
     return None
 
@@ -410,8 +412,10 @@ def _check_no_trace(folder: Path) -> None:
             raise ExportFailed(f"{name} would name lighthouse: rename what does so in the model's configuration")
 
 
-def _check(folder: Path, source: _Source, weights: dict[str, torch.Tensor], ids: list[int]) -> str:
-    """Compares the folder with the source's weights; returns what was compared. Raises `ExportFailed`."""
+def _check(
+    folder: Path, source: _Source, weights: dict[str, torch.Tensor], ids: list[int], which: str = "the source's weights"
+) -> str:
+    """Compares the folder with these weights; returns what was compared. Raises `ExportFailed`."""
     model = _plain_model(source, weights, torch.float32).eval()
     for weight in model.parameters():
         weight.data = weight.data.clone()  # as there: aligned alike
@@ -443,8 +447,8 @@ def _check(folder: Path, source: _Source, weights: dict[str, torch.Tensor], ids:
         raise ExportFailed(f"the exported model's {what} differ from the source's by up to {worst:.3g}")
     shape = " x ".join(f"{size:,}" for size in expected.shape[1:])
     return (
-        f"loaded in a process that cannot import lighthouse, the folder gives the {what} of the source's weights bit "
-        f"for bit: {shape} numbers for a fixed text of {len(ids)} tokens, on the CPU in float32"
+        f"loaded in a process that cannot import lighthouse, the folder gives the {what} of {which} bit for bit: "
+        f"{shape} numbers for a fixed text of {len(ids)} tokens, on the CPU in float32"
     )
 
 

@@ -60,8 +60,8 @@ def not_ready(step: int, last: int, lighthouse: int | None = None) -> list[str]:
     if dense:
         return [
             f"Of the {step:,} steps behind these weights only the last {dense:,} were dense: with less than "
-            f"{LEAST_DENSE_SHARE:.0%} of them they are hardly ready for dense attention, which is what any other program "
-            "runs them with."
+            f"{LEAST_DENSE_SHARE:.0%} of them they are hardly ready for dense attention, which is what any other "
+            "program runs them with."
         ]
     used = f"All {step:,} steps behind these weights used Lighthouse"
     if lighthouse is not None and lighthouse < last:

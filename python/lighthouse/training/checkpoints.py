@@ -8,18 +8,52 @@ and before older checkpoints are removed. A folder is a whole checkpoint if it h
 from __future__ import annotations
 
 import errno
+import fcntl
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from time import monotonic, sleep
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"  # ends the name of what is being written
 REPLACED = ".replaced"
+WORKERS_END = 10.0  # seconds
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Holds the folder, which is made, against other runs. Raises `FileExistsError` if one is in it.
+
+    The system lets go of it when the process ends, however it does. Workers that load data may live on for some
+    seconds, so it is waited for. Where the file system knows no locks nothing is held.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    handle, until = os.open(folder, os.O_RDONLY), monotonic() + WORKERS_END
+    try:
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if monotonic() < until:
+                    sleep(0.1)
+                    continue
+                raise FileExistsError(
+                    f"output_dir={str(folder)!r}: another process trains in this folder now; wait for its end, or take "
+                    "another folder"
+                ) from None
+            except OSError:
+                pass
+            break
+        yield
+    finally:
+        os.close(handle)
 
 
 def seal(checkpoint: Path) -> None:
@@ -113,6 +147,16 @@ def write_whole_folder(path: Path, write: Callable[[Path], None]) -> None:
     os.rename(partial, path)
     _sync(path.parent)
     remove(replaced)
+
+
+def weights_in(folder: Path) -> str:
+    """A digest of the folder's safetensors, by which it is known again."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(folder.glob("*.safetensors")):
+        with open(path, "rb") as file:
+            while part := file.read(2**24):
+                digest.update(part)
+    return digest.hexdigest()
 
 
 def free_bytes(folder: Path) -> int:

@@ -1,7 +1,7 @@
 """Which options of Transformers' Trainer a run follows, and what is refused because it would not be.
 
-Every field of `TrainingArguments` is in one of these tables. The trap is the option that the Trainer takes and that then
-does nothing, or something else than it says: it would be written down with the run as if it had been followed.
+Every field of `TrainingArguments` is in one of these tables. The trap is the option that the Trainer takes and that
+then does nothing, or something else than it says: it would be written down with the run as if it had been followed.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ logger = logging.getLogger(__name__)
 
 # Options that a run follows.
 FOLLOWED = frozenset(
-    "output_dir per_device_train_batch_size max_steps learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps "
-    "warmup_ratio optim optim_args optim_target_modules weight_decay adam_beta1 adam_beta2 adam_epsilon "
+    "output_dir per_device_train_batch_size max_steps learning_rate lr_scheduler_type lr_scheduler_kwargs "
+    "warmup_steps warmup_ratio optim optim_args optim_target_modules weight_decay adam_beta1 adam_beta2 adam_epsilon "
     "gradient_accumulation_steps max_grad_norm label_smoothing_factor bf16 fp16 tf32 activation_checkpointing "
     "activation_checkpointing_kwargs gradient_checkpointing gradient_checkpointing_kwargs torch_compile "
-    "torch_compile_backend torch_compile_mode neftune_noise_alpha torch_empty_cache_steps logging_strategy logging_steps "
-    "logging_first_step logging_dir log_on_each_node include_num_input_tokens_seen include_tokens_per_second log_level "
-    "log_level_replica disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id "
-    "trackio_static_space_id eval_strategy eval_steps eval_delay per_device_eval_batch_size eval_on_start "
-    "eval_accumulation_steps save_strategy save_steps save_on_each_node save_total_limit push_to_hub hub_token "
-    "hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision load_best_model_at_end "
+    "torch_compile_backend torch_compile_mode neftune_noise_alpha torch_empty_cache_steps logging_strategy "
+    "logging_steps logging_first_step logging_dir log_on_each_node include_num_input_tokens_seen "
+    "include_tokens_per_second log_level log_level_replica disable_tqdm report_to run_name project trackio_space_id "
+    "trackio_bucket_id trackio_static_space_id eval_strategy eval_steps eval_delay per_device_eval_batch_size "
+    "eval_on_start eval_accumulation_steps save_strategy save_steps save_on_each_node save_total_limit push_to_hub "
+    "hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision load_best_model_at_end "
     "metric_for_best_model greater_is_better full_determinism seed data_seed use_cpu accelerator_config "
     "dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor "
     "dataloader_multiprocessing_context train_sampling_strategy ddp_find_unused_parameters ddp_bucket_cap_mb "
@@ -141,21 +141,21 @@ def _check_evaluation(training: TrainingOptions) -> None:
         raise ValueError(f"metric_for_best_model={metric!r}: {_NO_METRICS}; leave it out, or take loss")
     if training.push_to_hub and str(getattr(training.hub_strategy, "value", training.hub_strategy)) == "end":
         raise ValueError(
-            "hub_strategy='end': checkpoints are pushed while a run trains, and nothing at its end; take every_save, or "
-            f"upload the model afterwards: hf upload NAME {os.path.join(training.output_dir, 'model')}"
+            "hub_strategy='end': checkpoints are pushed while a run trains, and nothing at its end; take every_save, "
+            f"or upload the model afterwards: hf upload NAME {os.path.join(training.output_dir, 'model')}"
         )
 
 
 def _check_rows(training: TrainingOptions) -> None:
     if getattr(training.accelerator_config, "split_batches", False):
         raise ValueError(
-            "accelerator_config: split_batches would make per_device_train_batch_size the rows of all devices; leave it "
-            "out, and give the rows of one"
+            "accelerator_config: split_batches would make per_device_train_batch_size the rows of all devices; leave "
+            "it out, and give the rows of one"
         )
     strategy = getattr(training, "train_sampling_strategy", "random")
     if strategy not in SAMPLED:
         raise ValueError(
-            f"train_sampling_strategy={strategy!r}: all rows are one context long; one of {', '.join(SAMPLED)} is needed"
+            f"train_sampling_strategy={strategy!r}: all rows are one context long; take one of {', '.join(SAMPLED)}"
         )
 
 

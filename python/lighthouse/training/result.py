@@ -89,11 +89,12 @@ def crossing(a: HeldOut, b: HeldOut, loss: float) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class PretrainResult:
-    """One run. `switch_step` is the number of Lighthouse's steps: 0 in a dense run.
+    """One run. `switch_step` steps were planned with Lighthouse, 0 in a dense run; `stages` are what they were.
 
     `model_folder` is None where no model was kept. The saved model is that behind `model_step`: the last step, or the
     best with `load_best_model_at_end`. `settings` are all options by name; `warnings` say what keeps the model from
-    use. `device` is a name a person knows, `versions` are those that it was trained with (`versions()`).
+    use. `device` is a name a person knows, `versions` are those that it was trained with (`versions()`),
+    `weights` a digest of the model's files (`checkpoints.weights_in`).
     """
 
     name: str
@@ -108,6 +109,7 @@ class PretrainResult:
     warnings: list[str] = field(default_factory=list)
     device: str = ""
     versions: dict[str, str] = field(default_factory=dict)
+    weights: str = ""
 
     @property
     def seconds(self) -> float:
@@ -172,6 +174,7 @@ class PretrainResult:
             held_out=[HeldOut(**point) for point in numbers["held_out"]],
             device=numbers.get("device", ""),
             versions=numbers.get("versions", {}),
+            weights=numbers.get("weights", ""),
         )
 
 

@@ -12,7 +12,7 @@ import logging
 import math
 import sys
 from collections.abc import Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -172,27 +172,30 @@ class Run:
             Stopped: SIGTERM or SIGUSR1 was received, and a checkpoint saved.
         """
         record, stop = Record(self.switch_step, self.facts), stop or StopOnSignal()
-        with self._begins():
-            trainer = self._trainer(record, stop, callbacks)
-        with self._ends(trainer):
-            if self.finished:
-                trainer.state = TrainerState.load_from_json(str(Path(self.checkpoint) / STATE))
-                record.on_train_begin(self.training, trainer.state, trainer.control)
-            else:
-                with stop:
-                    trainer.train(resume_from_checkpoint=self.checkpoint)
-            return self._finish(trainer, record, keep_model)
+        with ExitStack() as held:
+            with self._begins(held):
+                trainer = self._trainer(record, stop, callbacks)
+            with self._ends(trainer):
+                if self.finished:
+                    trainer.state = TrainerState.load_from_json(str(Path(self.checkpoint) / STATE))
+                    record.on_train_begin(self.training, trainer.state, trainer.control)
+                else:
+                    with stop:
+                        trainer.train(resume_from_checkpoint=self.checkpoint)
+                return self._finish(trainer, record, keep_model)
 
     @contextmanager
-    def _begins(self):
+    def _begins(self, held: ExitStack):
         """What comes ahead of the first step, and may take long. The folder is marked: a kill is an interruption too.
 
-        What is found wrong takes the mark away again.
+        What is found wrong takes the mark away again. The folder is this run's alone as long as it is `held`.
         """
         main, new = self.training.process_index == 0, not (self.folder / SETTINGS).exists()
         if main:
             print(self._resolved, self, sep="\n", flush=True)
         PartialState().wait_for_everyone()  # all have looked at the folder; from here on it changes
+        if main:
+            self._take_folder(held)
         try:
             if main and new:
                 self._write_settings()
@@ -219,6 +222,14 @@ class Run:
                 print(f"\nInterrupted ahead of the first step. {self._how_to_go_on()}", file=sys.stderr, flush=True)
             raise
 
+    def _take_folder(self, held: ExitStack) -> None:
+        try:
+            held.enter_context(checkpoints.alone_in(self.folder))
+            if self.earlier is None and (self.folder / SETTINGS).exists():
+                raise FileExistsError(f"output_dir={str(self.folder)!r} holds a run that another process has begun")
+        except OSError as error:
+            raise (DiskFull if error.errno in checkpoints.NO_SPACE else Refused)(str(error)) from error
+
     @property
     def _resolved(self) -> str:
         return configuration.text_of(configuration.resolved(self.options, self.training))
@@ -235,7 +246,7 @@ class Run:
         train_rows, held_out_rows = data.rows_of(self.corpus)
         if self.earlier is not None:
             check_same(self.earlier, self.settings())  # of the rows, which are known only now
-        said = self.corpus.passes(training.max_steps * self.tokens_per_step)
+        said = self.corpus.passes(training.max_steps, self.tokens_per_step)
         if said and training.process_index == 0:
             print(said, flush=True)
         model = model_of(new_config(options.model, options.context, self.tokenizer), training.seed)
@@ -379,6 +390,7 @@ class Run:
             with space_for("the model", self.folder, weight_bytes(plain)):
                 if keep_model:
                     checkpoints.write_whole_folder(self.folder / MODEL, write)
+                    result = replace(result, weights=checkpoints.weights_in(self.folder / MODEL))
                 result.save(self.folder / RESULTS)  # the last of all: with it the run is at its end
         return result
 

@@ -62,7 +62,7 @@ class RunTrainer(Trainer):
         return loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """The cross entropy, whatever is trained with: label smoothing, for one, is left out. Rows are of one length."""
+        """The cross entropy, whatever is trained with: without label smoothing, for one. Rows are of one length."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = model(**inputs).loss
