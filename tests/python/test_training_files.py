@@ -113,6 +113,7 @@ PATHS = [
     ("a_deep_pattern", ["**/*.txt"], "a.txt deep/c.txt"),
     ("a_pattern_that_matches_a_folder", ["d*"], "deep/c.txt"),
     ("each_once", [".", "a.txt", "**/*"], "a.txt b.md deep/c.txt"),
+    ("a_folder_and_a_pattern_that_matches_it", ["deep", "de*"], "deep/c.txt"),
     ("a_hidden_folder_that_is_named", [".hidden"], ".hidden/d.txt"),
 ]
 

@@ -131,15 +131,23 @@ for dispatch in (None, False):
     for skip in (0, 3):
         batches = islice(skip_first_batches(loader, skip) if skip else loader, 6)
         found[f"{type(loader).__name__} {skip}"] = [batch["place"][:, :2].tolist() for batch in batches]
+for stream in (False, True):  # another text on each machine
+    options = DataOptions(data=[f"{sys.argv[1]}{accelerator.process_index}"], stream=stream, held_out=2)
+    try:
+        data.rows_of(data.find_corpus(options, context=64, seed=0))
+    except ValueError as error:
+        found[f"refused {stream}"] = str(error)
 with open(f"{sys.argv[2]}/{accelerator.process_index}.json", "w") as file:
     json.dump(found, file)
 accelerator.end_training()
 """
 
 
-def test_two_processes_share_the_rows_and_skip_alike(tmp_path):
+def test_two_processes_share_the_rows_skip_alike_and_have_one_text(tmp_path):
     """Read by the first process for both, as accelerate does by default, and by each process for itself."""
     text = write_text(tmp_path / "text")
+    for rank in range(2):
+        write_text(tmp_path / f"text{rank}", seed=rank)
     (tmp_path / "process.py").write_text(PROCESS)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*launch, str(tmp_path / "process.py"), str(text), str(tmp_path)]
@@ -154,3 +162,15 @@ def test_two_processes_share_the_rows_and_skip_alike(tmp_path):
         for skip in (0, 3):
             pairs = zip(first[f"{name} {skip}"], second[f"{name} {skip}"], strict=True)
             assert [place for a, b in pairs for place in [*a, *b]] == expected[4 * skip : 4 * skip + 24], (name, skip)
+    for stream in (False, True):
+        for found in (first, second):
+            assert "is another text on process 1 than on process 0" in found[f"refused {stream}"]
+
+
+def test_the_end_of_a_pass_is_said(find, caplog):
+    corpus = find()
+    count = len(one_pass(corpus))
+    take(data.rows_of(corpus)[0], count)
+    assert not caplog.records
+    take(data.rows_of(corpus)[0], count + 1)
+    assert "The streamed text was read to its end, and pass 2 begins" in caplog.text

@@ -123,14 +123,17 @@ class Corpus:
         more = [f"and {len(parts) - 5:,} documents more"] if len(parts) > 5 else []
         return f"row {row:,}: " + "; ".join(parts[:5] + more)
 
-    def passes(self, tokens: int) -> str:
-        """What `rows_of` made of the text, and how often a run of `tokens` goes over it; empty where nobody knows."""
+    def passes(self, steps: int, tokens_per_step: int) -> str:
+        """What `rows_of` made of the text, and how often a run goes over it; empty where nobody knows."""
         if self.streamed:
             if self.source.kind != "files":
                 return ""
-            return f"The run reads {tokens / self.train_tokens:.3g} times the text to train on, about."
-        rows, rest = self._cut["rows"], self._cut["tokens"] - self._cut["rows"] * self.context
-        said = f"The run reads {tokens / (rows * self.context):.3g} times the {rows:,} rows to train on"
+            return f"The run reads {steps * tokens_per_step / self.train_tokens:.3g} times the text to train on, about."
+        rows, rows_per_step = self._cut["rows"], tokens_per_step // self.context
+        if rows < rows_per_step:
+            return ""
+        rest = self._cut["tokens"] - rows * self.context
+        said = f"The run reads {steps / (rows // rows_per_step):.3g} times the {rows:,} rows to train on"
         said += f"; {rest:,} tokens at their end fill no row." if rest else "."
         return f"{said} {self._held_out_said.capitalize()}." if self.source.kind == "dataset" else said
 
@@ -225,18 +228,35 @@ def rows_of(corpus: Corpus) -> tuple[datasets.Dataset | StreamedRows, datasets.D
     Rows are cut by the first process that asks and found in the cache by the others.
 
     Raises:
-        ValueError: a file that the user named is no text, text changed meanwhile, or there is too little.
+        ValueError: a file that the user named is no text, text changed meanwhile, there is too little, or it is not the
+            same on all processes.
         OSError: no space is left for the cache, or the dataset cannot be loaded.
     """
     value = datasets.Value(str(corpus.encoder.dtype))
     features = datasets.Features({"input_ids": datasets.Sequence(value, length=corpus.context)})
     held_out = datasets.Dataset.from_dict({"input_ids": corpus.held_out.rows}, features=features).with_format("numpy")
     if corpus.streamed:
+        _check_same_everywhere(corpus)
         return StreamedRows(corpus), held_out
     folder, corpus._cut = cutting.cut_once(corpus)
     rows = datasets.Dataset.from_file(str(folder / cutting.ROWS)).with_format("numpy")
     corpus._ends = np.memmap(folder / cutting.ENDS, dtype=np.int64, mode="r")
+    _check_same_everywhere(corpus)
     return rows, held_out
+
+
+def _check_same_everywhere(corpus: Corpus) -> None:
+    """Each process finds its text itself, and other machines may hold another at the same path."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    found = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, (corpus.fingerprint, corpus.rows_fingerprint))
+    others = [rank for rank, text in enumerate(found) if text != found[0]]
+    if others:
+        raise ValueError(
+            f"{corpus.name} is another text on process {others[0]} than on process 0: all need the same files and the "
+            "same tokenizer; put them where every machine reads them, or copy them to each"
+        )
 
 
 def collate(rows: list[dict]) -> dict:

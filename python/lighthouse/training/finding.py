@@ -97,9 +97,8 @@ def _find(entry: str, left_out: LeftOut, walked: set[str]) -> Iterator[tuple[str
         some = False
         for match in sorted(glob.iglob(path, recursive=True)):
             if os.path.isdir(match):  # as where a shell resolves the pattern
-                for file in _files_below(match, left_out, walked):
-                    some = True
-                    yield file
+                some = True
+                yield from _files_below(match, left_out, walked)
             elif os.path.isfile(match):
                 some = True
                 yield match, os.path.realpath(match), False
