@@ -150,7 +150,7 @@ def test_ranges_of_more_pyramids_than_there_is_time_for(text, monkeypatch):
     wide = {"levels": [2, 8], "level_ratio": ["1/64", "1/2"]}
     assert space_of(text, wide).levels == (2, 8)
     monkeypatch.setattr(search, "LOOKED_AT", 100)
-    assert space_of(text, {**wide, "topk": ["500"]}, select_topk="500").topk == (500, 500)
+    assert space_of(text, {**wide, "topk": ["60"]}, select_topk="60").topk == (60, 60)
 
 
 # What is refused
@@ -172,7 +172,7 @@ REFUSED = [
     ("few_steps", {"steps": 3}, {}, "needs at least 4, one with Lighthouse and 2 dense; take more --max_steps"),
     ("a_checkpoint", {"resume_from_checkpoint": "there"}, {}, "resume_from_checkpoint='there'"),
     ("short_contexts", {"context": 128}, {}, "context=128: below 512 tokens dense attention is as fast on cpu"),
-    ("nothing_sensible", {"select_topk": "512"}, {"topk": ["512", "4096"]}, "no setting is worth training"),
+    ("nothing_sensible", {"select_topk": "60"}, {"topk": ["60", "4096"]}, "no setting is worth training"),
     ("given_outside_a_range", {}, {"topk": ["16", "32"]}, "has 8, outside 16 to 32: give another with --select_topk"),
     ("given_ratio_outside", {}, {"level_ratio": ["1/3", "1/2"]}, "has 1/4, outside 1/2 to 1/3"),
     ("ratio_above_a_half", {}, {"level_ratio": ["0.9"]}, "level_ratio=0.9: ratios above 0 and up to 1/2"),
@@ -568,6 +568,13 @@ def test_where_nothing_is_comparable_and_where_the_given_setting_is_not():
     assert "take --judge tokens" in nothing_known(none)
 
 
+class DenseModel:
+    """Says of each step that its forwards were dense."""
+
+    def take_used(self):
+        return SimpleNamespace(lighthouse=0, dense=1)
+
+
 def test_the_clock_waits_for_the_device_where_a_trial_is_evaluated(monkeypatch):
     waited = []
     monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
@@ -577,7 +584,7 @@ def test_the_clock_waits_for_the_device_where_a_trial_is_evaluated(monkeypatch):
     judge.on_train_begin(args, state, None)
     for state.global_step in (3, 4):
         control = SimpleNamespace(should_log=False, should_evaluate=False, should_save=False)
-        judge.on_step_end(args, state, control, model=SimpleNamespace(lighthouse_enabled=False))
+        judge.on_step_end(args, state, control, model=DenseModel())
         assert len(waited) == control.should_evaluate == (state.global_step == 4)
 
 

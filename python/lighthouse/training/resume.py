@@ -128,20 +128,25 @@ def steps_in(checkpoint: str | Path) -> int:
 
 
 def check_same(earlier: dict, now: dict, free: frozenset[str] = FREE_ON_RESUME) -> None:
-    """Raises `ValueError` that lists the settings, but for those in `free`, in which two runs differ.
+    """Raises `ValueError` that lists the `differences`."""
+    differ = differences(earlier, now, free)
+    if differ:
+        raise ValueError("a resumed run goes on with the settings it began with: " + "; ".join(differ))
+
+
+def differences(earlier: dict, now: dict, free: frozenset[str] = FREE_ON_RESUME) -> list[str]:
+    """The settings, but for those in `free`, in which two runs differ: what each was and is.
 
     Settings that only one of the two has belong to another version of Transformers and are not compared.
     """
     free = free | {"lighthouse_steps", "devices", *SAID}  # the first two follow from the others
     if "text" in now and earlier.get("text") == now["text"]:
         free = free | PLACES
-    differ = [
+    return [
         DIGESTS.get(name, f"{name} was {earlier[name]!r}, is {now[name]!r}")
         for name in now
         if name in earlier and name not in free and earlier[name] != now[name]
     ]
-    if differ:
-        raise ValueError("a resumed run goes on with the settings it began with: " + "; ".join(differ))
 
 
 def what_is_new(earlier: dict, now: dict) -> list[str]:
