@@ -21,8 +21,8 @@ MIN_TOKENS = {"cpu": 512, "cuda": 8192}
 # Above this share of the tokens the sub-sequence is so long that gathering and writing back cost what is saved.
 MAX_SHARE = 0.6
 
-# A model with a smaller share of dense training forwards than this is hardly ready for dense attention: recovery after
-# the switch took some 3 % of the steps in the shortest runs measured (docs/method.md).
+# A model with a smaller share of dense training forwards than this is hardly ready for dense attention. The loss had
+# recovered from the switch after 100 of 2,300 steps in runs of our own, after 1,000 to 1,500 of 16,000 in the paper's.
 LEAST_DENSE_SHARE = 0.05
 
 EVAL = ("dense", "lighthouse")
@@ -139,20 +139,28 @@ def LighthouseWrapper(
     a loss: where the batch has no `labels`, the input ids are the labels. With labels the result has `loss`, and
     `logits` is None (see `loss`). It has in addition
 
-    - `unwrap()`: the plain model again, the same object;
+    - `unwrap()`: the plain model again, the same object; warns where it had no, or hardly any, dense training;
     - `lighthouse(enabled)`: switches Lighthouse off or on in place; parameters and optimizer are untouched;
-    - `lighthouse_enabled`, `lighthouse_settings`.
+    - `lighthouse_enabled`, `lighthouse_settings`;
+    - `take_used()`: which attention the training forwards since its last call ran.
 
     Each forward is either Lighthouse's or, to the last bit, the plain model's. It is the plain model's, with its
     attention and masks, and this is said once, in `eval()`, in `generate`, with a key-value cache, and where Lighthouse
     would not pay. Where Lighthouse acts, anything it cannot honour is an error: a padding mask that hides anything,
-    packed documents, masks of other shapes, sliding windows, soft-capping, attention sinks, sequences longer than the
-    model's `max_position_embeddings`, tensors on a device that this build has no kernels for.
+    packed documents, masks of other shapes, sliding windows, soft-capping, attention sinks, keywords that it does not
+    know, sequences longer than the model's `max_position_embeddings`, tensors on a device that this build has no
+    kernels for.
+
+    What is replaced has to be Transformers' own, and is looked at when the model is wrapped, at the switch, in
+    `train()` and in each forward that is not compiled as a whole: attention modules and functions of the user's own,
+    replaced entries of Transformers' registry (sequence parallelism), context parallelism are errors. A forward or loss
+    function of the user's own, and hooks on the output layer, need `loss="model"`; a hook that comes later has the
+    model's own loss taken, which is said once. Layers that are put in, copied or taken out follow the model.
 
     Gradient checkpointing keeps the choice of each layer: the backward never chooses again
     (`lighthouse.checkpoint_contexts`). With `use_reentrant=False` a change of attention between a forward and its
     backward, by the switch or another forward, makes the backward a RuntimeError. While Lighthouse is enabled,
-    training with reentrant checkpointing is an error.
+    training with reentrant checkpointing, by any road, is an error.
 
     Args:
         model: `LlamaModel` or `LlamaForCausalLM` of Transformers. A bare `LlamaModel` gets its input embedding as
