@@ -49,7 +49,7 @@ SLICES = (32_768, 131_072)
 SLICE = 768  # from here on PyTorch's kernel goes over the keys in the same blocks of queries as for long sequences
 MOVED = {"cpu": (512, 2048, 8192, 32_768), "cuda": (4096, 8192, 32_768)}
 LAUNCHED = 256  # tokens of a call that is nothing but launches on a GPU
-SHORT = 1e-3  # seconds: of a shorter call on a CPU the spread says nothing
+SHORT = {"cpu": 1e-3, "cuda": 1e-4}  # seconds: of a shorter call the spread says nothing
 PATIENCE = 6.0  # seconds: a measurement that would take longer is left out
 PRODUCT = {"cpu": 1024, "cuda": 8192}  # rows and columns of the matrix product that is timed
 
@@ -414,7 +414,7 @@ def measure_rates(layer: Layer, device: torch.device | str, say: Callable[[str],
 
     def times_of(run, *, launches=False, **limits) -> float:
         found = timings([run], device, **limits)[0]
-        if len(found) > 1 and not launches and (on_gpu or min(found) > SHORT):
+        if len(found) > 1 and not launches and min(found) > SHORT[device.type]:
             spreads.append(spread(found))
         return min(found)
 

@@ -78,6 +78,8 @@ def test_interrupted_and_gone_on_with(tmp_path, monkeypatch, capsys):
     assert after[0] == before[0] and [row["tokens"] for row in after] == [128, 256]
 
     capsys.readouterr()
+    assert main([*arguments, "--resume", "--measure"]) == 0
+    assert "no length was left to measure" in capsys.readouterr().err
     assert main([*arguments, "--resume", "--select_topk", "4"]) == 2
     assert "measured with select_topk 0.015625, now it is 4" in capsys.readouterr().err
 
@@ -206,6 +208,8 @@ def test_what_must_be_known_of_times_is_said():
     assert notes([row]) == ["Of one call alone, which says nothing of its spread: dense at 4,096 tokens."]
     [said] = notes([row | {"dense_calls": 5, "lighthouse_spread": spread([1.0, 1.3, 1.5])}])
     assert "not quiet" in said and "Lighthouse at 4,096 tokens by 30%" in said
+    short = row | {"dense_calls": 5, "lighthouse_spread": 0.5, "lighthouse_seconds": 1e-4}
+    assert notes([short]) and not notes([short], short=1e-3)
     assert notes([{"tokens": 4096, "speedup": 2.0}]) == []  # of a file that does not have them
 
 

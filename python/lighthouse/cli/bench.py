@@ -135,7 +135,7 @@ def _run(bench: Bench, file: Path | None, options: argparse.Namespace) -> None:
                 bench.save(file)
         show(line(cells(row)))
     show("")
-    for note in notes(bench.results["rows"]):
+    for note in notes(bench.results["rows"], speed.SHORT[bench.device]):
         show(note)
     show(pays(bench))
     if options.train:
@@ -145,6 +145,8 @@ def _run(bench: Bench, file: Path | None, options: argparse.Namespace) -> None:
             if file is not None:
                 bench.save(file)
         show(step_lines(row))
+    if bench.again:
+        say("--measure: no length was left to measure, so the rates were not measured anew either")
     if file is not None:
         bench.save(file)
     elif options.json == "-":
@@ -173,8 +175,11 @@ def cells(row: dict) -> list[str]:
     ]
 
 
-def notes(rows: Sequence[dict]) -> list[str]:
-    """What must be known of times: which are of one call, and where the machine was not quiet."""
+def notes(rows: Sequence[dict], short: float = 0.0) -> list[str]:
+    """What must be known of times: which are of one call, and where the machine was not quiet.
+
+    The spread of times up to `short` seconds says nothing.
+    """
     found, names = [], {"dense": "dense", "lighthouse": "Lighthouse"}
 
     def where(row: dict) -> str:
@@ -187,7 +192,7 @@ def notes(rows: Sequence[dict]) -> list[str]:
     noisy = [
         f"{label} at {where(row)} by {row[f'{name}_spread']:.0%}"
         for row, name, label in sides
-        if row.get(f"{name}_spread", 0) > speed.BUSY and row.get(f"{name}_seconds", 1) > speed.SHORT
+        if row.get(f"{name}_spread", 0) > speed.BUSY and row.get(f"{name}_seconds", 1) > short
     ]
     if noisy:
         found.append(
