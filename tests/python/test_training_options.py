@@ -13,7 +13,14 @@ from lighthouse.acting import acts, why_it_cannot_act
 from lighthouse.plan import plan
 from lighthouse.processes import COUNTED_BY, strangers
 from lighthouse.settings import check_select_topk
-from lighthouse.training.followed import FOLLOWED, NOTHING_DEPENDS_ON, ONLY_WITH, REFUSED, check_followed
+from lighthouse.training.followed import (
+    BY_ENVIRONMENT,
+    FOLLOWED,
+    NOTHING_DEPENDS_ON,
+    ONLY_WITH,
+    REFUSED,
+    check_followed,
+)
 from lighthouse.training.model import new_config
 from training_runs import CHECKPOINTING, options, training
 
@@ -71,6 +78,11 @@ NOT_FOLLOWED = [
         {"optim_args": "momentum=0.9"},
         "optim_args='momentum=0.9': the optimizer 'adamw_torch_fused'",
     ),
+    (
+        "the_worst_model",
+        {"load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 2, "greater_is_better": True},
+        "greater_is_better=True: the best held-out loss is the smallest",
+    ),
     ("modules_of_none", {"optim_target_modules": ["attn"]}, "optim_target_modules=.*is not given it"),
 ]
 
@@ -109,6 +121,25 @@ def test_an_option_of_a_later_version_is_said_not_to_be_known(tmp_path, caplog, 
     monkeypatch.setattr("lighthouse.training.followed.FOLLOWED", FOLLOWED - {"torch_empty_cache_steps"})
     check(tmp_path, torch_empty_cache_steps=3)
     assert "torch_empty_cache_steps: an option not known here" in caplog.text
+
+
+@pytest.mark.parametrize("variable", BY_ENVIRONMENT)
+def test_what_the_environment_turns_on_and_no_option_is_refused(tmp_path, monkeypatch, variable):
+    good = training(tmp_path)
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(ValueError, match=f"{variable}=true in the environment, .* --{BY_ENVIRONMENT[variable]}"):
+        check_followed(good, CONFIG)
+    monkeypatch.setenv(variable, "no")
+    check_followed(good, CONFIG)
+
+
+def test_smoothed_labels_of_shards_are_refused(tmp_path):
+    shards = training(tmp_path, label_smoothing_factor=0.1)
+    shards.fsdp = True
+    with pytest.raises(
+        ValueError, match="label_smoothing_factor=0.1 with fsdp: .* not see that labels are to be shifted"
+    ):
+        check_followed(shards, CONFIG)
 
 
 def test_a_precision_from_the_environment_is_refused(tmp_path, monkeypatch):

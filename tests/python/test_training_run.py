@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import fields, replace
@@ -18,7 +19,7 @@ from lighthouse.huggingface.card import history_of_checkpoint
 from lighthouse.training import PretrainResult, Refused, checkpoints, prepare, pretrain
 from lighthouse.training import run as run_module
 from lighthouse.training.model import new_model
-from lighthouse.training.resume import FREE_ON_RESUME, what_is_new
+from lighthouse.training.resume import FREE_ON_RESUME, best_checkpoint, check_best, what_is_new
 from lighthouse.training.trainer import rows_to_evaluate
 from small_llama import one_thread  # noqa: F401
 from training_runs import CHECKPOINTING, CONTEXT, options, training, write_text
@@ -250,8 +251,25 @@ def test_a_best_model_from_before_the_switch_is_said_to_be_no_model_for_use(tmp_
     assert history_of_checkpoint(tmp_path / "model").warnings() == result.warnings
 
 
+def test_a_best_checkpoint_that_is_not_there_is_not_taken_for_the_best(tmp_path, saved):
+    """The run's folder was moved, say: its last checkpoint names a best one where it was."""
+    found = shutil.copytree(saved / "checkpoint-4", tmp_path / "checkpoint-4")
+    state = json.loads((found / "trainer_state.json").read_text())
+    best = training(tmp_path / "run", load_best_model_at_end=True, save_strategy="steps", save_steps=2)
+    for there in (True, False):
+        state["best_model_checkpoint"] = str(found if there else tmp_path / "moved" / "checkpoint-2")
+        (found / "trainer_state.json").write_text(json.dumps(state))
+        loaded = run_module.TrainerState.load_from_json(str(found / "trainer_state.json"))
+        assert best_checkpoint(loaded, best) == (found if there else None)
+        if there:
+            check_best(found, best)
+    with pytest.raises(ValueError, match="best checkpoint so far was '.*moved/checkpoint-2', and it is not there"):
+        check_best(found, best)
+    check_best(found, training(tmp_path / "run"))
+
+
 @pytest.mark.parametrize("order", ["random", "sequential"])
-def test_every_step_is_whole_and_has_the_tokens_that_it_counts_for(tmp_path, text, monkeypatch, order):
+def test_every_step_is_whole_and_has_the_tokens_that_it_counts_for(tmp_path, monkeypatch, order):
     """Where rows, batches and accumulation do not divide: in each pass a part of a step's rows is left for the next."""
     seen, step = [], run_module.RunTrainer.training_step
 
@@ -260,12 +278,13 @@ def test_every_step_is_whole_and_has_the_tokens_that_it_counts_for(tmp_path, tex
         return step(trainer, model, inputs, *args, **kwargs)
 
     monkeypatch.setattr(run_module.RunTrainer, "training_step", counted)
-    rows = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3}
+    rows = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
     strategy = {"train_sampling_strategy": order} if "train_sampling_strategy" in TRAINERS else {}
-    result = pretrain(options(text, context=512), training(tmp_path, max_steps=4, **rows, **strategy))
+    text = write_text(tmp_path / "text", files=4, words=250)
+    result = pretrain(options(text), training(tmp_path / "run", max_steps=5, eval_strategy="no", **rows, **strategy))
     assert seen[-1][2] >= 1  # the second pass
-    tokens = [sum(numel for at, numel, _ in seen if at == number) for number in range(1, 5)]
-    assert tokens == [4 * 3 * 512] * 4
+    tokens = [sum(numel for at, numel, _ in seen if at == number) for number in range(1, 6)]
+    assert tokens == [4 * 2 * CONTEXT] * 5
     assert sum(stage.tokens for stage in result.stages.values()) == sum(tokens)
 
 

@@ -92,6 +92,13 @@ ONLY_WITH = {
     "hub_always_push": "push_to_hub",
 }
 
+# What accelerate does by itself where a variable says so, as `accelerate launch` sets them, and the option for it.
+BY_ENVIRONMENT = {
+    "ACCELERATE_USE_FSDP": "fsdp",
+    "ACCELERATE_USE_DEEPSPEED": "deepspeed",
+    "ACCELERATE_DYNAMO_BACKEND": "torch_compile",
+}
+
 WITHOUT_WARM_UP = (SchedulerType.CONSTANT, SchedulerType.REDUCE_ON_PLATEAU, getattr(SchedulerType, "GREEDY", None))
 SAMPLED = ("random", "sequential")
 
@@ -127,6 +134,13 @@ def _check_precision(training: TrainingOptions) -> None:
             f"ACCELERATE_MIXED_PRECISION={training.mixed_precision} in the environment, where the options say "
             f"{'--' + asked if asked != 'no' else 'float32'}: take the variable away, or give --bf16 or --fp16"
         )
+    for variable, option in BY_ENVIRONMENT.items():
+        value = os.environ.get(variable, "").lower()
+        if value not in ("", "0", "no", "false") and not getattr(training, option):
+            raise ValueError(
+                f"{variable}={value} in the environment, where the options have no {option}: take the variable away, "
+                f"or give --{option}, which is kept with the run"
+            )
 
 
 def _needs_a_metric(training: TrainingOptions) -> bool:
@@ -139,6 +153,8 @@ def _check_evaluation(training: TrainingOptions) -> None:
     metric = training.metric_for_best_model
     if metric is not None and metric.removeprefix("eval_") != "loss":
         raise ValueError(f"metric_for_best_model={metric!r}: {_NO_METRICS}; leave it out, or take loss")
+    if training.greater_is_better:
+        raise ValueError("greater_is_better=True: the best held-out loss is the smallest; leave it out")
     if training.push_to_hub and str(getattr(training.hub_strategy, "value", training.hub_strategy)) == "end":
         raise ValueError(
             "hub_strategy='end': checkpoints are pushed while a run trains, and nothing at its end; take every_save, "
@@ -147,6 +163,11 @@ def _check_evaluation(training: TrainingOptions) -> None:
 
 
 def _check_rows(training: TrainingOptions) -> None:
+    if training.label_smoothing_factor and training.fsdp:
+        raise ValueError(
+            f"label_smoothing_factor={training.label_smoothing_factor} with fsdp: the Trainer does not see that labels "
+            "are to be shifted for a model in shards, and would train on wrong ones; leave one of them out"
+        )
     if getattr(training.accelerator_config, "split_batches", False):
         raise ValueError(
             "accelerator_config: split_batches would make per_device_train_batch_size the rows of all devices; leave "

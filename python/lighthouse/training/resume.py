@@ -127,6 +127,23 @@ def steps_in(checkpoint: str | Path) -> int:
     return TrainerState.load_from_json(str(Path(checkpoint) / STATE)).global_step
 
 
+def best_checkpoint(state: TrainerState, training: TrainingOptions) -> Path | None:
+    """The one whose model is a run's at its end, where that is the best and there is one."""
+    best = state.best_model_checkpoint if training.load_best_model_at_end else None
+    return Path(best) if best is not None and Path(best).is_dir() else None
+
+
+def check_best(checkpoint: str | Path, training: TrainingOptions) -> None:
+    """Raises `ValueError` if the best checkpoint so far is not where the run left it."""
+    state = TrainerState.load_from_json(str(Path(checkpoint) / STATE))
+    if training.load_best_model_at_end and state.best_model_checkpoint is not None:
+        if best_checkpoint(state, training) is None:
+            raise ValueError(
+                f"load_best_model_at_end: the best checkpoint so far was {state.best_model_checkpoint!r}, and it is "
+                "not there; put the run's folder back to where it was, start from the same folder, or leave the option out"
+            )
+
+
 def check_same(earlier: dict, now: dict, free: frozenset[str] = FREE_ON_RESUME) -> None:
     """Raises `ValueError` that lists the `differences`."""
     differ = differences(earlier, now, free)

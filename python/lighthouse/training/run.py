@@ -56,6 +56,8 @@ from lighthouse.training.resume import (
     MODEL,
     SETTINGS,
     STATE,
+    best_checkpoint,
+    check_best,
     check_same,
     check_same_model,
     steps_in,
@@ -313,8 +315,8 @@ class Run:
 
     def _last_or_best(self) -> str:
         """Of a finished run, the checkpoint whose model is saved."""
-        best = TrainerState.load_from_json(str(Path(self.checkpoint) / STATE)).best_model_checkpoint
-        return best if self.training.load_best_model_at_end and best and Path(best).is_dir() else self.checkpoint
+        state = TrainerState.load_from_json(str(Path(self.checkpoint) / STATE))
+        return str(best_checkpoint(state, self.training) or self.checkpoint)
 
     def _check_space(self, model) -> None:
         """Refuses a run that cannot save one checkpoint, and warns of one that cannot keep all it is to keep."""
@@ -348,13 +350,13 @@ class Run:
         if not record.held_out or record.held_out[-1]["step"] != trainer.state.global_step:
             trainer.evaluate()
         state, options = trainer.state, self.options
-        best = self.training.load_best_model_at_end and state.best_model_checkpoint is not None
         sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
         weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded else None  # by all processes
         plain = trainer.accelerator.unwrap_model(trainer.model)
         plain = plain.unwrap()
         plain.config.use_cache = True  # off in training only
-        model_step = checkpoints.step_of(Path(state.best_model_checkpoint)) if best else state.global_step
+        best = best_checkpoint(state, self.training)
+        model_step = state.global_step if best is None else checkpoints.step_of(best)
         used = record.steps_used
         warnings = [
             *not_ready(model_step, used.last, used.lighthouse),
@@ -447,6 +449,8 @@ def prepare(options: PretrainOptions | None = None, training: TrainingOptions | 
     if earlier is not None:
         check_same(earlier, run.settings())
         run = replace(run, notes=tuple(what_is_new(earlier, run.settings())), earlier=earlier)
+        if checkpoint is not None:
+            check_best(checkpoint, training)
         if checkpoint is not None and steps_in(checkpoint) > training.max_steps:
             raise ValueError(
                 f"max_steps={training.max_steps}: {checkpoint!r} has {steps_in(checkpoint)} steps already; "
