@@ -211,6 +211,20 @@ def test_of_large_files_only_those_that_look_alike_are_read_whole(tmp_path, monk
     assert str(corpus.left_out) == f"left out: 1 with the text of another ({tmp_path}/b)"
 
 
+def test_compressed_files_that_begin_alike_are_two(tmp_path):
+    for letter in "abc":
+        (tmp_path / f"{letter}.gz").write_bytes(gzip.compress(b"light " * 20_000 + letter.encode() * 500, mtime=0))
+    assert len({path.stat().st_size for path in tmp_path.iterdir()}) == 1
+    assert len(find(tmp_path).source.files) == 3
+
+
+def test_no_text_is_held_out_twice(tmp_path):
+    rows = [f"{number} " + "the light of a house " * 3 for number in range(4)] + ["the sea by the rock " * 4] * 36
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    held = find(tmp_path / "rows.jsonl", dataset="json", context=32, held_out=9).held_out
+    assert len(held.documents) > 1 and len(set(held.documents.values())) == len(held.documents)
+
+
 @pytest.mark.parametrize("recent", [1, 3, 1000])
 def test_what_was_seen_is_known_again(monkeypatch, recent):
     monkeypatch.setattr(documents.Seen, "RECENT", recent)
