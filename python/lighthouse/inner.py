@@ -104,9 +104,9 @@ def inner_backend(query: Tensor, key: Tensor, *, dropout_p: float = 0.0) -> SDPB
     case = case._replace(
         dtype=autocast_dtype(query), gradient=case.gradient or (key.requires_grad and torch.is_grad_enabled())
     )
-    if not _can_be_asked(case.device):
-        raise ValueError(f"query is on {case.device}: PyTorch chooses a backend on a CPU or GPU that is there")
     backend = _backend(case, _allowed())
+    if backend is None:
+        raise ValueError(f"query is on {case.device}: PyTorch chooses a backend on a CPU or GPU that is there")
     if backend == SDPBackend.MATH and case.grouped:
         return _backend(case._replace(grouped=False), _allowed())
     return backend
@@ -114,19 +114,12 @@ def inner_backend(query: Tensor, key: Tensor, *, dropout_p: float = 0.0) -> SDPB
 
 @torch.compiler.assume_constant_result
 def _is_math(*case) -> bool:
-    """Whether PyTorch has only the math backend for a case. Takes constants and gives one, so that it can be traced.
-
-    Where PyTorch cannot be asked, nothing is calculated either: shapes are traced, and they are those of any backend.
-    """
+    """Whether PyTorch has only the math backend for a case. Takes constants and gives one, so that it can be traced."""
     case, allowed = _Case(*case), _allowed()
-    if not _can_be_asked(case.device) or _backend(case, allowed) != SDPBackend.MATH:
+    if _backend(case, allowed) != SDPBackend.MATH:
         return False
     _say_if_math(case._replace(grouped=False), allowed)
     return True
-
-
-def _can_be_asked(device: torch.device) -> bool:
-    return device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_available())
 
 
 def _allowed() -> tuple:
@@ -142,12 +135,16 @@ def _allowed() -> tuple:
 
 
 @functools.cache
-def _backend(case: _Case, allowed: tuple) -> SDPBackend:
-    """What PyTorch chooses for a case, under what is allowed now.
+def _backend(case: _Case, allowed: tuple) -> SDPBackend | None:
+    """What PyTorch chooses for a case, under what is allowed now; None where the device is not there: nothing is
+    calculated then, and the shapes are those of any backend.
 
     The answer is kept for all later calls, so it is asked of real tensors, outside of whatever traces or fakes this
     call (`torch.export`, `make_fx`, `FakeTensorMode`, a mode of the user's), which does not see the question either.
     """
+    there = case.device.type == "cpu" or (case.device.type == "cuda" and torch.cuda.is_available())
+    if not there:
+        return None
     dropout_p = 0.5 if case.dropout else 0.0
     with torch._C.DisableTorchFunction(), _disable_current_modes(), torch.set_grad_enabled(case.gradient):
         query, key, value = case.tensors()
