@@ -463,6 +463,8 @@ def test_seconds_too_few_for_the_given_switch_end_the_study_before_a_trial(text,
     with pytest.raises(RunFailed, match=r"seconds=0.3: 0.3 s are .* and 0 dense; .*take more --seconds"):
         study.run(lambda line: None)
     assert not list((tmp_path / "trials").glob("0*"))
+    study_of(text, tmp_path, {"judge": "time", "seconds": 30.0})  # other options may begin there
+    assert not study.begun and not (tmp_path / "study.db").exists()
 
 
 def test_a_batch_that_leaves_too_few_steps_is_not_trained(text, tmp_path):

@@ -64,7 +64,9 @@ def _run(study: Study, json_file: str | None) -> int:
         print(f"\nInterrupted. What is trained is kept, and `{study.go_on}` goes on.", file=sys.stderr)
         return 130 if isinstance(error, KeyboardInterrupt) else error.code
     except (RunFailed, OSError) as error:
-        print(f"lighthouse tune: error: {error}\n`{study.go_on}` goes on.", file=sys.stderr)
+        print(f"lighthouse tune: error: {error}", file=sys.stderr)
+        if study.begun:
+            print(f"`{study.go_on}` goes on.", file=sys.stderr)
         return 1
     if json_file == "-":
         return 0

@@ -177,6 +177,11 @@ class Study:
         """The command that goes on with the study, and with which further processes share it."""
         return f"lighthouse tune --config {self.folder / CONFIGURATION} --resume"
 
+    @property
+    def begun(self) -> bool:
+        """Whether there is anything to go on with."""
+        return (self.folder / FIXED).is_file()
+
     def __str__(self) -> str:
         grid = self.tuning.sampler == "grid"
         count = f"{len(self._first()):,} settings of a grid" if grid else "TPE"
@@ -484,6 +489,9 @@ class Study:
         try:
             steps = self._steps(budget, options, training, per_step)
         except Unequal as error:
+            # Else these options would be the folder's, where only others do.
+            for name in (FIXED, CONFIGURATION, DATABASE):
+                checkpoints.remove(self.folder / name)
             raise RunFailed(
                 f"seconds={budget:g}: {error}. That is the given setting: take more --seconds or an earlier switch; "
                 "--share moves it with the number of steps."
