@@ -140,7 +140,8 @@ def check_best(checkpoint: str | Path, training: TrainingOptions) -> None:
         if best_checkpoint(state, training) is None:
             raise ValueError(
                 f"load_best_model_at_end: the best checkpoint so far was {state.best_model_checkpoint!r}, and it is "
-                "not there; put the run's folder back to where it was, start from the same folder, or leave the option out"
+                "not there: put the run's folder back to where it was, start where it was started, or leave the option "
+                "out"
             )
 
 
