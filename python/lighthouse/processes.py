@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import os
 
-# Most telling first. SLURM_NTASKS is set in a batch script too, where one process runs: the step's own number wins.
+# Most telling first. Not SLURM_NTASKS: it is set in a batch script too, where one process runs.
 COUNTED_BY = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
-BATCH = "SLURM_NTASKS"
 
 
 def launched() -> tuple[str, int]:
     """The variable that tells and its number; `("", 1)` where nothing does."""
-    names = (*COUNTED_BY, BATCH) if COUNTED_BY[-1] not in os.environ else COUNTED_BY
-    for name in names:
+    for name in COUNTED_BY:
         number = os.environ.get(name, "")
         if number.isdecimal() and int(number) > 1:
             return name, int(number)

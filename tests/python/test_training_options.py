@@ -190,7 +190,7 @@ def test_such_settings_are_no_options_of_a_run(tmp_path):
 
 
 def environment(monkeypatch, **values):
-    for name in (*COUNTED_BY, "SLURM_NTASKS"):
+    for name in COUNTED_BY:
         monkeypatch.delenv(name, raising=False)
     for name, value in values.items():
         monkeypatch.setenv(name, value)
@@ -205,7 +205,7 @@ LAUNCHED = [
     ("by_hydra", {"PMI_SIZE": "3"}, 1, "PMI_SIZE=3"),
     ("by_srun", {"SLURM_STEP_NUM_TASKS": "8", "SLURM_NTASKS": "16"}, 1, "SLURM_STEP_NUM_TASKS=8"),
     ("one_step_of_a_larger_job", {"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "16"}, 1, None),
-    ("by_slurm", {"SLURM_NTASKS": "2"}, 1, "SLURM_NTASKS=2"),
+    ("one_process_in_a_batch_script", {"SLURM_NTASKS": "2"}, 1, None),
 ]
 
 
@@ -220,8 +220,8 @@ def test_processes_that_are_not_joined(monkeypatch, values, found, message):
 
 
 def test_a_run_among_strangers_is_refused(tmp_path, monkeypatch):
-    environment(monkeypatch, SLURM_NTASKS="2")
-    with pytest.raises(ValueError, match="SLURM_NTASKS=2: .* not joined"):
+    environment(monkeypatch, SLURM_STEP_NUM_TASKS="2")
+    with pytest.raises(ValueError, match="SLURM_STEP_NUM_TASKS=2: .* not joined"):
         training(tmp_path)
     assert os.listdir(tmp_path) == []
 
