@@ -152,10 +152,11 @@ def LighthouseWrapper(
     kernels for.
 
     What is replaced has to be Transformers' own, and is looked at when the model is wrapped, at the switch, in
-    `train()` and in each forward that is not compiled as a whole: attention modules and functions of the user's own,
-    replaced entries of Transformers' registry (sequence parallelism), context parallelism are errors. A forward or loss
-    function of the user's own, and hooks on the output layer, need `loss="model"`; a hook that comes later has the
-    model's own loss taken, which is said once. Layers that are put in, copied or taken out follow the model.
+    `train()` and in each forward (compiled as a whole, only when it is traced): attention modules, functions and masks
+    of the user's own, replaced entries of Transformers' registry (sequence parallelism), context parallelism are errors.
+    A forward or loss function of the user's own, and hooks on the output layer, need `loss="model"`; a hook that comes
+    later has the model's own loss taken, which is said once. Layers that are put in, copied or taken out follow the
+    model; a part of it called by itself is an error where Lighthouse would act.
 
     Gradient checkpointing keeps the choice of each layer: the backward never chooses again
     (`lighthouse.checkpoint_contexts`). With `use_reentrant=False` a change of attention between a forward and its
@@ -171,7 +172,8 @@ def LighthouseWrapper(
         inner: a callable for the short causal sequence, as in `lighthouse.attention`.
         eval: "dense", or "lighthouse" to keep Lighthouse when whole sequences are evaluated. Losses seen under
             Lighthouse are not comparable with dense ones (METHOD 8).
-        loss: "chunked", which never holds the logits, or "model" for the model's own loss and its logits.
+        loss: "chunked", which never holds the logits and has no second derivatives, or "model" for the model's own loss
+            and its logits.
         min_tokens: sequences shorter than this, in tokens, run dense; by default the length measured for the device:
             512 on a CPU, 8,192 on CUDA.
         max_share: sequences whose sub-sequence is longer than this share of the tokens run dense.

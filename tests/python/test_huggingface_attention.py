@@ -93,6 +93,7 @@ def test_a_layer_computes_the_functional_call():
     outputs = []
     for cover_start in (True, False):
         module = wrapped(cover_start=cover_start).model.layers[1].self_attn
+        module.lighthouse_seat.state.enter(acts=True)  # as in the model's forward
         out, weights = lighthouse_attention(module, query, key, value, None, scaling=0.3)
         expected = lighthouse.attention(query, key, value, scale=0.3, cover_start=cover_start, **settings)
         assert weights is None and out.shape == (2, 50, 2, 16) and out.is_contiguous()
@@ -470,20 +471,38 @@ def test_a_device_without_kernels_is_refused_before_any_layer(monkeypatch):
 # Past the wrapper's own forward
 
 
+PARTS = [
+    ("body", lambda model: model.model),
+    ("body_in_eval", lambda model: model.get_decoder().eval()),
+    ("shared_layers", lambda model: with_layers_of(model)),
+]
+
+
+def with_layers_of(model):
+    other = plain().model
+    other.layers = model.model.layers
+    return other.eval()
+
+
+@pytest.mark.parametrize("part", [case[1] for case in PARTS], ids=[case[0] for case in PARTS])
+def test_a_part_called_directly_is_refused_where_lighthouse_would_act(part):
+    model, never = wrapped(), plain()
+    model({"input_ids": ids()}).loss.backward()
+    with pytest.raises(ValueError, match="part of a wrapped model and was called without it"):
+        part(model)(ids(), use_cache=False)
+    for dense in (lambda: model.lighthouse(False), lambda: model.lighthouse(True).eval(), model.unwrap):
+        dense()
+        assert torch.equal(part(model)(ids())[0], never.model(ids())[0])
+
+
 def test_a_part_called_directly_still_refuses_masks():
     body = wrapped().model
-    body(ids(), use_cache=False)
     with pytest.raises(ValueError, match="attention_mask hides tokens"):
         body(ids(), attention_mask=mask_with_a_hole())
     with pytest.raises(ValueError, match="mask"):
         body(ids(), attention_mask=torch.ones(2, 1, TOKENS, TOKENS))
     with pytest.raises(ValueError, match="position_ids restart"):
         body(ids(), position_ids=two_documents(), use_cache=False)
-    with pytest.raises(ValueError, match="cu_seq_lens_q"):
-        body(ids(), cu_seq_lens_q=torch.tensor([0, TOKENS]))
-    cache = body(ids(), use_cache=True).past_key_values
-    with pytest.raises(ValueError, match="key-value cache"):
-        body(ids(tokens=2), past_key_values=cache)
 
 
 def test_the_name_alone_is_refused():

@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, LlamaForCausalLM, LlamaModel
+from transformers import AttentionInterface, AttentionMaskInterface, LlamaForCausalLM, LlamaModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.loss import loss_utils
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
 
 from lighthouse import LighthouseWrapper
@@ -104,6 +106,30 @@ def registered(model, monkeypatch):
     model.config._attn_implementation = "mine"
 
 
+def registered_mask(model, monkeypatch):
+    monkeypatch.setitem(AttentionInterface._global_mapping, "documents", sdpa_attention_forward)
+    monkeypatch.setitem(AttentionMaskInterface._global_mapping, "documents", lambda *args, **kwargs: None)
+    model.config._attn_implementation = "documents"
+
+
+def registered_as_the_mask_of_sdpa(model, monkeypatch):
+    monkeypatch.setitem(AttentionMaskInterface._global_mapping, "sdpa", lambda *args, **kwargs: None)
+
+
+def transformers_own_by_another_name(model, monkeypatch):
+    monkeypatch.setitem(AttentionInterface._global_mapping, "other", sdpa_attention_forward)
+    model.config._attn_implementation = "other"
+
+
+class Called(LlamaAttention):
+    def __call__(self, *args, **kwargs):
+        return super().__call__(*args, **kwargs)
+
+
+def call_of_its_own(model, monkeypatch):
+    first_attention(model).__class__ = Called
+
+
 def registered_as_sdpa(model, monkeypatch):
     monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", attend)
 
@@ -137,16 +163,21 @@ REPLACED = [
     (patched_by_a_decorator, "layer 0, a LlamaAttention, has a forward of its own"),
     (not_causal, "layer 1, a LlamaAttention, has is_causal=False"),
     (registered, 'attention "mine" is .*attend, not one of Transformers'),
+    (registered_mask, 'attention "documents" has a mask made by .*<lambda>, not by Transformers'),
+    (registered_as_the_mask_of_sdpa, 'attention "sdpa" has a mask made by .*<lambda>'),
+    (transformers_own_by_another_name, 'attention "other" was registered by its user'),
+    (call_of_its_own, "layer 1, a Called, has a __call__ of its own"),
     (registered_as_sdpa, 'attention "sdpa" is .*attend, not one of .*sequence parallelism'),
     (registered_as_lighthouse, 'attention "lighthouse" in Transformers. registry is .*attend'),
     (eager_replaced, 'attention "eager" is .*attend'),
     (context_parallel, "context parallelism is on"),
     (shared_by_two_layers, "one attention module is in several layers"),
 ]
+NAMED = (registered, registered_mask, transformers_own_by_another_name, eager_replaced)
 BEFORE = pytest.mark.parametrize(("replace", "message"), REPLACED, ids=[case[0].__name__ for case in REPLACED])
 AFTER = pytest.mark.parametrize(
     ("replace", "message"),
-    [(r, "config._attn_implementation was set to" if r in (registered, eager_replaced) else m) for r, m in REPLACED],
+    [(r, "config._attn_implementation was set to" if r in NAMED else m) for r, m in REPLACED],
     ids=[case[0].__name__ for case in REPLACED],
 )
 
@@ -224,6 +255,10 @@ def with_pre_hook(model):
     model.lm_head.register_forward_pre_hook(lambda module, inputs: (0.25 * inputs[0],))
 
 
+def with_backward_hook(model):
+    model.lm_head.register_full_backward_hook(lambda module, grad_input, grad_output: (0.25 * grad_input[0],))
+
+
 def with_instance_forward(model):
     multiply = model.lm_head.forward
     model.lm_head.forward = lambda hidden: 0.25 * multiply(hidden)
@@ -236,8 +271,9 @@ def with_loss_function(model):
 OWN_LOSSES = [
     ("scaled_logits", Scaled, None, "this Scaled has a forward of its own"),
     ("a_term_more", ZLoss, None, "this ZLoss has a forward of its own"),
-    ("hook", LlamaForCausalLM, with_hook, "the output layer has forward hooks"),
-    ("pre_hook", LlamaForCausalLM, with_pre_hook, "the output layer has forward hooks"),
+    ("hook", LlamaForCausalLM, with_hook, "the output layer has hooks"),
+    ("pre_hook", LlamaForCausalLM, with_pre_hook, "the output layer has hooks"),
+    ("backward_hook", LlamaForCausalLM, with_backward_hook, "the output layer has hooks"),
     ("instance_forward", LlamaForCausalLM, with_instance_forward, "the output layer has a forward of its own"),
     ("loss_function", LlamaForCausalLM, with_loss_function, "has a loss function of its own"),
 ]
@@ -274,6 +310,15 @@ def test_a_loss_of_its_own_is_not_passed_by(model_class, change, message, said):
     for _ in range(2):
         assert torch.equal(model(ids(), labels=ids()).loss, expected)
     assert len(said) == 1 and "the loss is the model's own" in said[0]
+
+
+def test_a_replaced_cross_entropy_is_not_passed_by(monkeypatch):
+    def fixed_cross_entropy(source, target, num_items_in_batch=None, ignore_index=-100, **kwargs):
+        return 7 * source.float().logsumexp(-1).mean()
+
+    monkeypatch.setattr(loss_utils, "fixed_cross_entropy", fixed_cross_entropy)
+    with pytest.raises(ValueError, match='the cross entropy was replaced: loss="model"'):
+        wrapped()
 
 
 # Labels

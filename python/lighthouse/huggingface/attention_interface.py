@@ -10,6 +10,7 @@ so both functions here check again what they can see.
 from __future__ import annotations
 
 import torch
+from torch._guards import detect_fake_mode
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
 
@@ -42,9 +43,16 @@ def lighthouse_attention(
     if seat is None:
         raise ValueError(
             f'attention "{NAME}" in a {type(module).__name__} of no wrapped model: it is not chosen by name but by '
-            "LighthouseWrapper(model, ...)"
+            "LighthouseWrapper(model, ...); a configuration taken from a wrapped model names it, so for another model "
+            'make that with attn_implementation="sdpa"'
         )
     state = seat.state
+    if state is not None and not torch.compiler.is_compiling() and not state.is_running():
+        raise ValueError(
+            f"this {type(module).__name__} is a part of a wrapped model and was called without it, where no length, "
+            "mask or stage is looked at: call the model itself, or switch Lighthouse off first "
+            "(model.lighthouse(False), or model.eval() of the whole model)"
+        )
     if state is None:
         raise ValueError(
             f"this {type(module).__name__} is a copy of a wrapped model's and stands in none itself: put it into one, "
@@ -64,7 +72,7 @@ def lighthouse_attention(
             f"{query.shape[2]} queries and {key.shape[2]} keys: Lighthouse trains on whole sequences, without a "
             "key-value cache"
         )
-    check_keywords(kwargs, query.shape[2])
+    check_keywords(kwargs)
     out = sub_sequence_attention(
         query,
         key,
@@ -84,8 +92,9 @@ def lighthouse_mask(
 ) -> None:
     """No mask, and an error where one would be needed. Called once per forward, before the layers."""
     check_mask(attention_mask)
-    # Under compile Transformers composes this function for packed documents whether or not there are any.
-    if mask_function is not causal_mask_function and not torch.compiler.is_compiling():
+    # While tracing Transformers composes this function for packed documents whether or not there are any.
+    traced = torch.compiler.is_compiling() or detect_fake_mode() is not None
+    if mask_function is not causal_mask_function and not traced:
         raise ValueError(
             "position_ids restart, or the attention is not plainly causal: Lighthouse supports neither yet"
         )

@@ -8,7 +8,7 @@ device-side assertion on a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 
@@ -36,6 +36,7 @@ KNOWN_KEYWORDS = frozenset(
         *("attention_mask", "position_ids", "cache_position", "position_embeddings"),
         *("output_hidden_states", "output_attentions", "output_router_logits", "return_dict"),
         *("use_cache", "is_causal", "hidden_states"),
+        *("ignore_index", "token_type_ids", "special_tokens_mask"),
     }
 )
 
@@ -87,19 +88,23 @@ def has_cache(call: Mapping) -> bool:
     return any(call.get(name) is not None for name in CACHES)
 
 
-def check_call(call: Mapping, rows: int, tokens: int, config) -> None:
+def check_call(call: Mapping, rows: int, tokens: int, config, names: Collection[str] = ()) -> None:
     """Refuses a forward that Lighthouse cannot honour. `call` holds the arguments of the model by name.
+
+    `names` are those that the model's forward takes itself.
 
     Raises `ValueError`; under `torch.compile` what depends on a tensor's values fails when the graph runs.
     """
-    check_keywords(call, tokens)
+    check_keywords({name: value for name, value in call.items() if name not in names or name in REFUSED_KEYWORDS})
+    for name in ("position_ids", "cache_position"):
+        check_positions(call.get(name), tokens, name)
     if call.get("output_attentions", getattr(config, "output_attentions", False)):
         raise ValueError("output_attentions=True: Lighthouse has no attention weights to give" + WAY_OUT)
     check_length(tokens, config)
     check_mask(call.get("attention_mask"), (rows, tokens))
 
 
-def check_keywords(keywords: Mapping, tokens: int) -> None:
+def check_keywords(keywords: Mapping) -> None:
     """Refuses what reaches an attention function as a keyword and changes what it would have to compute.
 
     What is not known is refused too: nobody can tell what it asks for.
@@ -115,8 +120,6 @@ def check_keywords(keywords: Mapping, tokens: int) -> None:
                 f"{name} is given: Lighthouse does not know it, and what it asks of the attention would be lost; leave "
                 "it out of the batch" + WAY_OUT
             )
-    for name in ("position_ids", "cache_position"):
-        check_positions(keywords.get(name), tokens, name)
 
 
 def longest(config) -> int | None:

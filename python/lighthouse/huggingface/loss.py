@@ -18,7 +18,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 from lighthouse.class_swap import Swapped, swap
 
@@ -108,13 +107,29 @@ class _SummedLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_total):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            raise NotImplementedError(
+                'the loss without logits has no second derivatives: loss="model" takes the model\'s own, which has'
+            )
         found = [
-            None if gradient is None else (gradient * grad_total.to(gradient.dtype)).to(dtype)
+            None if gradient is None else _scaled(gradient, grad_total, dtype)
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
         return *found, None, None, None
+
+
+def _scaled(gradient: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`gradient` times a float32 number, multiplied in float32; a stretch at a time where that is not its own dtype."""
+    if gradient.dtype == torch.float32:
+        return (gradient * factor).to(dtype)
+    found = torch.empty_like(gradient, dtype=dtype)
+    start, rows = 0, gradient.shape[0]
+    while start < rows:
+        stretch = slice(start, start + CHUNK_TOKENS if start + CHUNK_TOKENS < rows else rows)
+        start += CHUNK_TOKENS
+        found[stretch] = gradient[stretch].float() * factor
+    return found
 
 
 def next_token_loss(
@@ -124,12 +139,13 @@ def next_token_loss(
     *,
     num_items_in_batch: torch.Tensor | int | None = None,
     shift_labels: torch.Tensor | None = None,
+    past_hooks: bool = False,
 ) -> torch.Tensor:
     """The mean over all predicted tokens of the cross entropy, without the logits. What Transformers' own loss gives.
 
     hidden `[B, N, C]`; labels `[B, N]`, the token at each place, -100 where nothing is to be predicted;
     `shift_labels` `[B, N]`, the token behind each place, replaces them. With `num_items_in_batch` the sum is divided
-    by that number instead, as `Trainer` does for accumulated gradients.
+    by that number instead, as `Trainer` does for accumulated gradients. With `past_hooks` the layer's hooks do not run.
 
     Raises `ValueError` for labels of another shape.
     """
@@ -142,7 +158,8 @@ def next_token_loss(
     if shift_labels is None:
         shift_labels = F.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:]
     targets = shift_labels.reshape(-1).to(hidden.device)
-    total = output_layer(hidden.reshape(-1, hidden.shape[-1]), targets)
+    run = output_layer.forward if past_hooks else output_layer
+    total = run(hidden.reshape(-1, hidden.shape[-1]), targets)
     if num_items_in_batch is None:
         return total / (targets != IGNORE_INDEX).sum()
     if isinstance(num_items_in_batch, torch.Tensor):

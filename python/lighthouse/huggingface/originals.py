@@ -12,19 +12,38 @@ import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
 import torch.nn.functional as F
 import transformers
 from torch import nn
+from transformers.loss import loss_utils
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lighthouse.huggingface.attention_interface import NAME, dense_name, lighthouse_attention
+from lighthouse.huggingface.attention_interface import NAME, dense_name, lighthouse_attention, lighthouse_mask
 
 _PACKAGE = str(Path(transformers.__file__).parent) + "/"
+_TORCH = str(Path(torch.__file__).parent) + "/"
+
+# Attentions that Transformers brings; kernels of its hub have a "/" in their names.
+OWN_NAMES = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
+
+# Whose hooks gather what is sharded, and change no number.
+_SHARDING = ("torch.distributed.", "deepspeed.")
 
 
-@functools.lru_cache(maxsize=1024)
+_found: dict[tuple[Callable, str | None], bool] = {}
+
+
 def is_own(function: Callable, name: str | None = None) -> bool:
     """Whether `function`, and all it wraps, is Transformers' own code; with `name` that of this qualified name."""
+    key = function, name
+    if key not in _found:
+        _found[key] = _is_own(*key)
+    return _found[key]
+
+
+def _is_own(function: Callable, name: str | None) -> bool:
     while True:
         while isinstance(function, functools.partial):
             function = function.func
@@ -47,6 +66,8 @@ def place_of(function: Callable) -> str:
 def check_attention_module(index: int, module: nn.Module, attention: type[nn.Module]) -> None:
     """Raises `ValueError` unless the attention module of layer `index` computes what `attention` does."""
     what = f"the attention of layer {index}, a {type(module).__name__},"
+    if type(module).__call__ is not nn.Module.__call__:
+        raise ValueError(f"{what} has a __call__ of its own: {_SELF_ATTENTION}")
     if "forward" in vars(module):
         raise ValueError(f"{what} has a forward of its own on the instance: {_SELF_ATTENTION}")
     if not is_own(type(module).forward, f"{attention.__name__}.forward"):
@@ -78,23 +99,34 @@ def check_attention_functions(former: str, module: nn.Module) -> None:
 
 def check_attention_function(name: str, module: nn.Module) -> None:
     """Raises `ValueError` unless `name` is, for the attention `module`, one of Transformers' own dense attentions."""
-    function = ALL_ATTENTION_FUNCTIONS.get(name)
+    function, mask = ALL_ATTENTION_FUNCTIONS.get(name), ALL_MASK_ATTENTION_FUNCTIONS.get(name)
     if function is None:  # eager: the function of the file that the module's forward is in
         inside = type(module).forward
         while hasattr(inside, "__wrapped__"):
             inside = inside.__wrapped__
         function = inside.__globals__.get("eager_attention_forward")
     if function is None or not is_own(function):
-        raise ValueError(
-            f'attention "{name}" is {place_of(function)}, not one of Transformers\' own: Lighthouse would replace it, '
-            'and the dense stage would not train what Lighthouse trained; set "sdpa", "eager" or a flash attention '
-            "before wrapping, and leave their entries in Transformers' registry as they are (sequence parallelism "
-            "replaces them, and each process would attend within its own shard)"
-        )
+        found = f"is {place_of(function)}, not one of Transformers' own"
+    elif mask is not None and not is_own(mask):
+        found = f"has a mask made by {place_of(mask)}, not by Transformers' own"
+    elif name not in OWN_NAMES and "/" not in name:
+        found = "was registered by its user"
+    else:
+        return
+    raise ValueError(f'attention "{name}" {found}: {_SELF_CHOSEN}')
+
+
+_SELF_CHOSEN = (
+    "Lighthouse would replace it and what its mask hides, and the dense stage would not train what Lighthouse trained; "
+    'set "sdpa", "eager" or a flash attention before wrapping, and leave their entries in Transformers\' registry as '
+    "they are (sequence parallelism replaces them, and each process would attend within its own shard)"
+)
 
 
 def check_registry() -> None:
     """Raises `ValueError` where another function stands under Lighthouse's name, or SDPA attends across processes."""
+    if ALL_MASK_ATTENTION_FUNCTIONS.get(NAME) is not lighthouse_mask:
+        raise ValueError(f'the mask of attention "{NAME}" in Transformers\' registry was replaced: masks would be lost')
     if ALL_ATTENTION_FUNCTIONS.get(NAME) is not lighthouse_attention:
         raise ValueError(
             f'attention "{NAME}" in Transformers\' registry is {place_of(ALL_ATTENTION_FUNCTIONS.get(NAME))}: '
@@ -118,8 +150,27 @@ def why_own_loss(model: nn.Module, output_layer: nn.Module, forward: Callable, c
         return f"this {name} has a forward of its own, {place_of(forward)}"
     if not is_own(model.loss_function, "ForCausalLMLoss"):
         return f"this {name} has a loss function of its own, {place_of(model.loss_function)}"
+    if not is_own(loss_utils.fixed_cross_entropy) or not F.cross_entropy.__code__.co_filename.startswith(_TORCH):
+        return "the cross entropy was replaced"
     if "forward" in vars(output_layer):
         return "the output layer has a forward of its own on the instance"
-    if output_layer._forward_hooks or output_layer._forward_pre_hooks:
-        return "the output layer has forward hooks"
+    if _hooks(output_layer, sharding=False):
+        return "the output layer has hooks"
     return None
+
+
+def may_pass_hooks(layer: nn.Module) -> bool:
+    """Whether `layer` has hooks, none of which gathers what is sharded. Raises `ValueError` where it has both kinds."""
+    others = _hooks(layer, sharding=False)
+    if others and _hooks(layer, sharding=True):
+        raise ValueError(
+            f"the input embedding is sharded and has a hook, {place_of(others[0])}: it is the output layer too, and "
+            "the hook would run on the loss; take a model with an output layer of its own"
+        )
+    return bool(others)
+
+
+def _hooks(layer: nn.Module, sharding: bool) -> list[Callable]:
+    kinds = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    hooks = [hook for kind in kinds for hook in kind.values()]
+    return [hook for hook in hooks if str(getattr(hook, "__module__", "")).startswith(_SHARDING) == sharding]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import threading
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -40,13 +41,15 @@ class State:
     dense_config: PretrainedConfig  # what its dense layers hold
     loss_type: str | None  # the one the model came with
     enabled: bool = True
-    generating: bool = False
     own_loss: str | None = None  # why the loss is the model's own, whatever the settings say
     with_gradients: bool = False  # whether the forward that runs was begun with gradients enabled
+    running: dict[int, tuple[bool, bool]] = field(default_factory=dict)  # thread: whether Lighthouse acts, gradients
+    generating: set[int] = field(default_factory=set)  # threads
     # Written in compiled code and never read there, since what is read there would be compiled in.
     used_lighthouse: bool = False
     used_dense: bool = False
     ready: bool = True  # a dense training forward has followed the last one with Lighthouse
+    ran_compiled: bool = False
     # Training forwards; compiled code cannot count.
     lighthouse_forwards: int = 0
     dense_forwards: int = 0
@@ -54,10 +57,10 @@ class State:
     name: str = field(default_factory=lambda: f"model {next(_numbers)}")
 
     def __getstate__(self) -> dict:
-        return {key: value for key, value in vars(self).items() if key != "name"}
+        return {key: value for key, value in vars(self).items() if key not in ("name", "running", "generating")}
 
     def __setstate__(self, state: dict) -> None:
-        vars(self).update(state, name=f"model {next(_numbers)}")
+        vars(self).update(state, name=f"model {next(_numbers)}", running={}, generating=set())
 
     def name_attention(self, acts: bool) -> None:
         model, dense = (NAME, dense_name(self.former)) if acts else (self.former, self.former)
@@ -65,13 +68,64 @@ class State:
             if config._attn_implementation != wanted:
                 config._attn_implementation = wanted
 
+    def enter(self, acts: bool) -> tuple[bool, bool] | None:
+        """Begins a forward with Lighthouse or without; returns that of this thread which it lies in, for `leave`.
+
+        Raises `RuntimeError` where another thread runs the model with the other attention, which has the same name.
+        """
+        gradients = torch.is_grad_enabled()
+        if torch.compiler.is_compiling():
+            self.name_attention(acts)
+            self.with_gradients = gradients
+            return None
+        thread = threading.get_ident()
+        if any(other[0] != acts for number, other in list(self.running.items()) if number != thread):
+            raise RuntimeError(
+                "another thread runs this model at the same time, with Lighthouse where this one is dense or the other "
+                "way round: a wrapped model has one attention at a time"
+            )
+        outer = self.running.get(thread)
+        self.running[thread] = acts, gradients
+        self.name_attention(acts)
+        self.with_gradients = gradients
+        return outer
+
+    def leave(self, outer: tuple[bool, bool] | None) -> None:
+        """Ends a forward; the one that it lay in goes on with its own attention."""
+        self.with_gradients = outer is not None and outer[1]
+        if torch.compiler.is_compiling():
+            return
+        if outer is None:
+            self.running.pop(threading.get_ident(), None)
+        else:
+            self.running[threading.get_ident()] = outer
+            self.name_attention(outer[0])
+
+    def is_running(self) -> bool:
+        """Whether this thread is in a forward of the model, or in the backward of one that runs layers again."""
+        return threading.get_ident() in self.running or torch._C._current_graph_task_id() != -1
+
+    def start_generating(self) -> tuple[bool, bool] | None:
+        outer = self.enter(acts=False)
+        self.generating.add(threading.get_ident())
+        return outer
+
+    def stop_generating(self, outer: tuple[bool, bool] | None) -> None:
+        self.generating.discard(threading.get_ident())
+        self.leave(outer)
+
+    def is_generating(self) -> bool:
+        return bool(self.generating) and threading.get_ident() in self.generating
+
     def note_training(self, acts: bool) -> None:
         """One more training forward, with Lighthouse or dense."""
         if acts:
             self.used_lighthouse, self.ready = True, False
         else:
             self.used_dense, self.ready = True, True
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            self.ran_compiled = True
+        else:
             self.lighthouse_forwards += acts
             self.dense_forwards += not acts
 

@@ -13,7 +13,7 @@ one that dense layers hold, which names a dense attention while the model's name
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from transformers import PreTrainedModel
@@ -21,14 +21,17 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lighthouse.class_swap import Swapped, unswap
 from lighthouse.devices import check_device
-from lighthouse.huggingface import checks, originals
+from lighthouse.huggingface import checks, looking, originals
 from lighthouse.huggingface.architectures import architecture_of
 from lighthouse.huggingface.attention_interface import NAME
 from lighthouse.huggingface.checkpointing import forget_choices, keep_choices
 from lighthouse.huggingface.loss import IGNORE_INDEX, OutputLayer, next_token_loss
 from lighthouse.huggingface.signatures import positional_names, with_labels
-from lighthouse.huggingface.state import Seat, State, Used, say_once
+from lighthouse.huggingface.state import State, Used, say_once
 from lighthouse.wrapper import LEAST_DENSE_SHARE, LighthouseSettings
+
+# What this Transformers calls a key-value cache in an output.
+_CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 class WrappedModel(Swapped):
@@ -51,7 +54,7 @@ class WrappedModel(Swapped):
         self._forget_forward()
         state.enabled = False
         state.name_attention(acts=False)
-        self._seat_layers()  # a layer that was put in since has a configuration of its own
+        looking.seat_layers(self)  # a layer that was put in since has a configuration of its own
         for module in self.modules():
             module.__dict__.pop("lighthouse_seat", None)
             if getattr(module, "config", None) is state.dense_config:
@@ -68,6 +71,7 @@ class WrappedModel(Swapped):
     def _say_if_not_ready(self) -> None:
         state = self._lighthouse
         lighthouse, dense = state.lighthouse_forwards, state.dense_forwards
+        counted = not state.ran_compiled
         if not state.ready:
             say_once(
                 state.name,
@@ -75,7 +79,7 @@ class WrappedModel(Swapped):
                 "for the dense attention that it has from now on; train on with model.lighthouse(False) before "
                 "unwrap()",
             )
-        elif lighthouse and dense < LEAST_DENSE_SHARE * (lighthouse + dense):
+        elif counted and lighthouse and dense < LEAST_DENSE_SHARE * (lighthouse + dense):
             say_once(
                 state.name,
                 f"of this model's {lighthouse + dense:,} training forwards only {dense:,} had dense attention: with "
@@ -83,13 +87,14 @@ class WrappedModel(Swapped):
             )
 
     def _forget_forward(self) -> None:
-        """`accelerate` leaves a `forward` on the instance (mixed precision) that holds the wrapped class's."""
-        former = self.__dict__.pop("_original_forward", None)
-        if former is None:
-            return
-        self.__dict__.pop("forward", None)
-        if getattr(former, "__func__", None) is not type(self).forward:
-            self.forward = former
+        """A `forward` on the instance that holds the wrapped class's, as accelerate and `torch.compile` leave it."""
+        former = self.__dict__.pop("_original_forward", None)  # accelerate's name for what it found
+        if former is not None:
+            del self.forward
+            if not looking.leads_to_ours(former):
+                self.forward = former
+        elif looking.leads_to_ours(vars(self).get("forward")):
+            del self.forward
 
     # The switch
 
@@ -147,7 +152,7 @@ class WrappedModel(Swapped):
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
         state.former = self.config._attn_implementation
         try:
-            self._check_attention_functions(self._attention_modules()[0])
+            originals.check_attention_functions(state.former, looking.attention_modules(self)[0])
         except ValueError:
             super().set_attn_implementation(before)
             state.former = before
@@ -156,12 +161,14 @@ class WrappedModel(Swapped):
             self._settle()
 
     def save_pretrained(self, *args, **kwargs) -> None:
-        """The plain model's files. Says once if Lighthouse is still on: others will run these weights dense."""
-        if self._lighthouse.enabled:
+        """The plain model's files. Says once where no dense training has followed Lighthouse: others run them dense."""
+        state = self._lighthouse
+        if state.enabled or not state.ready:
+            still = "and Lighthouse is still on: " if state.enabled else ""
             say_once(
-                self._lighthouse.name,
-                "what is saved is the plain model, and Lighthouse is still on: without steps of dense attention "
-                "(lighthouse(False), then train on) its weights are not ready for the dense attention that others run",
+                state.name,
+                f"what is saved is the plain model, {still}without steps of dense attention (lighthouse(False), then "
+                "train on) its weights are not ready for the dense attention that others run",
             )
         super().save_pretrained(*args, **kwargs)
 
@@ -172,65 +179,15 @@ class WrappedModel(Swapped):
     def _settle(self) -> None:
         """Names the attention that the next forward is expected to need, so that compiled code finds it named."""
         state = self._lighthouse
-        self._look_again()
+        looking.look_again(self)
+        looking.seat_others(self)
         state.name_attention(state.enabled and (self.training or state.settings.eval == "lighthouse"))
-
-    def _look_again(self) -> None:
-        """Looks whether what Lighthouse replaces is still what was wrapped; a layer that was put in gets its seat.
-
-        Raises `ValueError` where Lighthouse is on and would not act, or not on what it was given.
-        """
-        state = self._lighthouse
-        if state.enabled:
-            modules = self._attention_modules()
-            originals.check_layers(modules, architecture_of(self).attention_class)
-            state.settings.for_layers(len(modules))
-            self._check_attention_functions(modules[0])
-            originals.check_registry()
-        self._seat_layers()
-        state.own_loss = self._why_own_loss()
-
-    def _attention_modules(self) -> list:
-        architecture = architecture_of(self)
-        return architecture.attention(architecture.body(self))
-
-    def _seat_layers(self) -> None:
-        """Every layer follows this model's state, whatever it came with."""
-        state = self._lighthouse
-        modules = self._attention_modules()
-        for index, module in enumerate(modules):
-            acts = state.settings.acts_in_layer(index, len(modules))
-            config = state.config if acts else state.dense_config
-            if getattr(module, "config", None) is not config:
-                module.config = config
-            seat = vars(module).get("lighthouse_seat")
-            if acts and (seat is None or seat.state is not state):
-                module.lighthouse_seat = Seat(state)
-            elif not acts and seat is not None:
-                del module.lighthouse_seat
-
-    def _check_attention_functions(self, module) -> None:
-        state = self._lighthouse
-        named = self.config._attn_implementation
-        if named not in (NAME, state.former):
-            raise ValueError(
-                f"config._attn_implementation was set to {named!r} on the wrapped model: Lighthouse sets it itself; "
-                f"model.set_attn_implementation({named!r}) chooses what runs where Lighthouse does not act"
-            )
-        originals.check_attention_functions(state.former, module)
-
-    def _why_own_loss(self) -> str | None:
-        """Why the loss is the model's own though `loss="chunked"`; None where the two are the same."""
-        architecture = architecture_of(self)
-        if not architecture.has_head(self):
-            return None
-        forward = type(self).plain_class.forward
-        return originals.why_own_loss(self, architecture.output_layer(self), forward, architecture.causal)
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         if "_lighthouse" in vars(self):  # a copy, or from a file: its layers are copies too, and without a seat
-            self._seat_layers()
+            looking.seat_layers(self)
+            looking.remember(self)
 
     def extra_repr(self) -> str:
         state = self._lighthouse
@@ -248,6 +205,7 @@ class WrappedModel(Swapped):
 
         forward.__signature__ = with_labels(signature)  # Trainer reads here which columns the model takes
         forward.__doc__ = plain.forward.__doc__
+        forward.is_lighthouse = True
         own = {"forward": forward}
         if hasattr(plain, "generate"):
 
@@ -274,30 +232,38 @@ class WrappedModel(Swapped):
             call = {**dict(zip(names, args, strict=False)), **kwargs}
 
         state = self._lighthouse
-        if not torch.compiler.is_compiling():  # compiled code was looked at by train() and lighthouse()
-            self._look_again()
+        if torch.compiler.is_compiling():
+            looking.look_while_tracing(state.name)
+        else:
+            looking.look_again(self)
         wants_loss = call.get("labels") is not None or call.get("shift_labels") is not None
         chunked = wants_loss and self._loss_is_ours(call)
-        if call.get("use_cache") is None and (self.training or chunked) and not checks.has_cache(call):
-            call["use_cache"] = False
-        acts = self._acts(call)
-        state.name_attention(acts)
-        with_gradients = torch.is_grad_enabled()
-        if self.training and with_gradients:
-            state.note_training(acts)
+        if batch is not None and not chunked and call.get("labels") is None:
+            call["labels"] = call["shift_labels"]  # without labels the model's own forward makes no loss of them
+        # By default Transformers fills a cache in training too.
+        no_cache = call.get("use_cache") is None and (self.training or chunked) and not checks.has_cache(call)
+        acts = self._acts({**call, "use_cache": False} if no_cache else call, names)
+        if no_cache and (acts or call.get("position_ids") is None):
+            call["use_cache"] = False  # dense with position_ids: they mean something else to it without a cache
         if acts and call.get("attention_mask") is not None:
             call["attention_mask"] = None  # it hides nothing: _acts has looked
-        state.with_gradients = with_gradients
+        # In eval() only what Lighthouse does: who forgets no_grad there trains nothing.
+        if torch.is_grad_enabled() and (self.training or acts):
+            state.note_training(acts)
+        outer = state.enter(acts)
         try:
             return self._with_loss(call) if chunked else super().forward(**call)
         finally:
-            state.with_gradients = False
+            state.leave(outer)
 
-    def _acts(self, call: dict) -> bool:
-        """Whether Lighthouse acts in this forward; where it does, everything it cannot honour has been refused."""
+    def _acts(self, call: dict, names: Sequence[str]) -> bool:
+        """Whether Lighthouse acts in this forward; where it does, everything it cannot honour has been refused.
+
+        `names` are those that the plain forward takes.
+        """
         state = self._lighthouse
         settings = state.settings
-        if not state.enabled or state.generating:
+        if not state.enabled or state.is_generating():
             return False
         if self.training:  # where the plain model runs too: another call may come before the backward
             checks.check_checkpointing(architecture_of(self).body(self))
@@ -316,10 +282,13 @@ class WrappedModel(Swapped):
             return False  # the plain model says what is missing
         device = tokens.device.type
         if not settings.pays(tokens.shape[1], device):
-            self._say_why_dense(tokens.shape[1], device)
+            if torch.compiler.is_compiling():
+                looking.say_why_dense_while_tracing(state.name, device)
+            else:
+                looking.say_why_dense(self, tokens.shape[1], device)
             return False
         check_device(name, tokens.device)
-        checks.check_call(call, tokens.shape[0], tokens.shape[1], self.config)
+        checks.check_call(call, tokens.shape[0], tokens.shape[1], self.config, names)
         if not self.training:
             say_once(
                 state.name,
@@ -327,18 +296,20 @@ class WrappedModel(Swapped):
             )
         return True
 
-    def _say_why_dense(self, tokens: int, device: str) -> None:
-        state = self._lighthouse
-        rule, message = state.settings.why_dense(None if torch.compiler.is_compiling() else tokens, device)
-        say_once(state.name, f"{message}: dense attention runs", rule)
-
     def _loss_is_ours(self, call: dict) -> bool:
         """Not where the model has its own and that, or some of the logits, is asked for."""
         state = self._lighthouse
         if not architecture_of(self).has_head(self):
+            if call.get("ignore_index") is not None:
+                raise ValueError("ignore_index is given: a bare model's labels are left out by -100")
             return True
         kept = call.get("logits_to_keep")
         if state.settings.loss != "chunked" or not (kept is None or (isinstance(kept, int) and kept == 0)):
+            return False
+        if call.get("ignore_index") is not None:
+            return False
+        # Evaluations that take hidden states along would find them in the place of the logits.
+        if not self.training and call.get("output_hidden_states", self.config.output_hidden_states):
             return False
         if state.own_loss is not None:
             say_once(
@@ -360,15 +331,17 @@ class WrappedModel(Swapped):
             outputs = architecture.body(self)(**call, return_dict=True)
         else:
             outputs = super().forward(**call, return_dict=True)
+        layer = architecture.output_layer(self)
         loss = next_token_loss(
-            architecture.output_layer(self),
+            layer,
             outputs.last_hidden_state,
             labels,
             num_items_in_batch=items,
             shift_labels=shift_labels,
+            # Those of a bare model's embedding are made for its rows.
+            past_hooks=not architecture.has_head(self) and originals.may_pass_hooks(layer),
         )
-        # Named only where there is one: later versions of Transformers call it otherwise, and warn.
-        cache = {} if call.get("use_cache") is False else {"past_key_values": outputs.past_key_values}
+        cache = {} if call.get("use_cache") is False else {_CACHE: outputs[_CACHE]}
         result = CausalLMOutputWithPast(
             loss=loss, logits=None, hidden_states=outputs.hidden_states, attentions=outputs.attentions, **cache
         )
@@ -385,14 +358,13 @@ class _Generating:
 
     def __enter__(self) -> None:
         state = self.state
-        self.before = state.generating, state.config._attn_implementation
         if state.enabled:
             say_once(state.name, "generate runs with dense attention")
-        state.generating = True
-        state.name_attention(acts=False)
+        self.before = state.config._attn_implementation, state.start_generating()
 
     def __exit__(self, *_) -> None:
-        self.state.generating, name = self.before
+        name, outer = self.before
+        self.state.stop_generating(outer)
         self.state.name_attention(acts=name == NAME)
 
 

@@ -7,7 +7,7 @@ import copy
 from transformers import PreTrainedModel
 
 from lighthouse.class_swap import swap
-from lighthouse.huggingface import checks, originals
+from lighthouse.huggingface import checks, looking, originals
 from lighthouse.huggingface.architectures import Architecture, architecture_of
 from lighthouse.huggingface.checkpointing import keep_choices
 from lighthouse.huggingface.loss import OutputLayer
@@ -43,9 +43,11 @@ def wrap(model: PreTrainedModel, settings: LighthouseSettings) -> PreTrainedMode
     model._lighthouse = State(
         settings=settings, former=former, config=own, dense_config=dense, loss_type=model.loss_type
     )
-    model._seat_layers()
-    # Trainer counts the predicted tokens by this: a bare model would be given one too many per sequence.
-    model.loss_type = "ForCausalLM"
+    looking.seat_layers(model)
+    looking.remember(model)
+    if not architecture.has_head(model):
+        # Trainer counts the predicted tokens by this: a bare model would be given one too many per sequence.
+        model.loss_type = "ForCausalLM"
     keep_choices(model)
     model._settle()
     _say_if_never(model)
