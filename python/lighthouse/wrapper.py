@@ -153,7 +153,7 @@ def LighthouseWrapper(
 
     What is replaced has to be Transformers' own, and is looked at when the model is wrapped, at the switch, in
     `train()` and in each forward (compiled as a whole, only when it is traced): attention modules, functions and masks
-    of the user's own, replaced entries of Transformers' registry (sequence parallelism), context parallelism are errors.
+    of the user's own, replaced entries of Transformers' registry (sequence parallelism), context parallelism: errors.
     A forward or loss function of the user's own, and hooks on the output layer, need `loss="model"`; a hook that comes
     later has the model's own loss taken, which is said once. Layers that are put in, copied or taken out follow the
     model; a part of it called by itself is an error where Lighthouse would act.
