@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from lighthouse.inner import InnerAttention, SubSequences, causal_sdpa
-from lighthouse.inputs import check_inner_output, check_options, check_qkv, check_scores
+from lighthouse.inputs import check_inner_output, check_not_sharded, check_options, check_qkv, check_scores
 from lighthouse.operators import choose, gather, scatter
 from lighthouse.plan import sub_length
 from lighthouse.settings import POOL_RATIOS, SELECT_TOPK, check_pool_ratios, check_select_topk
@@ -30,6 +30,7 @@ def sub_sequence_attention(
     query, key, value = check_qkv(query, key, value)
     scores = check_scores(scores, key)
     check_options(scale, dropout_p, inner, cover_start)
+    check_not_sharded()
 
     length = sub_length(query.shape[2], windows, topk)
     mask, prefix = choose(query, key, windows, topk, scores, cover_start)
@@ -76,7 +77,8 @@ def attention(
         `[B, Hq, N, D]`; its `.transpose(1, 2)` is contiguous.
 
     Raises:
-        ValueError, TypeError: before any work, naming the argument, the rule and the value.
+        ValueError, TypeError: before any work, naming the argument, the rule and the value; ValueError also inside of
+            torch's `context_parallel`.
         NotImplementedError: under `torch.func.grad`, `vjp`, `jvp` and forward-mode derivatives, which would be wrong.
     """
     return sub_sequence_attention(

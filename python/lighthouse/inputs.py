@@ -6,8 +6,10 @@ import logging
 import math
 from collections.abc import Callable
 from numbers import Real
+from types import FunctionType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lighthouse.devices import check_device, check_on_cuda
@@ -152,6 +154,18 @@ def check_cover_start(cover_start: bool) -> None:
     """Raises TypeError."""
     if not isinstance(cover_start, bool):  # of "False" the truth is True
         raise TypeError(f"cover_start={cover_start!r}: True or False is needed")
+
+
+def check_not_sharded() -> None:
+    """Raises `ValueError` inside of torch's `context_parallel`, which replaces SDPA; compiled code is not looked at."""
+    sdpa = F.scaled_dot_product_attention
+    if torch.compiler.is_compiling() or not isinstance(sdpa, FunctionType):
+        return
+    if sdpa.__module__.startswith("torch.distributed"):
+        raise ValueError(
+            "context parallelism is on (torch.distributed's context_parallel): each process would choose and attend "
+            "within its own shard of the sequence; Lighthouse does not support it yet"
+        )
 
 
 def check_options(scale: float | None, dropout_p: float, inner: Callable | None, cover_start: bool) -> None:

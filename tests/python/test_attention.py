@@ -333,3 +333,19 @@ def test_a_last_stride_other_than_one_is_copied_and_said_once(caplog):
     assert [record.message for record in caplog.records] == [
         "query has a last stride other than one and is copied; said once"
     ]
+
+
+def test_inside_of_context_parallelism_it_is_refused(tmp_path):
+    """Each process would attend within its own shard; one process is enough to be inside."""
+    from torch.distributed.tensor.experimental import context_parallel
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        query, key, value = (torch.randn(1, 2, 64, 16) for _ in range(3))
+        with context_parallel(mesh, buffers=[query, key, value], buffer_seq_dims=[2, 2, 2]):
+            with pytest.raises(ValueError, match="context parallelism is on"):
+                lighthouse.attention(query, key, value)
+        lighthouse.attention(query, key, value)
+    finally:
+        torch.distributed.destroy_process_group()

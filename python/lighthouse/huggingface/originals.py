@@ -8,7 +8,6 @@ function's code lies: here each function of a chain of wrappers has to lie in Tr
 from __future__ import annotations
 
 import functools
-import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lighthouse.huggingface.attention_interface import NAME, dense_name, lighthouse_attention, lighthouse_mask
+from lighthouse.inputs import check_not_sharded
 
 _PACKAGE = str(Path(transformers.__file__).parent) + "/"
 _TORCH = str(Path(torch.__file__).parent) + "/"
@@ -132,12 +132,7 @@ def check_registry() -> None:
             f'attention "{NAME}" in Transformers\' registry is {place_of(ALL_ATTENTION_FUNCTIONS.get(NAME))}: '
             "Lighthouse would never run; register yours under another name"
         )
-    sdpa = F.scaled_dot_product_attention
-    if isinstance(sdpa, types.FunctionType) and sdpa.__module__.startswith("torch.distributed"):
-        raise ValueError(
-            "context parallelism is on (torch.distributed's context_parallel): each process would choose and attend "
-            "within its own shard of the sequence; Lighthouse does not support it yet"
-        )
+    check_not_sharded()
 
 
 def why_own_loss(model: nn.Module, output_layer: nn.Module, forward: Callable, causal: type[nn.Module]) -> str | None:
