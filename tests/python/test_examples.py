@@ -26,6 +26,7 @@ from test_huggingface_training import trainer
 EXAMPLES = Path(__file__).parents[2] / "examples" / "python"
 STEP = 2 * TOKENS  # tokens of an optimizer step
 COUNTED = {"include_num_input_tokens_seen": "all"}
+NOT_COUNTED = {"include_num_input_tokens_seen": "no"}
 
 
 def run(folder, resume=None, **arguments):
@@ -142,7 +143,7 @@ def test_a_resumed_run_goes_on_counting(tmp_path, caplog):
 
 def test_processes_that_are_strangers_are_said(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
-    callback, found = LighthouseCallback(switch_step=1), SimpleNamespace(world_size=1, max_steps=2)
+    callback, found = LighthouseCallback(switch_step=1), SimpleNamespace(world_size=1, max_steps=2, **NOT_COUNTED)
     callback.on_train_begin(found, TrainerState(), None, model=wrapped())
     assert "OMPI_COMM_WORLD_SIZE=2: a launcher has started 2 processes, and they are not joined" in caplog.text
 

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import TrainerState
+from transformers import TrainerControl, TrainerState
 
 from lighthouse.huggingface.state import Used
 from lighthouse.huggingface.steps import Steps, not_as_wished, not_ready
@@ -267,6 +267,22 @@ def test_the_switch_goes_by_the_step_alone():
     State.global_step = 2  # an earlier checkpoint
     switch.on_step_begin(None, State, None, model=model)
     assert model.lighthouse_enabled
+
+
+SAVES = [
+    ("at_the_switch", 3, False, True, (True, True)),
+    ("at_any_evaluation", 2, True, True, (True, True)),
+    ("at_a_step_that_is_none", 2, False, True, (False, False)),
+    ("where_the_best_is_not_asked_for", 3, False, False, (True, False)),
+]
+
+
+@pytest.mark.parametrize("step, evaluates, best, expected", [s[1:] for s in SAVES], ids=[s[0] for s in SAVES])
+def test_what_may_be_the_best_is_saved(step, evaluates, best, expected):
+    control = TrainerControl(should_evaluate=evaluates)
+    args = SimpleNamespace(eval_strategy="steps", load_best_model_at_end=best)
+    SwitchToDense(3).on_step_end(args, TrainerState(global_step=step), control)
+    assert (control.should_evaluate, control.should_save) == expected
 
 
 def test_the_first_step_of_the_dense_stage():

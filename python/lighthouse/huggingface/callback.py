@@ -10,14 +10,16 @@ kept in each checkpoint's `trainer_state.json`, and compared with `state.global_
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from dataclasses import asdict, fields
+from pathlib import Path
 
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from lighthouse.huggingface.steps import Steps, forget_forwards, not_as_wished, not_ready, used_in
+from lighthouse.huggingface.steps import Steps, forget_forwards, not_as_wished, not_ready, tokens_counted, used_in
 from lighthouse.huggingface.wrapped import WrappedModel
 from lighthouse.processes import strangers
 
@@ -25,12 +27,14 @@ logger = logging.getLogger("lighthouse")
 
 # What `export` tells of a checkpoint; the others are not numbers, or say how the model was trained and not what with.
 SAVED_SETTINGS = ("pool_ratios", "select_topk", "dense_layers", "cover_start", "eval")
+STATE = "trainer_state.json"
 
 
 class LighthouseCallback(TrainerCallback, ExportableState):
     """Lighthouse on in the first steps, off from the switch on. Optimizer and schedule are untouched.
 
     Where the Trainer evaluates at all, it also does so right before the switch: the last dense loss of that stage.
+    With `load_best_model_at_end` a checkpoint is saved there too, since that evaluation may be the best.
 
     Args, one of which is given:
         switch_share: share of the optimizer steps that use Lighthouse, 0 to 1.
@@ -76,12 +80,17 @@ class LighthouseCallback(TrainerCallback, ExportableState):
         self.tokens: int | None = None  # trained on at the switch, where the Trainer counts them
         self.settings: dict = {}
         self.steps: Steps | None = Steps()
+        self.on_steps = 0  # in which Lighthouse was on, by a former share or step too
+        self.counted: str | None = None  # which tokens the Trainer has counted from the first step on
+        self.told_until = 0  # the step up to which all of this is known
+        self.loaded: dict | None = None  # what the best checkpoint says of itself, where the Trainer has loaded it
 
     def state(self) -> dict:
         steps = None if self.steps is None else asdict(self.steps)
+        names = ("step", "tokens", "settings", "on_steps", "counted", "told_until", "loaded")
         return {
             "args": self.given,
-            "attributes": {"step": self.step, "tokens": self.tokens, "settings": self.settings, "steps": steps},
+            "attributes": {name: getattr(self, name) for name in names} | {"steps": steps},
         }
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
@@ -94,12 +103,20 @@ class LighthouseCallback(TrainerCallback, ExportableState):
         known = {f.name for f in fields(settings)}
         self.settings = {name: getattr(settings, name) for name in SAVED_SETTINGS if name in known}
         saved = state.stateful_callbacks.get(type(self).__name__)
-        self.step = self.tokens = None
+        self.step = self.tokens = self.loaded = None
+        self.on_steps, self.told_until = 0, state.global_step
         self.steps = Steps() if state.global_step == 0 else None
-        if state.global_step > 0 and isinstance(saved, dict):
-            attributes = saved["attributes"]
+        attributes = saved["attributes"] if state.global_step > 0 and isinstance(saved, dict) else {}
+        self.counted = args.include_num_input_tokens_seen if args.include_num_input_tokens_seen != "no" else None
+        if state.global_step > 0:
+            before = state.num_input_tokens_seen > 0 and tokens_counted(attributes, state.log_history)
+            self.counted = self.counted if before in (True, self.counted) else None
+        if attributes:
             if attributes.get("steps") is not None:
                 self.steps = Steps(**attributes["steps"])
+                model._lighthouse.trained_before(self.steps, state.global_step, args.gradient_accumulation_steps)
+            former = state.global_step if attributes["step"] is None else attributes["step"]
+            self.on_steps = attributes.get("on_steps", min(former, state.global_step))
             self._say_what_changed(attributes["settings"], state)
             if saved["args"] == self.given:
                 self.step, self.tokens = attributes["step"], attributes["tokens"]
@@ -123,26 +140,38 @@ class LighthouseCallback(TrainerCallback, ExportableState):
         used = used_in(_wrapped_in(model), state.global_step)
         if self.steps is not None:
             self.steps.note(used, state.global_step)
+        self.on_steps += self.step is None or state.global_step <= self.step
+        self.told_until = state.global_step
         if self.step is None:
             self._switch_by_tokens(state)
         if state.global_step == self.step:
             self.tokens = state.num_input_tokens_seen or None
             if args.eval_strategy != "no":
                 control.should_evaluate = True
+                if args.load_best_model_at_end:  # the Trainer takes an evaluation for the best though nothing is saved
+                    control.should_save = True
         return control
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         if state.global_step == 0:
             return
-        wished = state.global_step if self.step is None else min(self.step, state.global_step)
-        last, lighthouse, said = wished, None, []
+        last = state.global_step if self.step is None else min(self.step, state.global_step)
+        lighthouse, said = None, []
         if self.steps is not None:
-            last, lighthouse, said = self.steps.last, self.steps.lighthouse, not_as_wished(wished, self.steps)
-        best = best_step(args, state)
-        if best is not None and best <= last:
-            _wrapped_in(model)._lighthouse.ready = False  # for `unwrap` and `export`
-            said.append(f"The model is now the best checkpoint's, of step {best:,}, from before the dense stage.")
-        said += not_ready(state.global_step if best is None else best, last, lighthouse)
+            last, lighthouse, said = self.steps.last, self.steps.lighthouse, not_as_wished(self.on_steps, self.steps)
+        best = best_checkpoint(args, state)
+        step = state.global_step if best is None else step_of(best)
+        if best is not None and step < state.global_step:
+            self.loaded, inside = _told_by(best), _wrapped_in(model)._lighthouse  # for `unwrap` and `export`
+            its = self.loaded["stateful_callbacks"].get(type(self).__name__, {}).get("attributes", {})
+            if its.get("steps") is not None:
+                inside.trained_before(Steps(**its["steps"]), step, args.gradient_accumulation_steps)
+            if step <= last:
+                inside.ready = False
+                said.append(f"The model is now the best checkpoint's, of step {step:,}, from before the dense stage.")
+        said += not_ready(step, last, lighthouse)
+        # The Trainer does so in checkpoints alone; `save_state` writes it too.
+        state.stateful_callbacks[type(self).__name__] = self.state()
         if state.is_world_process_zero:
             for sentence in said:
                 logger.warning("Lighthouse: %s", sentence)
@@ -169,18 +198,37 @@ class LighthouseCallback(TrainerCallback, ExportableState):
                 f"{wish}: the Trainer does not count tokens; "
                 'TrainingArguments(include_num_input_tokens_seen="all") makes it do so'
             )
-        if state.global_step > 0 and state.num_input_tokens_seen == 0:
+        if state.global_step > 0 and self.counted is None:
             raise ValueError(
-                f"{wish}: the {state.global_step} steps of the checkpoint were made without counting their tokens; "
-                "give switch_step"
+                f"{wish}: the {state.global_step} steps of the checkpoint were made without counting their tokens, or "
+                f"not all of them as {args.include_num_input_tokens_seen!r} does; give switch_step"
             )
 
 
-def best_step(args, state) -> int | None:
-    """The step whose weights the Trainer has loaded at its end, where it was told to take the best."""
+def best_checkpoint(args, state) -> Path | None:
+    """The checkpoint whose weights the Trainer has loaded at its end, where it was told to take the best.
+
+    Not `best_global_step`, of which there may be no checkpoint.
+    """
     if not args.load_best_model_at_end or state.best_model_checkpoint is None:
         return None
-    return state.best_global_step
+    best = Path(state.best_model_checkpoint)
+    return best if best.is_dir() else None
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in the name that the Trainer gives a checkpoint."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _told_by(checkpoint: Path) -> dict:
+    """Of a checkpoint's state, what tells how its weights were trained."""
+    told = {"global_step": step_of(checkpoint), "num_input_tokens_seen": 0, "stateful_callbacks": {}}
+    if not (checkpoint / STATE).is_file():
+        return told
+    state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    ours = {LighthouseCallback.__name__: state["stateful_callbacks"].get(LighthouseCallback.__name__, {})}
+    return {name: state[name] for name in told} | {"stateful_callbacks": ours}
 
 
 def _wrapped_in(model) -> WrappedModel:

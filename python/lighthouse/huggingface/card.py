@@ -12,14 +12,16 @@ from fractions import Fraction
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from lighthouse.huggingface.callback import LighthouseCallback
-from lighthouse.huggingface.steps import Steps, not_ready
+from lighthouse.huggingface.steps import Steps, not_ready, tokens_counted
 from lighthouse.huggingface.wrapped import WrappedModel
 from lighthouse.training.callbacks import Record, steps_in_record
-from lighthouse.training.checkpoints import weights_in
+from lighthouse.training.checkpoints import step_of, weights_in
 from lighthouse.training.result import DENSE, LIGHTHOUSE, RESULTS
 from lighthouse.training.resume import FACTS, MODEL, SETTINGS, STATE
+from lighthouse.wrapper import LEAST_DENSE_SHARE
 
 PAPER = "arXiv:2605.06554"
 HELD_OUT_ROWS = 12
@@ -40,9 +42,11 @@ class History:
     """Of the exported weights. None, or an empty list, stands for what is not known.
 
     `step` is theirs; `switch_step` is the last in which Lighthouse acted, 0 if it never did, and `lighthouse_steps` are
-    all of those. `still_on` and `ready` are for a model in memory, of which no steps are known. `held_out` are (step,
-    loss); `losses_are_dense` is False where nothing says with which attention they were measured, `losses_are_ours`
-    where another script's Trainer has made them of whatever its loss is. `doubts` are of what lies beside the weights.
+    all of those. `still_on`, `ready` and `hardly_dense` are for a model in memory, of which no steps are known: whether
+    Lighthouse is on, whether dense training has followed it, and where that is too little, (training forwards, the
+    dense ones). `held_out` are (step, loss); `losses_are_dense` is False where nothing says with which attention they
+    were measured, `losses_are_ours` where another script's Trainer has made them of whatever its loss is. `doubts` are
+    of what lies beside the weights.
     """
 
     step: int | None = None
@@ -50,6 +54,7 @@ class History:
     lighthouse_steps: int | None = None
     still_on: bool | None = None
     ready: bool | None = None
+    hardly_dense: tuple[int, int] | None = None
     pool_ratios: list[float] | None = None
     select_topk: int | float | None = None
     dense_layers: int | None = None
@@ -95,6 +100,13 @@ class History:
                 "No dense step has followed the last one with Lighthouse in these weights: they are not ready for "
                 "dense attention, which is what any other program runs them with."
             ]
+        if self.hardly_dense is not None:
+            forwards, dense = self.hardly_dense
+            return [
+                f"Of the {forwards:,} training forwards of these weights only {dense:,} had dense attention: with less "
+                f"than {LEAST_DENSE_SHARE:.0%} of them they are hardly ready for it, and it is what any other program "
+                "runs them with."
+            ]
         if self.still_on is not None:
             return []
         if self.switch_step is None:
@@ -110,6 +122,7 @@ def history_of_model(model) -> History:
     return History(
         still_on=model.lighthouse_enabled,
         ready=model._lighthouse.ready,
+        hardly_dense=model._lighthouse.hardly_dense,
         pool_ratios=list(settings.pool_ratios),
         select_topk=settings.select_topk,
         dense_layers=settings.dense_layers,
@@ -122,7 +135,7 @@ def history_of_checkpoint(folder: Path) -> History:
     if state is not None:
         callbacks = state.get("stateful_callbacks", {})
         record = callbacks.get(Record.__name__)
-        return _of_a_trainer(state) if record is None else _of_a_run(folder, record, state)
+        return _of_a_trainer(folder, state) if record is None else _of_a_run(folder, record, state)
     results = _read(folder.parent / RESULTS)
     if results is None or folder.name != MODEL:  # the results are of that folder's weights and of no others
         return History()
@@ -141,7 +154,7 @@ def _of_a_run(folder: Path, record: dict, state: dict) -> History:
     run, facts = _read(folder.parent / SETTINGS), record["args"].get("facts")
     attributes = record["attributes"]
     if run is None and not facts:
-        history = _of_a_trainer(state)
+        history = _of_a_trainer(folder, state)
         history.switch_step = steps_in_record(attributes).last
         return history
     history = _settings_of(facts or run, steps_in_record(attributes), state["global_step"])
@@ -169,14 +182,31 @@ def _settings_of(run: dict, steps: Steps, step: int) -> History:
     return history
 
 
-def _of_a_trainer(state: dict) -> History:
-    """A checkpoint of another script; with `LighthouseCallback` it knows its settings and its switch."""
-    history = History(step=state["global_step"], tokens=state.get("num_input_tokens_seen") or None)
+def _of_a_trainer(folder: Path, state: dict) -> History:
+    """Of a checkpoint, or what `save_model` and `save_state` have written, of another script.
+
+    With `LighthouseCallback` it knows its settings, its switch, and whether its weights are the best checkpoint's.
+    """
+    attributes = _ours_in(state)
+    if "loaded" in attributes and _told_until(attributes) == state["global_step"]:
+        state, doubts = state | (attributes["loaded"] or {}), []
+    else:
+        state, doubts = _of_these_weights(folder, state)
+    attributes, step = _ours_in(state), state["global_step"]
+    history = History(step=step, doubts=doubts)
+    if tokens_counted(attributes, state["log_history"]):
+        history.tokens = state.get("num_input_tokens_seen") or None
     history.held_out = [(entry["step"], entry["eval_loss"]) for entry in state["log_history"] if "eval_loss" in entry]
-    saved = state.get("stateful_callbacks", {}).get(LighthouseCallback.__name__)
-    if isinstance(saved, dict):
-        attributes = saved["attributes"]
-        settings = attributes["settings"]
+    if attributes:
+        settings, told = attributes["settings"], _told_until(attributes)
+        history.losses_are_dense = settings.get("eval") == "dense"
+        if told is not None and told != step:
+            history.tokens = None
+            history.doubts.append(
+                f"What is told beside these weights ends at step {told:,}, and they are of step {step:,}: in which of "
+                "their steps Lighthouse acted is not known."
+            )
+            return _up_to_its_step(history)
         # By tokens the switch's step is None until it is there: all steps so far used Lighthouse.
         history.switch_step = history.step if attributes["step"] is None else attributes["step"]
         history.lighthouse_tokens = attributes["tokens"]
@@ -188,8 +218,37 @@ def _of_a_trainer(state: dict) -> History:
         if history.lighthouse_steps != 0:
             history.pool_ratios, history.select_topk = settings["pool_ratios"], settings["select_topk"]
             history.dense_layers = settings["dense_layers"]
-        history.losses_are_dense = settings["eval"] == "dense"
     return _up_to_its_step(history)
+
+
+def _ours_in(state: dict) -> dict:
+    """What `LighthouseCallback` has kept in a Trainer's state."""
+    saved = state.get("stateful_callbacks", {}).get(LighthouseCallback.__name__)
+    return saved.get("attributes", {}) if isinstance(saved, dict) else {}
+
+
+def _told_until(attributes: dict) -> int | None:
+    """The step up to which the callback tells; None where an earlier version has kept nothing that says it."""
+    steps = attributes.get("steps")
+    return attributes.get("told_until", None if steps is None else steps["lighthouse"] + steps["dense"])
+
+
+def _of_these_weights(folder: Path, state: dict) -> tuple[dict, list[str]]:
+    """The state that the weights are of, where nothing says whether they are the last step's or the best checkpoint's.
+
+    A checkpoint is of its own step. Of another folder the weights are compared with those of the checkpoints.
+    """
+    step, best = state["global_step"], Path(state.get("best_model_checkpoint") or "")
+    if step_of(best) in (-1, step) or step_of(folder) == step:
+        return state, []
+    weights = weights_in(folder)
+    for checkpoint in (best, best.with_name(f"{PREFIX_CHECKPOINT_DIR}-{step}")):
+        if (checkpoint / STATE).is_file() and weights_in(checkpoint) == weights:
+            return _read(checkpoint / STATE), []
+    return state, [
+        f"Whether these weights are of step {step:,}, as is told here, or with load_best_model_at_end of the best "
+        f"checkpoint, of step {step_of(best):,}, is not recorded beside them."
+    ]
 
 
 def _up_to_its_step(history: History) -> History:

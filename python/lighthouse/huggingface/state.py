@@ -17,7 +17,7 @@ import torch
 from transformers import PretrainedConfig
 
 from lighthouse.huggingface.attention_interface import NAME, dense_name
-from lighthouse.wrapper import LighthouseSettings
+from lighthouse.wrapper import LEAST_DENSE_SHARE, LighthouseSettings
 
 logger = logging.getLogger("lighthouse")
 
@@ -128,6 +128,22 @@ class State:
         else:
             self.lighthouse_forwards += acts
             self.dense_forwards += not acts
+
+    def trained_before(self, steps, step: int, forwards: int) -> None:
+        """The model has the weights of a checkpoint of the `step`-th step, of so many training forwards each.
+
+        `steps` are its `Steps`.
+        """
+        self.ready = step > steps.last or steps.lighthouse == 0
+        self.lighthouse_forwards = steps.lighthouse * forwards
+        self.dense_forwards = steps.dense * forwards
+
+    @property
+    def hardly_dense(self) -> tuple[int, int] | None:
+        """(training forwards, the dense ones among them) where these are too few for dense attention; else None."""
+        lighthouse, dense = self.lighthouse_forwards, self.dense_forwards
+        few = lighthouse > 0 and dense < LEAST_DENSE_SHARE * (lighthouse + dense)
+        return (lighthouse + dense, dense) if few and not self.ran_compiled else None
 
     def take_used(self) -> Used:
         used = Used(self.used_lighthouse, self.used_dense)

@@ -26,6 +26,17 @@ def used_in(model, step: int):
     return _taken[model][1]
 
 
+def tokens_counted(attributes: dict, log_history: list[dict]) -> bool | str:
+    """Whether the Trainer has counted all tokens of a run, from its first step on; which of them, where that is kept.
+
+    `attributes` are a `LighthouseCallback`'s in a checkpoint. Without it the logs tell, which have the number from when
+    it is counted on.
+    """
+    if "counted" in attributes:
+        return attributes["counted"] or False
+    return all("num_input_tokens_seen" in entry for entry in log_history)
+
+
 @dataclass
 class Steps:
     """`lighthouse` steps in which Lighthouse acted, the last of them being `last`; `dense` are the others.

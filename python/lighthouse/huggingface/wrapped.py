@@ -70,8 +70,6 @@ class WrappedModel(Swapped):
 
     def _say_if_not_ready(self) -> None:
         state = self._lighthouse
-        lighthouse, dense = state.lighthouse_forwards, state.dense_forwards
-        counted = not state.ran_compiled
         if not state.ready:
             say_once(
                 state.name,
@@ -79,10 +77,11 @@ class WrappedModel(Swapped):
                 "for the dense attention that it has from now on; train on with model.lighthouse(False) before "
                 "unwrap()",
             )
-        elif counted and lighthouse and dense < LEAST_DENSE_SHARE * (lighthouse + dense):
+        elif state.hardly_dense is not None:
+            forwards, dense = state.hardly_dense
             say_once(
                 state.name,
-                f"of this model's {lighthouse + dense:,} training forwards only {dense:,} had dense attention: with "
+                f"of this model's {forwards:,} training forwards only {dense:,} had dense attention: with "
                 f"less than {LEAST_DENSE_SHARE:.0%} it is hardly ready for it; train on before it is used",
             )
 

@@ -28,7 +28,8 @@ class SwitchToDense(TrainerCallback):
     """Lighthouse on in the steps before `switch_step`, off from it on. Optimizer and schedule are untouched.
 
     `switch_step` is a number of optimizer steps and not a share: a share would move with `max_steps`. An evaluation is
-    asked for right before the switch.
+    asked for right before the switch. With `load_best_model_at_end` a checkpoint is saved wherever is evaluated: the
+    Trainer takes a loss for the best though nothing was saved there, and would load another checkpoint.
     """
 
     def __init__(self, switch_step: int):
@@ -42,6 +43,8 @@ class SwitchToDense(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == self.switch_step and args.eval_strategy != "no":
             control.should_evaluate = True
+        if args.load_best_model_at_end and control.should_evaluate:
+            control.should_save = True
         return control
 
 
