@@ -432,6 +432,26 @@ RECOVERS = [
 ]
 
 
+def test_the_best_losses_are_not_called_final(done):
+    """With `load_best_model_at_end` the saved models, and so the compared losses, are the best checkpoints'."""
+    best = {"settings": done[1].settings | {"load_best_model_at_end": True}}
+    ours = two_stage(losses=(6, 5, 5, 5, 3.5, 4.5), model_step=16, **best)
+    theirs = baseline(losses=(6, 5, 5, 4, 4.6, 4.8), model_step=12, **best)
+    found = changed(done[1], ours, theirs, card_names=["the best loss"])
+    check, text = checklist(found)[CHECKS.index("loss")], page(found).markdown()
+    assert check.what == "Best held-out loss matches or improves the baseline" and check.passed
+    for part in (
+        "losses of the best checkpoints, after step 12 of the baseline and 16 of the two-stage run",
+        "the last ones are 4.5000 against 4.8000",
+        "is at the baseline's best 4.0000",
+    ):
+        assert part in check.evidence and part in text, part
+    assert "two-stage's best loss" in text and "final" not in text.lower()
+    assert {pair["compared_loss"] for pair in found.numbers()["pairs"]} == {"best"}
+    never = changed(done[1], two_stage(losses=(6, 5, 5, 5, 4.5, 4.6), model_step=16, **best), theirs)
+    assert "its best is 4.5000, and it ends at 0:28" in passing(never.pairs[0])
+
+
 @pytest.mark.parametrize("losses, expected, part", [r[1:] for r in RECOVERS], ids=[r[0] for r in RECOVERS])
 def test_the_recovery_behind_the_switch(losses, expected, part):
     found = pair(losses, [6.0] * len(losses))

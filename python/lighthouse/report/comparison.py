@@ -137,16 +137,27 @@ def _as_good(found) -> Check:
                 f"after the switch behind step {run.switch_step:,}."
             )
     return Check(
-        "Final held-out loss matches or improves the baseline",
+        f"{found.pairs[0].which.capitalize()} held-out loss matches or improves the baseline",
         passed,
         " ".join(
             [
                 f"{two_stage:.4f} against {baseline:.4f} ({two_stage - baseline:+.4f}){over}.",
+                *(f"{_seed(found, pair)}{_of_best(pair)}" for pair in found.pairs if pair.which == "best"),
                 *map(_sentence, why),
                 seeds,
                 *map(passing, found.pairs),
             ]
         ),
+    )
+
+
+def _of_best(pair) -> str:
+    """What the losses are where each run's best checkpoint was taken; a sentence."""
+    baseline, two_stage = pair.runs
+    return (
+        f"As load_best_model_at_end asks for, these are the losses of the best checkpoints, after step "
+        f"{baseline.model_step:,} of the baseline and {two_stage.model_step:,} of the two-stage run; the last ones are "
+        f"{two_stage.held_out[-1].loss:.4f} against {baseline.held_out[-1].loss:.4f}."
     )
 
 
@@ -188,7 +199,7 @@ def _card(found) -> Check:
 
 
 def passing(pair) -> str:
-    """When the two-stage run of a pair has the baseline's final loss; a sentence."""
+    """When the two-stage run of a pair has the baseline's final, or best, loss; a sentence."""
     baseline, two_stage = pair.baseline, pair.two_stage
     name = f"Seed {pair.seed}: the two-stage run"
     doubt = "" if pair.control.why_not is None else " These times do not compare."
@@ -196,13 +207,15 @@ def passing(pair) -> str:
         steps, seconds = pair.passes
         times = f", after {pair.sooner:.2f} times as long" if not doubt else ""
         return (
-            f"{name} is at the baseline's final {baseline.loss:.4f} behind step {steps:,.0f}, at {minutes(seconds)}; "
-            f"the baseline got there at {minutes(pair.baseline_passes[1])}{times}.{doubt}"
+            f"{name} is at the baseline's {pair.which} {baseline.loss:.4f} behind step {steps:,.0f}, at "
+            f"{minutes(seconds)}; the baseline got there at {minutes(pair.baseline_passes[1])}{times}.{doubt}"
         )
     ends = f"it ends with {two_stage.loss:.4f} at {minutes(two_stage.seconds)}"
+    if pair.which == "best":
+        ends = f"its best is {two_stage.loss:.4f}, and it ends at {minutes(two_stage.seconds)}"
     if pair.baseline_then is not None and two_stage.seconds < baseline.seconds:
         ends += f", when the baseline was last measured at {pair.baseline_then:.4f}"
-    return f"{name} does not get to the baseline's final {baseline.loss:.4f} within its steps; {ends}.{doubt}"
+    return f"{name} does not get to the baseline's {pair.which} {baseline.loss:.4f} within its steps; {ends}.{doubt}"
 
 
 def recovery(pair) -> str:
@@ -229,7 +242,7 @@ def recovery(pair) -> str:
 def page(found, checks: Sequence[Check] | None = None) -> Page:
     """The report of a `Comparison`."""
     settings, checks = found.settings, checklist(found) if checks is None else checks
-    steps = found.pairs[0].baseline.steps
+    steps, which = found.pairs[0].baseline.steps, found.pairs[0].which
     model = settings["model"].rstrip("/").rpartition("/")[2]
     result = Page(
         f"Lighthouse compared: {model} at {settings['context']:,} tokens",
@@ -249,10 +262,10 @@ def page(found, checks: Sequence[Check] | None = None) -> Page:
         result,
         [f"seed {pair.seed}" for pair in found.pairs],
         [
-            ("baseline's final loss", [f"{pair.baseline.loss:.4f}" for pair in found.pairs]),
-            ("two-stage's final loss", [f"{pair.two_stage.loss:.4f}" for pair in found.pairs]),
+            (f"baseline's {which} loss", [f"{pair.baseline.loss:.4f}" for pair in found.pairs]),
+            (f"two-stage's {which} loss", [f"{pair.two_stage.loss:.4f}" for pair in found.pairs]),
             ("difference", [f"{pair.loss_difference:+.4f}" for pair in found.pairs]),
-            ("baseline at its final loss", [minutes(pair.baseline_passes[1]) for pair in found.pairs]),
+            (f"baseline at its {which} loss", [minutes(pair.baseline_passes[1]) for pair in found.pairs]),
             ("two-stage there", ["never" if pair.passes is None else minutes(pair.passes[1]) for pair in found.pairs]),
             (
                 "times as long",

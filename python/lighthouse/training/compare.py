@@ -240,7 +240,7 @@ def strip(pair: Pair, run_folder: Path, folder: Path) -> Stripped:
                 ("dense layers at each end", run.settings["dense_layers"]),
             )
         ),
-        f"the final loss {run.loss:.4f}": f"| {run.model_step:,} | {run.loss:.4f} |",
+        f"the {pair.which} loss {run.loss:.4f}": f"| {run.model_step:,} | {run.loss:.4f} |",
     }
     names = [name for name, text in wanted.items() if text in card]
     lacks = [name for name in wanted if name not in names]

@@ -174,6 +174,11 @@ class Pair:
         return found
 
     @property
+    def which(self) -> str:
+        """Which loss of a run is compared, that of the model it saved: "final", or "best" of its checkpoints."""
+        return "best" if any(run.settings.get("load_best_model_at_end") for run in self.runs) else "final"
+
+    @property
     def left_dense(self) -> int:
         """Steps of the two-stage run that were to be Lighthouse's and in which it did not act."""
         lighthouse = self.two_stage.lighthouse
@@ -194,17 +199,17 @@ class Pair:
 
     @property
     def loss_difference(self) -> float:
-        """Of the final dense held-out loss, two-stage less baseline."""
+        """Of the dense held-out loss of the saved models (`which`), two-stage less baseline."""
         return self.two_stage.loss - self.baseline.loss
 
     @cached_property
     def passes(self) -> tuple[float, float] | None:
-        """Steps and training seconds at which the two-stage run has the baseline's final loss; None if it never has."""
+        """Steps and training seconds at which the two-stage run has the baseline's loss; None if it never has."""
         return self.two_stage.reaches(self.baseline.loss)
 
     @cached_property
     def baseline_passes(self) -> tuple[float, float]:
-        """The same of the baseline itself, which may have had its final loss before its end."""
+        """The same of the baseline itself, which may have had that loss before its end."""
         return self.baseline.reaches(self.baseline.loss)
 
     @property
@@ -257,7 +262,7 @@ class Comparison:
         return self.pairs[0].two_stage.settings
 
     def mean_loss(self, which: str) -> float:
-        """Final dense held-out loss of the "baseline" or "two_stage" runs, over the seeds."""
+        """Dense held-out loss of the models of the "baseline" or "two_stage" runs, over the seeds."""
         return mean(getattr(pair, which).loss for pair in self.pairs)
 
     def numbers(self) -> dict:
@@ -269,6 +274,7 @@ class Comparison:
                 "differences": pair.differences,
                 "times_as_fast": pair.times_as_fast,
                 "stage_times_as_fast": pair.stage_times_as_fast,
+                "compared_loss": pair.which,
                 "loss_difference": pair.loss_difference,
                 "passes": None if pair.passes is None else dict(zip(("step", "seconds"), pair.passes, strict=True)),
                 "sooner": pair.sooner,
