@@ -27,6 +27,7 @@ from small_llama import wrapped as wrapped_llama
 from test_huggingface_training import trainer
 from test_training_interrupted import small_disk  # noqa: F401
 from training_runs import options, training, write_text
+from training_tokenizers import save_letters
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +158,38 @@ def test_a_checkpoint_tells_of_its_own_run_wherever_it_lies(run, tmp_path):
     (alone / "trainer_state.json").write_text(json.dumps(state))
     earlier = history_of_checkpoint(alone)
     assert (earlier.context, earlier.lighthouse_steps, earlier.switch_step) == (999, 2, 2) and not earlier.doubts
+
+
+def test_a_tokenizer_elsewhere_is_that_of_training_or_none(tmp_path):
+    """Of a run that has no model yet its checkpoints lie without one; what has kept no identity is doubted."""
+    place = save_letters(tmp_path / "tokenizer")
+    text = write_text(tmp_path / "text")
+    pretrain(
+        options(text, tokenizer=place), training(tmp_path / "run", max_steps=1, save_strategy="steps", save_steps=1)
+    )
+    checkpoint = tmp_path / "run" / "checkpoint-1"
+    shutil.rmtree(tmp_path / "run" / "model")
+
+    def found():
+        history = history_of_checkpoint(checkpoint)
+        return export_module._tokenizer_of(checkpoint, history), history.doubts
+
+    tokenizer, doubts = found()
+    assert tokenizer("the")["input_ids"][0] == 257 and not doubts
+    shutil.rmtree(place)
+    save_letters(tmp_path / "tokenizer", th=258)
+    with pytest.raises(ValueError, match=f"tokenizer='{place}', by the run.json .*, gives other ids than in training"):
+        found()
+    for path, where in ((checkpoint / "trainer_state.json", "facts"), (tmp_path / "run" / "run.json", None)):
+        told = json.loads(path.read_text())  # as earlier versions wrote them
+        told_of = told if where is None else told["stateful_callbacks"]["Record"]["args"][where]
+        del told_of["tokenizer_identity"]
+        path.write_text(json.dumps(told))
+        if where is not None:
+            with pytest.raises(ValueError, match="gives other ids"):
+                found()
+    tokenizer, [doubt] = found()
+    assert tokenizer("the")["input_ids"][0] == 258 and "whether it is that of training is not recorded" in doubt
 
 
 def test_a_runs_results_are_told_of_its_model_alone(run, tmp_path):

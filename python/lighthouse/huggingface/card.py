@@ -45,8 +45,8 @@ class History:
     all of those. `still_on`, `ready` and `hardly_dense` are for a model in memory, of which no steps are known: whether
     Lighthouse is on, whether dense training has followed it, and where that is too little, (training forwards, the
     dense ones). `held_out` are (step, loss); `losses_are_dense` is False where nothing says with which attention they
-    were measured, `losses_are_ours` where another script's Trainer has made them of whatever its loss is. `doubts` are
-    of what lies beside the weights.
+    were measured, `losses_are_ours` where another script's Trainer has made them of whatever its loss is.
+    `tokenizer_identity` is that of the tokenizer of training. `doubts` are of what lies beside the weights.
     """
 
     step: int | None = None
@@ -64,6 +64,7 @@ class History:
     held_out: list[tuple[int, float]] = field(default_factory=list)
     losses_are_dense: bool = False
     losses_are_ours: bool = False
+    tokenizer_identity: str | None = None
     doubts: list[str] = field(default_factory=list)
 
     @property
@@ -159,8 +160,10 @@ def _of_a_run(folder: Path, record: dict, state: dict) -> History:
         return history
     history = _settings_of(facts or run, steps_in_record(attributes), state["global_step"])
     history.held_out = [(point["step"], point["loss"]) for point in attributes["held_out"]]
+    history.tokenizer_identity = ((run or {}) | (facts or {})).get("tokenizer_identity")
     if facts and run is not None:
-        differ = [name for name in FACTS if name != "lighthouse_steps" and facts.get(name) != run.get(name)]
+        both = [name for name in FACTS if name in facts and name in run]  # earlier versions have kept fewer
+        differ = [name for name in both if name != "lighthouse_steps" and facts[name] != run[name]]
         if differ:
             history.doubts.append(
                 f"The checkpoint is of another run than the {SETTINGS} beside it, by {', '.join(differ)}: what is told "

@@ -31,7 +31,7 @@ from lighthouse.huggingface.plain import PlainProcessFailed, in_plain_process
 from lighthouse.training import checkpoints
 from lighthouse.training.result import RESULTS
 from lighthouse.training.resume import MODEL, SETTINGS
-from lighthouse.training.tokenizer import load_tokenizer
+from lighthouse.training.tokenizer import Encoder, load_tokenizer
 
 logger = logging.getLogger("lighthouse")
 
@@ -303,7 +303,7 @@ def _from_checkpoint(folder: Path, tokenizer) -> _Source:
         config=model_class.config_class.from_pretrained(folder),
         generation_config=generation_config,
         weights=weights,
-        tokenizer=tokenizer or _tokenizer_of(folder, its_run=not history.doubts),
+        tokenizer=tokenizer or _tokenizer_of(folder, history),
         history=history,
     )
 
@@ -345,14 +345,29 @@ def _state_dict(model) -> dict[str, torch.Tensor]:
     return weights
 
 
-def _tokenizer_of(folder: Path, its_run: bool) -> PreTrainedTokenizerBase | None:
-    """The one beside the weights, else that of the run around them, if it is theirs; None where there is none."""
+def _tokenizer_of(folder: Path, history: History) -> PreTrainedTokenizerBase | None:
+    """The one beside the weights, else that of the run around them, if it is theirs; None where there is none.
+
+    Raises `ValueError` where the run's tokenizer lies elsewhere and is not any more what it was in training.
+    """
+    its_run = not history.doubts
     for place in (folder, folder.parent / MODEL) if its_run else (folder,):
         if any((place / file).is_file() for file in TOKENIZER_FILES):
             return AutoTokenizer.from_pretrained(place, local_files_only=True)
     settings = folder.parent / SETTINGS
     if its_run and settings.is_file():
-        return load_tokenizer(json.loads(settings.read_text(encoding="utf-8"))["tokenizer"])
+        name = json.loads(settings.read_text(encoding="utf-8"))["tokenizer"]
+        tokenizer, trained_with = load_tokenizer(name), history.tokenizer_identity
+        if trained_with is None and name is not None:
+            history.doubts.append(
+                f"The tokenizer is the one at {name!r} now; whether it is that of training is not recorded."
+            )
+        if trained_with not in (None, Encoder(tokenizer).identity):
+            raise ValueError(
+                f"tokenizer={name!r}, by the {SETTINGS} beside the checkpoint, gives other ids than in training: put "
+                "it back to what it was, or give the tokenizer of these weights with --tokenizer (tokenizer=)"
+            )
+        return tokenizer
     return None
 
 

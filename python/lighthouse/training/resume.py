@@ -21,7 +21,10 @@ STATE = "trainer_state.json"
 MODEL = "model"
 
 # Of a run's settings, what its checkpoints tell of it by themselves.
-FACTS = ("context", "pool_ratios", "select_topk", "dense_layers", "tokens_per_step", "lighthouse_steps", "seed", "text")
+FACTS = (
+    *("context", "pool_ratios", "select_topk", "dense_layers", "tokens_per_step", "lighthouse_steps", "seed", "text"),
+    "tokenizer_identity",
+)
 
 # Of a run's settings, what may be another when it goes on, and is said.
 SAID = ("device_name", "versions")
@@ -32,6 +35,7 @@ PLACES = frozenset({"data", "dataset", "dataset_config", "tokenizer"})
 # Settings that are digests: what to say where they differ.
 DIGESTS = {
     "text": "the text, its order, its tokenizer or the way it is cut is another",
+    "tokenizer_identity": "the tokenizer gives other ids",
     "rows": "the text is another, though its files are as long as they were",
 }
 

@@ -114,6 +114,7 @@ class Run:
             "tokens_per_step": self.tokens_per_step,
             "lighthouse_steps": self.switch_step,
             "text": self.corpus.fingerprint,
+            "tokenizer_identity": self.corpus.encoder.identity,
             "processes": self.training.world_size,
             "devices": self.training.world_size * max(1, self.training.n_gpu),
             "device": self.training.device.type,
