@@ -135,9 +135,11 @@ def test_the_held_out_loss_is_the_plain_models_cross_entropy(tmp_path, text, smo
     assert result.loss == pytest.approx(plain_loss(tmp_path, text, result), rel=1e-5)
 
 
-@pytest.mark.parametrize("at", [2, 3, 4], ids=["before_the_switch", "at_the_switch", "behind_the_switch"])
-def test_resuming_gives_the_same_losses(tmp_path, text, seen, at):
-    whole = training(tmp_path / "whole", save_strategy="steps", save_steps=1, save_total_limit=9)
+@pytest.mark.parametrize("at", [1, 3, 4], ids=["before_the_switch", "at_the_switch", "behind_the_switch"])
+def test_resuming_gives_the_same_losses(tmp_path, text, seen, at, capsys):
+    """And no others: `eval_on_start` is of a run's first step, and not of the one that it goes on from."""
+    every = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 9, "eval_on_start": at < 4}
+    whole = training(tmp_path / "whole", **every)
     undisturbed = pretrain(options(text), whole)
     expected = losses_of(tmp_path / "whole")
 
@@ -147,8 +149,9 @@ def test_resuming_gives_the_same_losses(tmp_path, text, seen, at):
         if _step_of(checkpoint) > at:
             _remove(checkpoint)
     seen.clear()
-    again = training(cut, save_strategy="steps", save_steps=1, save_total_limit=9, resume=True)
-    resumed = pretrain(options(text), again)
+    capsys.readouterr()
+    resumed = pretrain(options(text), training(cut, **every | {"eval_on_start": True}, resume=True))
+    assert ("eval_on_start: this run began without it" in capsys.readouterr().out) == (at == 4)
     assert seen == [(step, step <= 3) for step in range(at + 1, 6)]
     assert losses_of(cut) == expected
     assert [(p.step, p.loss) for p in resumed.held_out] == [(p.step, p.loss) for p in undisturbed.held_out]

@@ -54,6 +54,13 @@ class RunTrainer(Trainer):
             logs |= memory()
         super().log(logs, start_time)
 
+    def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler=False):
+        """A resumed run does not evaluate at its start, which alone skips the scheduler: the run had begun before."""
+        if not skip_scheduler or self.state.global_step == 0:
+            return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler=skip_scheduler)
+        if self.is_world_process_zero() and not (self.record.held_out and self.record.held_out[0]["step"] == 0):
+            print("eval_on_start: this run began without it; there is no loss before its first step.", flush=True)
+
     def training_step(self, model, inputs, *args, **kwargs):
         if "place" in inputs:  # where the rows are in the text: for `_rows_of`, not for the model
             self.places.append((self.state.global_step + 1, inputs.pop("place")))
