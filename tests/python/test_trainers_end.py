@@ -120,13 +120,14 @@ def test_the_best_of_the_lighthouse_stage_is_saved_where_it_is_measured(tmp_path
     assert history_of_checkpoint(tmp_path).step == 3
 
 
-def test_a_best_loss_without_a_checkpoint_is_not_what_was_loaded(tmp_path):
+def test_a_best_loss_without_a_checkpoint_is_not_what_was_loaded(tmp_path, caplog):
     """The Trainer's own evaluations may be closer than its checkpoints: what it loads is the last best it has saved."""
     every = EVERY | {"save_steps": 2}
     losses = {1: 9, 2: 8, 3: 1, 4: 2, 5: 3, 6: 4}
     arguments = every | {"max_steps": 6, "load_best_model_at_end": True}
-    callback, run = trained(tmp_path, {"switch_step": 1}, losses, **arguments)
+    callback, run = trained(tmp_path, {"switch_step": 2}, losses, **arguments)
     assert run.state.best_global_step == 3 and run.state.best_model_checkpoint.endswith("checkpoint-2")
+    assert "the best checkpoint's, of step 2, from before the dense stage" in caplog.text
     assert callback.loaded["global_step"] == 2 and history_of_checkpoint(tmp_path).step == 2
 
 
