@@ -12,6 +12,7 @@ from dataclasses import asdict
 from rich.console import Console
 from torch.distributed import DistNetworkError
 from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
 from transformers.utils.logging import disable_progress_bar
 
 from lighthouse import report
@@ -35,6 +36,9 @@ examples:
   lighthouse pretrain --config runs/books/config.yaml --resume
   torchrun --nproc_per_node 8 -m lighthouse.cli pretrain --config books.yaml --fsdp full_shard --output_dir runs/books
 """
+
+# Of the Trainer's options: it takes a word or a switch, and HfArgumentParser the switch alone.
+WORD_OR_SWITCH = ("include_num_input_tokens_seen",)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -93,6 +97,9 @@ def run_parser(
         help="YAML or JSON with options by the same names; what the command line says wins, and of several files the "
         "last. Every run writes its own, config.yaml, into its folder.",
     )
+    for action in parser._actions:
+        if action.dest in WORD_OR_SWITCH:
+            action.type = _word_or_switch
     if not whole_help:
         shown = field_names(*kinds)
         for action in parser._actions:
@@ -101,14 +108,21 @@ def run_parser(
     return parser, general
 
 
+def _word_or_switch(text: str) -> str | bool:
+    try:
+        return string_to_bool(text)
+    except argparse.ArgumentTypeError:
+        return text
+
+
 def parse_run(parser: HfArgumentParser, arguments: Sequence[str]) -> tuple[PretrainOptions, TrainingOptions, list]:
     """What `run_parser`'s parser reads on a command line and in the files that it names; at the end the command's own.
 
     Raises `ValueError`, `TypeError` or `OSError`; `SystemExit` as argparse does.
     """
     arguments = list(arguments)
-    for name in reversed(configuration.names_in(arguments)):
-        arguments = configuration.as_arguments(configuration.read(name), parser, f"config={name!r}") + arguments
+    for name in configuration.names_in(arguments):
+        configuration.set_defaults(configuration.read(name), parser, f"config={name!r}")
     try:
         *more, model, data, lighthouse, training, general = parser.parse_args_into_dataclasses(
             arguments, look_for_args_file=False

@@ -1,7 +1,8 @@
 """A run's options as a file: read, checked against the command line's names, and written with the run.
 
-A file's values become command line arguments in front of the user's own, so both have the same names, types and errors,
-and the command line wins.
+A file's values become the command line's defaults: both have the same names, types and errors, and the command line
+wins. The trap is YAML's own types: an unquoted `no` is false to it, 010 is 8 and 1.10 is 1.1. So a value is taken as it
+is written, and its option's type reads it.
 """
 
 from __future__ import annotations
@@ -10,68 +11,143 @@ import argparse
 import dataclasses
 import difflib
 import enum
-import json
+import types
+import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import yaml
 from transformers import TrainingArguments
+from transformers.hf_argparser import string_to_bool
 
 CONFIGURATION = "config.yaml"
 
-# Of the Trainer's options: what says how a run goes on, secrets, what is derived from others or refused, and a former
-# name.
-LEFT_OUT = ("resume", "resume_from_checkpoint", "hub_token", "push_to_hub_token", "do_eval", "dataloader_pin_memory")
-LEFT_OUT += ("num_train_epochs",)
+# Of the Trainer's options: what says how a run goes on, secrets, what is derived from others or refused, what the
+# launcher says, and a former name.
+LEFT_OUT = ("resume", "resume_from_checkpoint", "hub_token", "push_to_hub_token", "do_eval", "num_train_epochs")
+LEFT_OUT += ("local_rank",)
 if "activation_checkpointing" in {field.name for field in dataclasses.fields(TrainingArguments)}:
     LEFT_OUT += ("gradient_checkpointing", "gradient_checkpointing_kwargs")
+
+STANDARD = "tag:yaml.org,2002:"
 
 
 def read(path: str | Path) -> dict:
     """The values of a YAML or JSON file, by option name.
 
-    Raises `FileNotFoundError`, or `ValueError` if it is not a mapping of names to values.
+    Each is the text that is written there, None for null, a list of these, or a mapping with YAML's types.
+
+    Raises `FileNotFoundError`, or `ValueError` if it is not a mapping of names, each given once, to values.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"config={str(path)!r} does not exist")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))  # JSON is YAML
+        root = loader.get_single_node()
+        mapping = isinstance(root, yaml.MappingNode)
+        if not mapping or not all(isinstance(name, yaml.ScalarNode) for name, _ in root.value):
+            raise ValueError(f"config={str(path)!r}: names with values are needed, such as 'context: 8192'")
+        _check_once(root, f"config={str(path)!r}")
+        loader.flatten_mapping(root)
+        return {name.value: _written(node, loader) for name, node in root.value}
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"config={str(path)!r} is neither YAML nor JSON: {error}") from None
-    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
-        raise ValueError(f"config={str(path)!r}: names with values are needed, such as 'context: 8192'")
-    return values
 
 
-def as_arguments(values: Mapping, parser: argparse.ArgumentParser, source: str) -> list[str]:
-    """The values as command line arguments of `parser`. `None` leaves an option at its default.
+def _check_once(node: yaml.Node, source: str) -> None:
+    """Raises `ValueError` for a name that a mapping has twice, of which YAML would take the last."""
+    names = set()
+    for item in node.value if isinstance(node, yaml.CollectionNode) else ():
+        name, value = item if isinstance(node, yaml.MappingNode) else (None, item)
+        if isinstance(name, yaml.ScalarNode):
+            if name.value in names:
+                line = name.start_mark.line + 1
+                raise ValueError(f"{source}: {name.value!r} is there twice, again in line {line}; take one of them out")
+            names.add(name.value)
+        _check_once(value, source)
 
-    Raises `ValueError` for a name that the parser does not have, with the nearest that it has.
+
+def _written(node: yaml.Node, loader: yaml.SafeLoader):
+    if isinstance(node, yaml.SequenceNode):
+        return [_written(item, loader) for item in node.value]
+    if isinstance(node, yaml.ScalarNode) and node.tag.startswith(STANDARD) and node.tag != STANDARD + "null":
+        return node.value
+    return loader.construct_object(node, deep=True)
+
+
+def set_defaults(values: Mapping, parser: argparse.ArgumentParser, source: str) -> None:
+    """Makes the values, as `read` has them, the defaults of `parser`.
+
+    Raises `ValueError` for a name that the parser does not have, with the nearest that it has, for a value that is not
+    of its option's type, and for an option that is given by two names.
     """
-    actions = {option: action for action in parser._actions for option in action.option_strings}
-    arguments = []
+    actions = {
+        option[2:]: action
+        for action in parser._actions
+        for option in action.option_strings
+        if option.startswith("--") and action.nargs != 0 and not isinstance(action, argparse._AppendAction)
+    }
+    kinds = {}
+    for options in getattr(parser, "dataclass_types", ()):
+        kinds |= kinds_of(options)
+    given = {}
     for name, value in values.items():
-        action = actions.get(f"--{name}")
-        if action is None or isinstance(action, (argparse._HelpAction, argparse._StoreTrueAction)):
-            names = [option[2:] for option, action in actions.items() if action.nargs != 0]
-            near = difflib.get_close_matches(name, names, n=1)
+        action = actions.get(name)
+        if action is None:
+            near = difflib.get_close_matches(str(name), actions, n=1)
             raise ValueError(f"{source}: there is no option {name!r}" + (f"; nearest: {near[0]!r}" if near else ""))
-        if value is None or (value is False and action.type is str):  # such as fsdp, which is text or a switch
-            continue
-        if isinstance(value, list):
-            if action.nargs not in ("+", "*"):
-                raise ValueError(f"{source}: {name} is a list: one value is needed")
-            arguments += [f"--{name}", *map(_text, value)]
-        elif value is True and action.const is True:
-            arguments.append(f"--{name}")
-        else:
-            arguments.append(f"--{name}={_text(value)}")
-    return arguments
+        if action.dest in given:
+            raise ValueError(f"{source}: {given[action.dest]!r} and {name!r} are one option; take one of them out")
+        given[action.dest] = name
+        try:
+            found = _converted(value, action, kinds.get(action.dest, {type(None)}), parser)
+        except argparse.ArgumentError as error:
+            raise ValueError(f"{source}: {name}: {error.message}") from None
+        parser.set_defaults(**{action.dest: found})
 
 
-def _text(value) -> str:
-    return json.dumps(value) if isinstance(value, (dict, list)) else str(value)
+def _converted(value, action: argparse.Action, kinds: set, parser: argparse.ArgumentParser):
+    """The value of an option from what is written for it. Raises `argparse.ArgumentError`."""
+    many = action.nargs in ("+", "*")
+    if value is None:
+        if type(None) not in kinds:
+            what = "it is null: a value is needed; leave it out for the default"
+            raise argparse.ArgumentError(action, what if action.default is None else f"{what}, {action.default!r}")
+        return None
+    if isinstance(value, Mapping):
+        if dict not in kinds:
+            raise argparse.ArgumentError(action, "it is a mapping: one value is needed")
+        return dict(value)
+    if isinstance(value, list):
+        if not (many or list in kinds):
+            raise argparse.ArgumentError(action, "it is a list: one value is needed")
+        return [_one(item, action, parser) for item in value]
+    return [_one(value, action, parser)] if many else _one(value, action, parser)
+
+
+def _one(text, action: argparse.Action, parser: argparse.ArgumentParser):
+    if not isinstance(text, str):
+        raise argparse.ArgumentError(action, f"{text!r} in a list: a value is needed")
+    if action.type is string_to_bool:
+        text = {"on": "true", "off": "false"}.get(text.lower(), text)  # YAML's, and not the command line's
+    found = parser._get_value(action, text)
+    parser._check_value(action, found)
+    return found
+
+
+def kinds_of(options: type) -> dict[str, set]:
+    """The types that each option of a dataclass may have: a list and a dict without those of their items.
+
+    An option that is declared once more keeps the types that it had: ours say what the command line takes.
+    """
+    found = {}
+    for declares in options.__mro__[:-1]:
+        for name, hint in typing.get_type_hints(declares).items():
+            union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+            kinds = {typing.get_origin(kind) or kind for kind in (typing.get_args(hint) if union else (hint,))}
+            found[name] = found.get(name, set()) | kinds
+    return found
 
 
 def resolved(options, training) -> dict:
@@ -80,19 +156,24 @@ def resolved(options, training) -> dict:
     values = {name: getattr(options, name) for group in groups for name in group.__annotations__}
     declared = vars(type(training))["__annotations__"]
     for field in dataclasses.fields(training):
-        if not field.init or field.name in LEFT_OUT:
+        if not field.init or field.name in LEFT_OUT or _follows_from_the_device(field.name, training):
             continue
         value = _plain(getattr(training, field.name))
-        if field.name in declared or (value is not None and value != _default(field, training)):
+        if field.name in declared or value != _default(field, training):
             values[field.name] = value
+    reports = values["report_to"]  # the Trainer has a list, empty for none
+    values["report_to"] = "none" if not reports else reports[0] if len(reports) == 1 else reports
     return values
+
+
+def _follows_from_the_device(name: str, training) -> bool:
+    return name == "dataloader_pin_memory" and training.device.type == "cpu"
 
 
 def changed(training, name: str) -> bool:
     """Whether an option of the Trainer is another than by default: our default, where we have one."""
     field = next((field for field in dataclasses.fields(training) if field.name == name), None)
-    value = _plain(getattr(training, name, None))
-    return field is not None and value is not None and value != _default(field, training)
+    return field is not None and _plain(getattr(training, name, None)) != _default(field, training)
 
 
 def _default(field: dataclasses.Field, training):
@@ -101,17 +182,19 @@ def _default(field: dataclasses.Field, training):
     value = getattr(training, field.name, None)
     if field.default is None and dataclasses.is_dataclass(value):
         return _plain(type(value)())  # the Trainer makes one of None
+    if field.default == "" and value == []:
+        return []  # and an empty list of no text
     return _plain(field.default)
 
 
 def _plain(value):
-    """As YAML has it: numbers, text, lists and mappings of them; a list of one is that one."""
+    """As YAML has it: numbers, text, lists and mappings of them."""
     if isinstance(value, enum.Enum):
         return value.value
     if isinstance(value, (list, tuple)):
-        return _plain(value[0]) if len(value) == 1 else [_plain(item) for item in value] or None
+        return [_plain(item) for item in value]
     if isinstance(value, Mapping):
-        return {name: _plain(item) for name, item in value.items()} or None
+        return {name: _plain(item) for name, item in value.items()}
     if dataclasses.is_dataclass(value):
         return _plain(dataclasses.asdict(value))
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)

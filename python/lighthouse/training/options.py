@@ -16,8 +16,14 @@ from transformers import TrainingArguments
 
 from lighthouse.acting import why_it_cannot_act
 from lighthouse.processes import launched, strangers
+from lighthouse.training.configuration import kinds_of
 from lighthouse.training.model import SIZES, check_model
 from lighthouse.wrapper import LighthouseSettings
+
+# Options of the Trainer that are text or a switch. The command line and a file give them as text, which is true to the
+# Trainer whatever it says.
+TEXT_OR_SWITCH = ("fsdp", "trackio_static_space_id")
+SWITCHED = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
 @dataclass(kw_only=True)
@@ -133,6 +139,7 @@ class PretrainOptions(ModelOptions, DataOptions, LighthouseOptions):
     """
 
     def __post_init__(self):
+        _check_given(self)
         if isinstance(self.data, str):
             self.data = [self.data]
         if self.context < 2:
@@ -225,6 +232,14 @@ class TrainingOptions(TrainingArguments):
     seed: int = field(default=42, metadata={"help": "Of the weights, the order of the text and what is held out."})
 
     def __post_init__(self):
+        self.debug = "" if self.debug is None else self.debug  # which the parser makes of no debug
+        _check_given(self)
+        for name in TEXT_OR_SWITCH:
+            value = getattr(self, name, None)
+            if isinstance(value, str):
+                setattr(self, name, SWITCHED.get(value.lower(), value))
+        if self.report_to is None:
+            self.report_to = "none"
         if self.max_steps < 1:
             raise ValueError(f"max_steps={self.max_steps}: at least one step is needed")
         moves_are_ours, use_cpu = self.accelerator_config is None, self.use_cpu
@@ -240,6 +255,15 @@ class TrainingOptions(TrainingArguments):
             self.accelerator_config.non_blocking = True  # else each step waits for the one before, then for its launch
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # there is nothing to pin for; torch would warn
+
+
+def _check_given(options) -> None:
+    """Raises `ValueError` for an option that is None and may not be: a file could not say what is then done."""
+    kinds = kinds_of(type(options))
+    for option in fields(options):
+        if option.init and option.default is not None and getattr(options, option.name) is None:
+            if type(None) not in kinds[option.name]:
+                raise ValueError(f"{option.name}=None: a value is needed; leave it out for the default")
 
 
 def field_names(*classes) -> set[str]:
