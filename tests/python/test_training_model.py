@@ -160,6 +160,9 @@ REFUSED = [
     ("a_tiny_head_dim", {"head_dim": 2}, 128, "head_dim 2: RoPE needs an even number"),
     ("text_for_a_number", {"hidden_size": "wide"}, 128, "is no llama configuration: .*hidden_size"),
     ("quantized", {"quantization_config": {"bits": 4}}, 128, "quantization_config: weights are trained in full"),
+    ("attention_weights", {"output_attentions": True}, 128, "output_attentions True: a step needs the loss alone"),
+    ("all_layers_states", {"output_hidden_states": True}, 128, "output_hidden_states True: .*take it out"),
+    ("no_names_of_outputs", {"return_dict": False}, 128, "return_dict False: a step needs the loss alone, by its name"),
     ("a_sliding_window", {"sliding_window": 64}, 128, "config.sliding_window=64: sliding windows are not supported"),
     (
         "stretched_too_little",

@@ -70,6 +70,16 @@ NOT_FOLLOWED = [
         "metric_for_best_model='bleu': the held-out loss is the one metric",
     ),
     ("rows_of_all_devices", {"accelerator_config": {"split_batches": True}}, "accelerator_config: split_batches"),
+    (
+        "steps_in_another_place",
+        {"accelerator_config": {"gradient_accumulation_kwargs": {"num_steps": 4}}},
+        "num_steps in gradient_accumulation_kwargs .*, and give gradient_accumulation_steps",
+    ),
+    (
+        "tokens_counted_in_no_way",
+        {"include_num_input_tokens_seen": "some"},
+        "='some': take one of all, non_padding, no",
+    ),
     ("a_warm_up_of_none", {"lr_scheduler_type": "constant", "warmup_steps": 7}, "warmup_steps=7.*has no warm-up"),
     ("betas_of_none", {"optim": "sgd", "adam_beta1": 0.8}, "adam_beta1=0.8: the optimizer 'sgd' has none"),
     ("epsilon_of_none", {"optim": "adafactor", "adam_epsilon": 1e-6}, "adam_epsilon=1e-06: the optimizer 'adafactor'"),

@@ -101,6 +101,7 @@ BY_ENVIRONMENT = {
 
 WITHOUT_WARM_UP = (SchedulerType.CONSTANT, SchedulerType.REDUCE_ON_PLATEAU, getattr(SchedulerType, "GREEDY", None))
 SAMPLED = ("random", "sequential")
+COUNTED = ("all", "non_padding", "no")
 
 
 def check_followed(training: TrainingOptions, config) -> None:
@@ -173,6 +174,14 @@ def _check_rows(training: TrainingOptions) -> None:
             "accelerator_config: split_batches would make per_device_train_batch_size the rows of all devices; leave "
             "it out, and give the rows of one"
         )
+    if (getattr(training.accelerator_config, "gradient_accumulation_kwargs", None) or {}).get("num_steps") is not None:
+        raise ValueError(
+            "accelerator_config: num_steps in gradient_accumulation_kwargs would change the rows of a step after its "
+            "tokens were counted; leave it out, and give gradient_accumulation_steps"
+        )
+    counted = training.include_num_input_tokens_seen
+    if counted not in COUNTED and not isinstance(counted, bool):  # which earlier versions keep
+        raise ValueError(f"include_num_input_tokens_seen={counted!r}: take one of {', '.join(COUNTED)}")
     strategy = getattr(training, "train_sampling_strategy", "random")
     if strategy not in SAMPLED:
         raise ValueError(

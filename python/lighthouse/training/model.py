@@ -23,6 +23,9 @@ from lighthouse.huggingface.checks import check_config
 
 CONFIG = "config.json"
 
+# What a configuration may say of a forward's output, as training needs it.
+PLAIN_OUTPUT = {"output_attentions": False, "output_hidden_states": False, "return_dict": True}
+
 
 @dataclass(frozen=True)
 class Size:
@@ -204,6 +207,12 @@ def _read(name: str) -> LlamaConfig:
     except Exception as error:  # of kinds that differ from version to version
         raise ValueError(f"model={name!r} is no {kind} configuration: {' '.join(str(error).split())}") from error
     check_config(config)
+    for output, plain in PLAIN_OUTPUT.items():
+        if getattr(config, output, plain) != plain:
+            raise ValueError(
+                f"model={name!r} has {output} {getattr(config, output)!r}: a step needs the loss alone, by its name; "
+                "take it out"
+            )
     if config.head_dim % 2 or config.head_dim < 4:
         raise ValueError(f"model={name!r} has head_dim {config.head_dim}: RoPE needs an even number from 4 on")
     if config.num_attention_heads % config.num_key_value_heads:
