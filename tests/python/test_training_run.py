@@ -178,6 +178,37 @@ def test_more_steps_on_resuming_leave_the_switch_where_it_was(tmp_path, text, se
     assert "max_steps was 5, is 8" in capsys.readouterr().out
 
 
+SCHEDULES = {
+    "cosine": {"warmup_steps": 1},
+    "linear": {"warmup_steps": 0.5},
+    "constant_with_warmup": {"warmup_steps": 0.75},
+    "reduce_lr_on_plateau": {"eval_strategy": "steps", "eval_steps": 1, "lr_scheduler_kwargs": {"patience": 0}},
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_with_more_steps_the_rates_are_those_of_so_many_from_the_first_on(tmp_path, text, schedule, capsys):
+    class Rates(TrainerCallback):
+        def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+            rates.append(optimizer.param_groups[0]["lr"])
+
+    def run(folder, **changes):
+        changes = {"lr_scheduler_type": schedule, "eval_strategy": "no", **SCHEDULES[schedule], **changes}
+        changes |= {"accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}}}
+        rates.clear()
+        made = prepare(options(text, dense_only=True), training(tmp_path / folder, **changes))
+        made.train(callbacks=[Rates()], keep_model=False)
+        return list(rates)
+
+    rates = []
+    undisturbed = run("undisturbed", max_steps=4)
+    assert len(undisturbed) == 4
+    run("resumed", max_steps=2, save_strategy="steps", save_steps=2)
+    assert run("resumed", max_steps=4, resume=True) == undisturbed[2:] and 0 not in undisturbed[2:]
+    said = "is the same" if schedule == "reduce_lr_on_plateau" else "is now that of so many"
+    assert f"max_steps was 2, is 4: the learning rate {said}." in capsys.readouterr().out
+
+
 def test_lighthouse_alone_is_said_to_be_no_model_for_use(tmp_path, text, caplog):
     result = pretrain(options(text, lighthouse_only=True), training(tmp_path))
     assert result.name == "lighthouse-only" and list(result.stages) == ["lighthouse"]
@@ -401,6 +432,8 @@ REFUSED = [
     ),
     ("shards_on_a_cpu", {}, {"fsdp": "full_shard"}, "fsdp with 1 process on a cpu device"),
     ("workers_that_each_stream", {"stream": True}, {"dataloader_num_workers": 2}, "each would read all of the text"),
+    ("a_streams_own_seed", {"stream": True}, {"data_seed": 1}, "data_seed=1 with stream: .* follows from seed"),
+    ("a_stream_in_order", {"stream": True}, {"train_sampling_strategy": "sequential"}, "='sequential' with stream: "),
     ("nothing_to_resume", {}, {"resume": True}, "holds no checkpoint to resume from"),
     ("a_checkpoint_that_is_not_there", {}, {"resume_from_checkpoint": "/no/such"}, "'/no/such' is not a folder"),
     ("a_batch_size_that_changes", {}, {"auto_find_batch_size": True}, "auto_find_batch_size=True: the steps' tokens"),

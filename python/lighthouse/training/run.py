@@ -36,7 +36,7 @@ from lighthouse.plan import plan
 from lighthouse.speed import device_name
 from lighthouse.training import checkpoints, configuration, data
 from lighthouse.training.callbacks import Record, StopOnSignal, SwitchToDense
-from lighthouse.training.followed import check_followed
+from lighthouse.training.followed import WITHOUT_WARM_UP, check_followed
 from lighthouse.training.memory import MemoryEstimate, check_memory, estimate
 from lighthouse.training.model import check_head_dim, model_notes, model_of, new_config
 from lighthouse.training.options import PretrainOptions, TrainingOptions
@@ -138,7 +138,8 @@ class Run:
             lines.append(f"Going on from {self.checkpoint}.")
             planned = TrainerState.load_from_json(str(Path(self.checkpoint) / STATE)).max_steps
             if planned != steps:
-                lines.append(f"max_steps was {planned:,}, is {steps:,}: the learning rate is now that of so many.")
+                what = "is the same" if self.training.lr_scheduler_type in WITHOUT_WARM_UP else "is now that of so many"
+                lines.append(f"max_steps was {planned:,}, is {steps:,}: the learning rate {what}.")
             if options.stream:
                 lines.append("Its text has the sizes and samples it had; streamed, it is not read whole to compare it.")
         lines += self.notes
@@ -430,7 +431,7 @@ def prepare(options: PretrainOptions | None = None, training: TrainingOptions | 
             other settings than it began with.
     """
     options, training = options or PretrainOptions(), training or TrainingOptions()
-    _check_processes(options, training)
+    _check_together(options, training)
     if options.uses_lighthouse:
         check_head_dim(options.model, options.context, training.device.type)
     earlier, checkpoint = what_is_there(training)
@@ -460,14 +461,24 @@ def prepare(options: PretrainOptions | None = None, training: TrainingOptions | 
     return run
 
 
-def _check_processes(options: PretrainOptions, training: TrainingOptions) -> None:
-    """Refuses what would be done otherwise than asked for, without a word."""
+def _check_together(options: PretrainOptions, training: TrainingOptions) -> None:
+    """Refuses of options that do not go together what would be done otherwise than asked for, without a word."""
     device = training.device.type
     if training.fsdp and (device in NOT_SHARDED_ON or training.world_size == 1):
         raise ValueError(
             f"fsdp with {training.world_size} process on a {device} device: shards are made by several processes on "
             "accelerators (torchrun --nproc_per_node 8 -m lighthouse.cli pretrain ...); without --fsdp each process "
             "holds a copy"
+        )
+    if options.stream and training.data_seed is not None:
+        raise ValueError(
+            f"data_seed={training.data_seed} with stream: the order of a stream follows from seed; leave it out"
+        )
+    strategy = getattr(training, "train_sampling_strategy", "random")
+    if options.stream and strategy != "random":
+        raise ValueError(
+            f"train_sampling_strategy={strategy!r} with stream: the order of a stream is by chance, another in each "
+            "pass; leave one of them out"
         )
     if options.stream and training.dataloader_num_workers > 1:
         raise ValueError(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from accelerate.utils import gather_object
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import IterableDataset, RandomSampler, SequentialSampler
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
@@ -78,7 +80,8 @@ class RunTrainer(Trainer):
     def _rows_of_a_pass(self, rows) -> int | None:
         """Of the rows to train on those in one pass over them: so many that all steps are whole. None without end.
 
-        So each step has the tokens that it counts for. Which rows are left out changes from pass to pass.
+        So each step has the tokens that it counts for. Which rows are left out changes from pass to pass, unless
+        they are taken in order: then it is the last ones.
         """
         if isinstance(rows, IterableDataset):
             return None
@@ -89,6 +92,30 @@ class RunTrainer(Trainer):
                 f"and the text {len(rows):,}: take fewer, a shorter context, or more text"
             )
         return len(rows) // of_a_step * of_a_step
+
+    def create_accelerator_and_postprocess(self) -> None:
+        given = copy.deepcopy(self.args.accelerator_config)
+        super().create_accelerator_and_postprocess()  # which writes into it, and the options are kept with the run
+        self.args.accelerator_config = given
+
+    def _load_optimizer_and_scheduler(self, checkpoint) -> None:
+        """As saved; and the rate is that of the schedule as it is now, which other steps may have stretched.
+
+        The optimizer's own is the earlier schedule's: at its end 0, and with that the first step would train nothing.
+        """
+        super()._load_optimizer_and_scheduler(checkpoint)
+        schedule = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)  # within DeepSpeed's
+        if checkpoint is None or not isinstance(schedule, LambdaLR):
+            return  # a schedule by the loss, say, which depends on no number of steps
+        rates = [
+            base * rate(schedule.last_epoch) for base, rate in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+        ]
+        for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+        schedule._last_lr = rates
 
     def _get_train_sampler(self, train_dataset=None):
         if self.rows_of_a_pass is None:
