@@ -288,7 +288,7 @@ def test_a_best_model_from_before_the_switch_is_said_to_be_no_model_for_use(tmp_
 def test_a_best_checkpoint_that_is_not_there_is_not_taken_for_the_best(tmp_path, saved):
     """The run's folder was moved, say: its last checkpoint names a best one where it was."""
     found = shutil.copytree(saved / "checkpoint-4", tmp_path / "checkpoint-4")
-    state = json.loads((found / "trainer_state.json").read_text())
+    state = json.loads((found / "trainer_state.json").read_text()) | {"best_metric": 0.0}
     best = training(tmp_path / "run", load_best_model_at_end=True, save_strategy="steps", save_steps=2)
     for there in (True, False):
         state["best_model_checkpoint"] = str(found if there else tmp_path / "moved" / "checkpoint-2")
@@ -300,6 +300,37 @@ def test_a_best_checkpoint_that_is_not_there_is_not_taken_for_the_best(tmp_path,
     with pytest.raises(ValueError, match="best checkpoint so far was '.*moved/checkpoint-2', and it is not there"):
         check_best(found, best)
     check_best(found, training(tmp_path / "run"))
+
+
+MEASURED = [
+    # the best loss that a checkpoint knows, those that were measured, whether another is lower
+    ("without_the_option", None, [(0, 1.0), (2, 3.0), (4, 2.5)], True),
+    ("before_the_option_was_given_again", 3.0, [(2, 3.0), (4, 2.5)], True),
+    ("with_it", 2.5, [(0, 1.0), (2, 2.5), (4, 3.0)], False),
+    ("before_the_first_step_alone", None, [(0, 1.0)], False),
+    ("not_yet", None, [], False),
+]
+
+
+@pytest.mark.parametrize("best, measured, refused", [m[1:] for m in MEASURED], ids=[m[0] for m in MEASURED])
+def test_the_best_of_losses_that_were_measured_without_the_option_is_not_known(
+    tmp_path, saved, text, best, measured, refused
+):
+    shutil.copytree(saved, tmp_path / "run")
+    path = tmp_path / "run" / "checkpoint-5" / "trainer_state.json"
+    state = json.loads(path.read_text()) | {"best_metric": best}
+    points = [{"step": step, "seconds": 0.0, "stage": "dense", "loss": loss} for step, loss in measured]
+    state["stateful_callbacks"]["Record"]["attributes"]["held_out"] = points
+    path.write_text(json.dumps(state))
+    checkpoints.seal(path.parent)
+    keeps = {"save_strategy": "steps", "save_steps": 2}
+    prepare(options(text), training(tmp_path / "run", resume=True, **keeps))
+    again = training(tmp_path / "run", resume=True, load_best_model_at_end=True, **keeps)
+    if not refused:
+        prepare(options(text), again)
+        return
+    with pytest.raises(ValueError, match="held-out loss so far, 2.5000 after step 4, was measured without the option"):
+        prepare(options(text), again)
 
 
 @pytest.mark.parametrize("order", ["random", "sequential"])

@@ -13,6 +13,7 @@ from pathlib import Path
 from transformers import TrainerState
 
 from lighthouse.training import checkpoints
+from lighthouse.training.callbacks import Record
 from lighthouse.training.options import TrainingOptions
 from lighthouse.training.result import RESULTS
 
@@ -138,15 +139,24 @@ def best_checkpoint(state: TrainerState, training: TrainingOptions) -> Path | No
 
 
 def check_best(checkpoint: str | Path, training: TrainingOptions) -> None:
-    """Raises `ValueError` if the best checkpoint so far is not where the run left it."""
+    """Raises `ValueError` if the best checkpoint so far is not known, or not where the run left it."""
+    if not training.load_best_model_at_end:
+        return
     state = TrainerState.load_from_json(str(Path(checkpoint) / STATE))
-    if training.load_best_model_at_end and state.best_model_checkpoint is not None:
-        if best_checkpoint(state, training) is None:
-            raise ValueError(
-                f"load_best_model_at_end: the best checkpoint so far was {state.best_model_checkpoint!r}, and it is "
-                "not there: put the run's folder back to where it was, start where it was started, or leave the option "
-                "out"
-            )
+    record = state.stateful_callbacks.get(Record.__name__, {}).get("attributes", {})
+    points = [point for point in record.get("held_out", ()) if point["step"] > 0]
+    lowest = min(points, key=lambda point: point["loss"], default=None)
+    if lowest is not None and (state.best_metric is None or lowest["loss"] < state.best_metric):
+        raise ValueError(
+            f"load_best_model_at_end: the lowest held-out loss so far, {lowest['loss']:.4f} after step "
+            f"{lowest['step']}, was measured without the option, and its checkpoint not kept as the best: leave the "
+            "option out, or begin again with it in another output_dir"
+        )
+    if state.best_model_checkpoint is not None and best_checkpoint(state, training) is None:
+        raise ValueError(
+            f"load_best_model_at_end: the best checkpoint so far was {state.best_model_checkpoint!r}, and it is not "
+            "there: put the run's folder back to where it was, start where it was started, or leave the option out"
+        )
 
 
 def check_same(earlier: dict, now: dict, free: frozenset[str] = FREE_ON_RESUME) -> None:
