@@ -128,6 +128,17 @@ def test_a_dataset_is_split_by_row_and_cut(tmp_path):
     assert len(held_out) == 2
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_row_that_is_most_of_a_dataset_is_trained_on(tmp_path, seed):
+    """Of ten rows one is nearly all of the text: it is no tenth of it, whatever its share of the rows."""
+    lines = [json.dumps({"text": f"{n} " + TEXT * (60 if n == 3 else 3)}) for n in range(10)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    corpus = find(str(tmp_path / "rows.jsonl"), dataset="json", seed=seed)
+    train, _ = data.rows_of(corpus)
+    assert 3 not in corpus.held_out.documents and corpus.source.bytes == sum(len(json.loads(x)["text"]) for x in lines)
+    assert len(train) * CONTEXT > 60 * len(TEXT)
+
+
 def test_a_dataset_may_have_another_column_and_part_of_a_split(tmp_path):
     pattern = write_json(tmp_path, column="body")
     corpus = find(pattern, dataset="json", text_column="body", dataset_split="train[:50%]")
@@ -371,13 +382,13 @@ REFUSED = [
         "a_dataset_of_one_row",
         lambda f: data.rows_of(find(write_json(f, documents=1, shards=1), dataset="json")),
         ValueError,
-        "whole documents are held out, and those that may be, half of a dataset, hold 0 tokens",
+        "whole documents are held out, and no choice of them leaves a context of 128 tokens .*found: 0 tokens",
     ),
     (
         "a_dataset_with_too_little_text",
         lambda f: data.rows_of(find(write_json(f, documents=4), dataset="json", context=400)),
         ValueError,
-        "less than a context of 400",
+        "no choice of them leaves a context of 400 tokens held out and half of the text to train on",
     ),
 ]
 

@@ -19,6 +19,7 @@ from lighthouse.huggingface.card import history_of_checkpoint
 from lighthouse.training import PretrainResult, Refused, checkpoints, prepare, pretrain
 from lighthouse.training import run as run_module
 from lighthouse.training.model import new_model
+from lighthouse.training.result import TextFailed
 from lighthouse.training.resume import FREE_ON_RESUME, best_checkpoint, check_best, what_is_new
 from lighthouse.training.trainer import rows_to_evaluate
 from small_llama import one_thread  # noqa: F401
@@ -642,3 +643,20 @@ def test_a_run_with_callbacks_of_the_callers_that_keeps_no_model(tmp_path, text)
     assert losses == [point.loss for point in result.held_out]
     assert result.model_folder is None and PretrainResult.load(tmp_path / "results.json") == result
     assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_run_whose_streamed_text_changes_says_where_it_can_go_on(tmp_path, workers):
+    folder = write_text(tmp_path / "text", files=4, words=100)
+
+    class Change(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                (folder / "00.txt").write_text("another text")
+
+    run = prepare(
+        options(folder, stream=True, held_out=1),
+        training(tmp_path / "run", max_steps=99, save_strategy="steps", save_steps=1, dataloader_num_workers=workers),
+    )
+    with pytest.raises(TextFailed, match=r"^data='.*00.txt' changed since .*last whole checkpoint is .*checkpoint-"):
+        run.train(callbacks=[Change()])

@@ -15,8 +15,9 @@ pytest.importorskip("transformers")
 
 from torch.utils.data import DataLoader  # noqa: E402
 
-from lighthouse.training import data  # noqa: E402
+from lighthouse.training import data, tables  # noqa: E402
 from lighthouse.training.options import DataOptions  # noqa: E402
+from lighthouse.training.result import TextFailed  # noqa: E402
 from lighthouse.training.tokenizer import load_tokenizer  # noqa: E402
 from test_training_data import write_json  # noqa: E402
 from training_runs import write_text  # noqa: E402
@@ -55,6 +56,44 @@ def documents_of(corpus, rows) -> list[tuple]:
     ids = [token for _, row in sorted(rows) for token in row]
     cuts = [n + 1 for n, token in enumerate(ids) if token == corpus.encoder.end]
     return sorted(tuple(ids[a:b]) for a, b in zip([0, *cuts], cuts, strict=False))
+
+
+@pytest.mark.parametrize("change", ["rewritten", "gone", "cut_off"])
+@pytest.mark.parametrize("kind", ["files", "dataset"])
+def test_text_that_changes_while_it_is_streamed_ends_the_run(tmp_path, monkeypatch, kind, change):
+    monkeypatch.setattr(data, "SHUFFLED", 16 * CONTEXT)
+    monkeypatch.setattr(tables, "CHECKED", 1)
+    path = tmp_path / "rows.jsonl"
+    if kind == "dataset":
+        write_json(tmp_path, documents=60, shards=1)
+        path = tmp_path / "0.jsonl"
+        options = {"data": [str(path)], "dataset": "json"}
+    else:
+        write_text(tmp_path / "text", files=6, words=2000)
+        path = tmp_path / "text" / "03.txt"
+        options = {"data": [str(tmp_path / "text")]}
+    corpus = data.find_corpus(DataOptions(**options, stream=True, held_out=2), context=CONTEXT, seed=0)
+    rows = iter(data.rows_of(corpus)[0])
+    next(rows)
+    if change == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[: 100 if change == "cut_off" else None] + b" \n")
+    with pytest.raises(TextFailed, match=f"{path.name}' changed since this command found it"):
+        for _ in range(3000):
+            next(rows)
+
+
+def test_what_a_stream_holds_out_is_no_copy(tmp_path):
+    """Its held-out documents come by once more in each pass; only what has their text besides is a copy."""
+    write_json(tmp_path, documents=60, shards=1)
+    path = tmp_path / "0.jsonl"
+    for copies in (0, 3):
+        path.write_text(path.read_text() + "".join(path.read_text().splitlines(True)[:copies]))
+        options = DataOptions(data=[str(path)], dataset="json", stream=True, held_out=2)
+        corpus = data.find_corpus(options, context=CONTEXT, seed=0)
+        one_pass(corpus)
+        assert sum(count for count, _ in corpus.source.passed_over.found.values()) == copies
 
 
 def test_a_seed_gives_the_same_rows_and_another_others(find):

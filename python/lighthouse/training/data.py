@@ -21,6 +21,7 @@ from lighthouse.training.cutting import first_process, hash_of
 from lighthouse.training.documents import LeftOut, shown
 from lighthouse.training.files import open_files
 from lighthouse.training.held_out import HeldOut, hold_out
+from lighthouse.training.result import TextFailed
 from lighthouse.training.tables import open_dataset
 from lighthouse.training.tokenizer import Encoder, load_tokenizer, tokens_of
 
@@ -188,8 +189,8 @@ def find_corpus(options, *, context: int, seed: int, tokenizer=None) -> Corpus:
         seed: decides which documents are held out and the order of files; equal seeds and text, equal rows.
         tokenizer: as `load_tokenizer` returns it; bytes by default.
 
-    Documents are held out until they hold `held_out` rows, or one row and a tenth of the text, or of a dataset's
-    documents; of a stream its first. Of documents whose text is the same, white space apart, one is used.
+    Documents are held out until they hold `held_out` rows, or one row and a tenth of the text; of a stream its first.
+    Of documents whose text is the same, white space apart, one is used.
 
     Raises:
         FileNotFoundError: a path that does not exist, a pattern that matches no file, a dataset that is not there.
@@ -294,7 +295,10 @@ class StreamedRows(torch.utils.data.IterableDataset):
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         round = 0
         while True:
-            yield from self._shuffled(round)
+            try:
+                yield from self._shuffled(round)
+            except ValueError as error:
+                raise TextFailed(str(error)) from error
             round += 1
             if first_process():
                 passed_over = self.corpus.source.passed_over

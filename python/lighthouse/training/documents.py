@@ -143,6 +143,14 @@ def _seam(text: bytes) -> int:
     return at
 
 
+def changed(path: str) -> str:
+    """The error of a file that is another, or gone, while a command uses it."""
+    return (
+        f"data={path!r} changed since this command found it: text must stay as it is while a run uses it; start again "
+        "when it does"
+    )
+
+
 def shown(name: str) -> str:
     r"""A file's name as it can be printed anywhere: bytes that are not UTF-8 as \xe9."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")

@@ -29,6 +29,7 @@ from lighthouse.training.documents import (
     NotText,
     Seen,
     TextDigest,
+    changed,
     pieces_of,
     shown,
 )
@@ -91,6 +92,11 @@ class Files:
 
     def __len__(self) -> int:
         return len(self.files)
+
+    @property
+    def bytes(self) -> int:
+        """Of text; of compressed files about."""
+        return sum(file.bytes for file in self.files)
 
     def name(self, number: int) -> str:
         return shown(self.files[number].path)
@@ -250,15 +256,20 @@ class _open:
 
 
 def _blocks(file: TextFile) -> Iterator[bytes]:
-    with _open(file.path) as stream:
-        while block := stream.read(documents.PIECE):
-            yield block
-    state = os.stat(file.path)
-    if (state.st_size, state.st_mtime_ns) != (file.size, file.modified):
-        raise ValueError(
-            f"data={file.path!r} changed since this command found it: text must stay as it is while a run uses it; "
-            "start again when it does"
-        )
+    try:
+        with _open(file.path) as stream:
+            while block := stream.read(documents.PIECE):
+                yield block
+    except (NotText, FileNotFoundError):
+        _check_unchanged(file)  # first: a file that is being written may be no whole archive
+        raise
+    _check_unchanged(file)
+
+
+def _check_unchanged(file: TextFile) -> None:
+    state = os.stat(file.path) if os.path.exists(file.path) else None
+    if state is None or (state.st_size, state.st_mtime_ns) != (file.size, file.modified):
+        raise ValueError(changed(file.path))
 
 
 def _checked(file: TextFile) -> Iterator[bytes]:

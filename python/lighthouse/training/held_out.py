@@ -37,7 +37,7 @@ def hold_out(corpus) -> HeldOut:
     if source.kind == "stream":
         candidates, total = ((key, 0, pieces) for key, pieces in source.first()), 1
     else:
-        total = sum(file.bytes for file in source.files) if source.kind == "files" else len(source)
+        total = source.bytes
         candidates = ((number, size, None) for number, size in source.sizes())
     chosen, found, tokens, spent, read = {}, [], 0, 0, 0
 
@@ -95,6 +95,6 @@ def _nothing_to_hold_out(corpus, tokens: int) -> str:
             f"of {largest:,} bytes{corpus.but_for}"
         )
     return (
-        f"{corpus.name}: whole documents are held out, and those that may be, half of a dataset, hold {tokens:,} "
-        f"tokens, less than a context of {corpus.context:,}"
+        f"{corpus.name}: whole documents are held out, and no choice of them leaves a context of {corpus.context:,} "
+        f"tokens held out and half of the text to train on (found: {tokens:,} tokens); split the largest documents"
     )

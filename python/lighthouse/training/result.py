@@ -35,6 +35,10 @@ class DiskFull(RunFailed):
     """There is no space for a checkpoint or for the model."""
 
 
+class TextFailed(RunFailed, ValueError):
+    """Text that is read while training changed, or can be read no further."""
+
+
 class NotFinite(RunFailed):
     """A loss, a gradient norm or a weight is NaN or infinite."""
 

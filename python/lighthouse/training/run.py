@@ -49,6 +49,7 @@ from lighthouse.training.result import (
     Refused,
     Stage,
     Stopped,
+    TextFailed,
     versions,
 )
 from lighthouse.training.resume import (
@@ -172,7 +173,7 @@ class Run:
 
         Raises:
             Refused, a `ValueError`: the text or the model was found unfit when it was cut or made.
-            DiskFull, NotFinite: the run cannot go on; the last whole checkpoint is as it was.
+            DiskFull, NotFinite, TextFailed: the run cannot go on; the last whole checkpoint is as it was.
             Stopped: SIGTERM or SIGUSR1 was received, and a checkpoint saved.
         """
         record, stop = Record(self.switch_step, self.facts), stop or StopOnSignal()
@@ -300,6 +301,9 @@ class Run:
                     "another learning_rate or max_grad_norm, or without these rows, it is another run, in another "
                     "output_dir."
                 ) from None
+            if isinstance(error, TextFailed):  # a worker's has its traceback in front
+                said = str(error).rpartition(f"{TextFailed.__name__}: ")[2].strip()
+                raise TextFailed(f"{said.rstrip('.')}. {self._how_to_go_on()}") from error
             if isinstance(error, DiskFull):
                 raise DiskFull(f"{error} {self._how_to_go_on()}") from error.__cause__
             if isinstance(error, OSError) and error.errno in checkpoints.NO_SPACE:  # of a log, say

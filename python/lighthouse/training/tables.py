@@ -1,7 +1,8 @@
 """Text from datasets of the `datasets` library, each row one document: loaded, or streamed while training.
 
-The trap: the library names what it loaded by the paths and times of local files, so that a dataset that lies elsewhere
-is another to it. What a run is compared by looks into the files instead.
+The traps: the library names what it loaded by the paths and times of local files, so that a dataset that lies elsewhere
+is another to it. What a run is compared by looks into the files instead. And it never looks whether a file changed
+since it was found.
 """
 
 from __future__ import annotations
@@ -9,13 +10,14 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import count, islice
 
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from lighthouse.training import documents
 from lighthouse.training.documents import (
@@ -27,12 +29,14 @@ from lighthouse.training.documents import (
     NotText,
     Seen,
     TextDigest,
+    changed,
     pieces_of,
 )
 from lighthouse.training.files import sample_of
 
 FORMATS = ("json", "parquet", "csv", "text", "arrow", "xml")
 LOOKED_AT = 1000  # rows, for one with text
+CHECKED = 2**23  # bytes of a stream's text after which its files are looked at again
 OF_A_PLACE = {"name", "version", "data_dir", "data_files", "description"}  # of a builder's configuration: not its text
 
 
@@ -41,6 +45,8 @@ class Table:
     """A dataset, each row one document. Loaded when it is first asked for documents, which may take long."""
 
     title: str
+    fingerprint: str
+    local: LocalFiles
     builder: datasets.DatasetBuilder
     split: str
     column: str
@@ -56,17 +62,15 @@ class Table:
         return f"{self.rows._fingerprint} {self.column}"
 
     @property
-    def fingerprint(self) -> str:
-        return fingerprint(self.builder, self.split, self.column)
-
-    @property
     def rows(self) -> datasets.Dataset:
         if self._rows is None:
             try:
                 self.builder.download_and_prepare()
                 rows = self.builder.as_dataset(split=self.split)
             except datasets.exceptions.DatasetGenerationError as error:
+                self.local.check()
                 raise ValueError(f"dataset={self.title!r} cannot be read: {error.__cause__ or error}") from error
+            self.local.check()  # else the library would keep a later text under the name of the one that was found
             _check_column(self.title, rows.features, self.column)
             self._rows = rows.select_columns([self.column])
         return self._rows
@@ -77,14 +81,19 @@ class Table:
     def name(self, number: int) -> str:
         return f"{self.title}, row {number:,}"
 
+    @property
+    def bytes(self) -> int:
+        """Of text in all rows. Their lengths are read, not the text."""
+        return sum(pc.sum(pc.binary_length(chunk)).as_py() or 0 for chunk in self.rows.data.column(self.column).chunks)
+
     def sizes(self) -> Iterator[tuple[int, int]]:
-        """Rows by chance, each once; all count as equally long."""
-        chance, seen = np.random.default_rng([self.seed]), set()
-        while len(seen) < len(self) // 2:
+        """Candidates to hold out, by chance, each once: number and size in bytes."""
+        chance, seen, rows = np.random.default_rng([self.seed]), set(), self.rows.with_format("arrow")
+        while len(seen) < len(self):
             number = int(chance.integers(len(self)))
             if number not in seen:
                 seen.add(number)
-                yield number, 1
+                yield number, pc.sum(pc.binary_length(rows[number][self.column])).as_py() or 0
 
     def one(self, number: int) -> Iterator[bytes]:
         """A document's pieces; raises `NotText` where there are none."""
@@ -111,6 +120,7 @@ class Stream:
 
     title: str
     fingerprint: str
+    local: LocalFiles
     rows: datasets.IterableDataset
     column: str
     seed: int
@@ -124,9 +134,9 @@ class Stream:
 
     def first(self) -> Iterator[tuple[str, Iterable[bytes]]]:
         """Candidates to hold out: the first documents, by hash."""
-        for number, row in enumerate(self.rows):
+        for number, text in self._read(self.rows):
             try:
-                pieces = _pieces(row[self.column], self.name(number))
+                pieces = _pieces(text, self.name(number))
             except NotText:
                 continue
             yield hashlib.blake2b(b"".join(pieces), digest_size=16).hexdigest(), pieces
@@ -136,7 +146,50 @@ class Stream:
         self.passed_over = LeftOut()
         chance = np.random.default_rng([self.seed, round])
         rows = self.rows.shuffle(generator=chance, buffer_size=1) if self.rows.num_shards > 1 else self.rows
-        return _each_once(self, ((number, row[self.column]) for number, row in enumerate(rows)), held_out.values())
+        return _each_once(self, self._read(rows), held_out.values(), among=True)
+
+    def _read(self, rows: datasets.IterableDataset) -> Iterator[tuple[int, str | None]]:
+        """Texts and their numbers. A file that changed is an error, if it can be before the text is passed on."""
+        rows, unchecked = iter(rows), 0
+        for number in count():
+            try:
+                text = next(rows)[self.column]
+            except StopIteration:
+                break
+            except Exception as error:  # of the format, of what compressed it, or of the network: each has its own
+                self.local.check()
+                raise ValueError(
+                    f"{self.title} cannot be read after {number:,} rows of the pass: {type(error).__name__}: {error}"
+                ) from error
+            unchecked += len(text) if isinstance(text, str) else 0
+            if unchecked >= CHECKED:
+                self.local.check()
+                unchecked = 0
+            yield number, text
+        self.local.check()
+
+
+class LocalFiles:
+    """The files on this machine that a dataset is read from, as they were when it was opened."""
+
+    def __init__(self, builder: datasets.DatasetBuilder):
+        parts = (builder.config.data_files or {}).values()
+        paths = [path.rpartition("::")[2] for part in parts for path in part]  # of an archive's member, the archive
+        self._states = {path: self._state(path) for path in paths if os.path.isfile(path)}
+
+    def check(self) -> None:
+        """Raises `ValueError` if one of them changed since."""
+        for path, state in self._states.items():
+            if self._state(path) != state:
+                raise ValueError(changed(path))
+
+    @staticmethod
+    def _state(path: str) -> tuple[int, int] | None:
+        try:
+            state = os.stat(path)
+        except FileNotFoundError:
+            return None
+        return state.st_size, state.st_mtime_ns
 
 
 def open_dataset(options, seed: int) -> Table | Stream:
@@ -153,6 +206,7 @@ def open_dataset(options, seed: int) -> Table | Stream:
         raise OSError(f"dataset={name!r} cannot be loaded: {error}") from error
     except Exception as error:
         raise ValueError(f"dataset={name!r} cannot be loaded: {error}") from error
+    local = LocalFiles(builder)
     rows, row = _first_row(builder, name, split, column, options.data, whole_splits=options.stream)
     features = rows.features
     if features is None or getattr(features.get(column), "dtype", None) == "null":
@@ -163,9 +217,10 @@ def open_dataset(options, seed: int) -> Table | Stream:
             f"with the text; there is {', '.join(features)}"
         )
     _check_column(title, features, column)
+    found = title, fingerprint(builder, split, column), local
     if not options.stream:
-        return Table(title, builder, split, column, seed)
-    return Stream(title, fingerprint(builder, split, column), rows.select_columns([column]), column, seed)
+        return Table(*found, builder, split, column, seed)
+    return Stream(*found, rows.select_columns([column]), column, seed)
 
 
 def fingerprint(builder: datasets.DatasetBuilder, split: str, column: str) -> str:
@@ -228,8 +283,11 @@ def _check_column(title: str, features: dict, column: str) -> None:
         raise ValueError(f"text_column={column!r} of {title} holds {held}, and not text")
 
 
-def _each_once(source: Table | Stream, texts: Iterable[tuple[int, str | None]], held_out: Iterable[bytes]) -> Documents:
-    seen = Seen(held_out)
+def _each_once(
+    source: Table | Stream, texts: Iterable[tuple[int, str | None]], held_out: Collection[bytes], among: bool = False
+) -> Documents:
+    """Of documents with the same text the first, and none that is held out, also where these are `among` the texts."""
+    seen, themselves = Seen(held_out), set(held_out if among else ())
     for number, text in texts:
         try:
             pieces = _pieces(text, source.name(number))
@@ -241,6 +299,8 @@ def _each_once(source: Table | Stream, texts: Iterable[tuple[int, str | None]], 
             digest.update(piece)
         if seen.add(digest.digest()):
             yield number, pieces
+        elif digest.digest() in themselves:
+            themselves.remove(digest.digest())  # the next is a copy
         else:
             source.passed_over.add(SAME_TEXT, source.name(number))
 
