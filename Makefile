@@ -22,7 +22,7 @@ FIXED := $(shell setarch -R true 2>/dev/null && echo setarch -R)
 
 help:
 	@echo 'make test      build everything, run the C++ and the Python tests'
-	@echo 'make demo      lighthouse compare: a small model trained dense and in two stages, and a report (about 7 minutes)'
+	@echo 'make demo      lighthouse compare: a small model trained dense and in two stages, and a report (3 to 7 minutes)'
 	@echo 'make bench     time the C++ functions and one attention layer against dense attention'
 	@echo 'make lint      clang-format, clang-tidy, ruff'
 	@echo 'make sanitize  C++ tests under Address-, UndefinedBehavior- and ThreadSanitizer'
