@@ -175,7 +175,7 @@ def test_how_often_the_text_is_read_and_what_is_not_is_said(tmp_path):
     )
     corpus = find(write_json(tmp_path), dataset="json", held_out=99)
     data.rows_of(corpus)
-    assert "documents held out, " in corpus.passes(10, CONTEXT) and "(99 were asked for" in corpus.passes(10, CONTEXT)
+    assert " tokens held out, " in corpus.passes(10, CONTEXT) and "(99 were asked for" in corpus.passes(10, CONTEXT)
 
 
 CUT_SLOWLY = """

@@ -129,14 +129,28 @@ def test_a_dataset_is_split_by_row_and_cut(tmp_path):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_row_that_is_most_of_a_dataset_is_trained_on(tmp_path, seed):
-    """Of ten rows one is nearly all of the text: it is no tenth of it, whatever its share of the rows."""
-    lines = [json.dumps({"text": f"{n} " + TEXT * (60 if n == 3 else 3)}) for n in range(10)]
-    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
-    corpus = find(str(tmp_path / "rows.jsonl"), dataset="json", seed=seed)
+@pytest.mark.parametrize("kind", ["rows", "files", "compressed"])
+def test_a_document_that_is_most_of_the_text_is_trained_on(tmp_path, kind, seed):
+    """Of ten documents one is nearly all of the text. Its share of them, or its compressed size, does not tell so."""
+    folder, texts = tmp_path / "text", [f"{n} " + TEXT * (600 if n == 3 else 3) for n in range(10)]
+    folder.mkdir()
+    for n, content in enumerate(texts):
+        if kind == "files":
+            text(folder, f"{n}.txt", content=content.encode())
+        if kind == "compressed":  # the large one to fewer bytes than two of the others
+            text(folder, f"{n}.gz", content=gzip.compress(content.encode(), 9 if n == 3 else 0))
+    if kind == "rows":
+        lines = [json.dumps({"text": content}) for content in texts]
+        corpus = find(text(folder, "rows.jsonl", content="\n".join(lines).encode()), dataset="json", seed=seed)
+    else:
+        corpus = find(folder, seed=seed)
     train, _ = data.rows_of(corpus)
-    assert 3 not in corpus.held_out.documents and corpus.source.bytes == sum(len(json.loads(x)["text"]) for x in lines)
-    assert len(train) * CONTEXT > 60 * len(TEXT)
+    assert len(train) * CONTEXT > 600 * len(TEXT)
+    held = len(corpus.held_out.documents)
+    tokens = held * len(f"0 {TEXT * 3}\0")
+    assert f" {held} {'document' if kind == 'rows' else 'file'}s of {tokens:,} tokens held out, 2 x 128 " in (
+        corpus.passes(10, CONTEXT) if kind == "rows" else str(corpus)
+    )
 
 
 def test_a_dataset_may_have_another_column_and_part_of_a_split(tmp_path):

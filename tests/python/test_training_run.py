@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainingArguments
 
 from lighthouse.huggingface.card import history_of_checkpoint
-from lighthouse.training import PretrainResult, Refused, checkpoints, prepare, pretrain
+from lighthouse.training import PretrainResult, Refused, RunFailed, checkpoints, prepare, pretrain
 from lighthouse.training import run as run_module
 from lighthouse.training.model import new_model
 from lighthouse.training.result import TextFailed
@@ -658,5 +658,10 @@ def test_a_run_whose_streamed_text_changes_says_where_it_can_go_on(tmp_path, wor
         options(folder, stream=True, held_out=1),
         training(tmp_path / "run", max_steps=99, save_strategy="steps", save_steps=1, dataloader_num_workers=workers),
     )
-    with pytest.raises(TextFailed, match=r"^data='.*00.txt' changed since .*last whole checkpoint is .*checkpoint-"):
+    said = (
+        r"^data='[^\n]*00.txt' changed since this command found it: [^\n]* The last whole checkpoint is "
+        r"[^\n]*/checkpoint-\d+: the same command with --resume goes on from there. It needs the text that [^\n]*$"
+    )
+    with pytest.raises(TextFailed, match=said) as ended:
         run.train(callbacks=[Change()])
+    assert isinstance(ended.value, RunFailed)  # a sentence and exit status 1, and no traceback

@@ -58,7 +58,16 @@ def documents_of(corpus, rows) -> list[tuple]:
     return sorted(tuple(ids[a:b]) for a, b in zip([0, *cuts], cuts, strict=False))
 
 
-@pytest.mark.parametrize("change", ["rewritten", "gone", "cut_off"])
+CHANGES = {
+    "rewritten": lambda path: path.write_bytes(path.read_bytes() + b" \n"),
+    "gone": lambda path: path.unlink(),
+    "cut_off": lambda path: path.write_bytes(path.read_bytes()[:100]),
+    "no_text_any_more": lambda path: path.write_bytes(b"\xff\0" * 9999),
+    "a_folder": lambda path: (path.unlink(), path.mkdir()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("kind", ["files", "dataset"])
 def test_text_that_changes_while_it_is_streamed_ends_the_run(tmp_path, monkeypatch, kind, change):
     monkeypatch.setattr(data, "SHUFFLED", 16 * CONTEXT)
@@ -75,13 +84,20 @@ def test_text_that_changes_while_it_is_streamed_ends_the_run(tmp_path, monkeypat
     corpus = data.find_corpus(DataOptions(**options, stream=True, held_out=2), context=CONTEXT, seed=0)
     rows = iter(data.rows_of(corpus)[0])
     next(rows)
-    if change == "gone":
-        path.unlink()
-    else:
-        path.write_bytes(path.read_bytes()[: 100 if change == "cut_off" else None] + b" \n")
+    CHANGES[change](path)
     with pytest.raises(TextFailed, match=f"{path.name}' changed since this command found it"):
         for _ in range(3000):
             next(rows)
+
+
+def test_a_stream_that_can_be_read_no_further_is_said_in_a_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "SHUFFLED", 16 * CONTEXT)
+    write_json(tmp_path, documents=400, shards=2)
+    (tmp_path / "1.jsonl").write_text((tmp_path / "1.jsonl").read_text() + "{no json\n")
+    options = DataOptions(data=[str(tmp_path / "*.jsonl")], dataset="json", stream=True, held_out=2)
+    rows = data.rows_of(data.find_corpus(options, context=CONTEXT, seed=0))[0]
+    with pytest.raises(TextFailed, match=r"^json, split train cannot be read after \d+ rows of the pass: [^\n]+$"):
+        take(rows, 3000)
 
 
 def test_what_a_stream_holds_out_is_no_copy(tmp_path):

@@ -26,6 +26,7 @@ from lighthouse.training.result import (  # noqa: E402
     Refused,
     RunFailed,
     Stopped,
+    TextFailed,
 )
 from lighthouse.training.run import Run, prepare, pretrain  # noqa: E402
 
@@ -41,6 +42,7 @@ __all__ = [
     "Run",
     "RunFailed",
     "Stopped",
+    "TextFailed",
     "TrainingOptions",
     "prepare",
     "pretrain",

@@ -78,6 +78,12 @@ class Corpus:
         return int(sum(file.bytes for file in train) * self.held_out.tokens_per_byte) + len(train)
 
     @property
+    def held_out_tokens(self) -> int:
+        """Of all documents that are held out, evaluated or not; about, unless bytes are the tokens."""
+        held = self.held_out
+        return len(held.documents) + (held.bytes if self.encoder.is_bytes else int(held.bytes * held.tokens_per_byte))
+
+    @property
     def left_out(self) -> LeftOut:
         """What is not used of the text, as far as it was read."""
         return self.source.left_out + self.source.passed_over
@@ -142,10 +148,11 @@ class Corpus:
     def _held_out_said(self) -> str:
         held, what = self.held_out, "file" if self.source.kind == "files" else "document"
         documents, rows = len(held.documents), len(held.rows)
+        about = "" if self.encoder.is_bytes else "about "
         asked = f" ({self.most_held_out} were asked for: a tenth of the text at most is held out)"
         return (
-            f"{documents:,} {what}{'s' if documents > 1 else ''} held out, {rows} x {self.context:,} tokens of them "
-            f"evaluated{asked if rows < self.most_held_out else ''}"
+            f"{documents:,} {what}{'s' if documents > 1 else ''} of {about}{self.held_out_tokens:,} tokens held out, "
+            f"{rows} x {self.context:,} tokens of them evaluated{asked if rows < self.most_held_out else ''}"
         )
 
     def __str__(self) -> str:
@@ -189,8 +196,9 @@ def find_corpus(options, *, context: int, seed: int, tokenizer=None) -> Corpus:
         seed: decides which documents are held out and the order of files; equal seeds and text, equal rows.
         tokenizer: as `load_tokenizer` returns it; bytes by default.
 
-    Documents are held out until they hold `held_out` rows, or one row and a tenth of the text; of a stream its first.
-    Of documents whose text is the same, white space apart, one is used.
+    Documents are held out until they hold `held_out` rows, or one row and a tenth of the text, and never more than half
+    of it, by bytes; of a stream, whose length is not known, its first. Of documents whose text is the same, white space
+    apart, one is used.
 
     Raises:
         FileNotFoundError: a path that does not exist, a pattern that matches no file, a dataset that is not there.
@@ -297,8 +305,8 @@ class StreamedRows(torch.utils.data.IterableDataset):
         while True:
             try:
                 yield from self._shuffled(round)
-            except ValueError as error:
-                raise TextFailed(str(error)) from error
+            except (ValueError, OSError) as error:
+                raise TextFailed(" ".join(str(error).splitlines())) from error
             round += 1
             if first_process():
                 passed_over = self.corpus.source.passed_over

@@ -64,8 +64,10 @@ class TextDigest:
 
     def __init__(self):
         self._hash = hashlib.sha256()
+        self.bytes = 0  # of all pieces, white space and marks too
 
     def update(self, piece: bytes) -> None:
+        self.bytes += len(piece)
         self._hash.update(piece.removeprefix(codecs.BOM_UTF8).translate(None, WHITE_SPACE))
 
     def digest(self) -> bytes:
@@ -145,10 +147,7 @@ def _seam(text: bytes) -> int:
 
 def changed(path: str) -> str:
     """The error of a file that is another, or gone, while a command uses it."""
-    return (
-        f"data={path!r} changed since this command found it: text must stay as it is while a run uses it; start again "
-        "when it does"
-    )
+    return f"data={path!r} changed since this command found it: text must stay as it is until the command ends"
 
 
 def shown(name: str) -> str:

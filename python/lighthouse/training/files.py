@@ -260,13 +260,14 @@ def _blocks(file: TextFile) -> Iterator[bytes]:
         with _open(file.path) as stream:
             while block := stream.read(documents.PIECE):
                 yield block
-    except (NotText, FileNotFoundError):
-        _check_unchanged(file)  # first: a file that is being written may be no whole archive
+    except (NotText, OSError):
+        _check_unchanged(file)
         raise
     _check_unchanged(file)
 
 
 def _check_unchanged(file: TextFile) -> None:
+    """Also before a file is said to be no text: one that is being written is for a while no whole archive."""
     state = os.stat(file.path) if os.path.exists(file.path) else None
     if state is None or (state.st_size, state.st_mtime_ns) != (file.size, file.modified):
         raise ValueError(changed(file.path))
@@ -275,7 +276,11 @@ def _check_unchanged(file: TextFile) -> None:
 def _checked(file: TextFile) -> Iterator[bytes]:
     offset = 0
     for piece in pieces_of(_blocks(file)):
-        _check(file.path, piece, offset, end=True)
+        try:
+            _check(file.path, piece, offset, end=True)
+        except NotText:
+            _check_unchanged(file)
+            raise
         offset += len(piece)
         yield piece
 

@@ -2,10 +2,14 @@
 
 Whole documents are, so that no part of one is trained on: by chance of files and loaded datasets, the first of a
 stream. What is held out is known by what it says and not by its name: no copy of it is trained on either.
+
+The trap: one document may be most of the text. Shares are of bytes and never of documents, and what a compressed file
+holds is known only when it was read.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +27,7 @@ class HeldOut:
 
     documents: dict[int | str, bytes]  # what the source names each by, and its `TextDigest`
     rows: np.ndarray  # [rows, context]
+    bytes: int  # of these documents, whole
     tokens_per_byte: float
     unknown: float  # share of the tokens that are the tokenizer's unknown one
 
@@ -35,7 +40,7 @@ def hold_out(corpus) -> HeldOut:
     source, context, encoder = corpus.source, corpus.context, corpus.encoder
     wanted = corpus.most_held_out * context
     if source.kind == "stream":
-        candidates, total = ((key, 0, pieces) for key, pieces in source.first()), 1
+        candidates, total = ((key, 0, pieces) for key, pieces in source.first()), math.inf
     else:
         total = source.bytes
         candidates = ((number, size, None) for number, size in source.sizes())
@@ -66,10 +71,13 @@ def hold_out(corpus) -> HeldOut:
             if source.kind == "files" and source.files[key].named:
                 raise
             continue
+        total += digest.bytes - size
+        if spent + digest.bytes > total * MOST_AT_ALL:
+            continue
         if digest.digest() != BLANK and digest.digest() not in chosen.values():
             chosen[key] = digest.digest()
             found += here
-            tokens, spent = tokens + length, spent + size
+            tokens, spent = tokens + length, spent + digest.bytes
     else:
         if source.kind == "stream":
             raise ValueError(
@@ -83,7 +91,7 @@ def hold_out(corpus) -> HeldOut:
     ids = np.concatenate(found)
     rows = ids[: tokens // context * context].reshape(-1, context)[: corpus.most_held_out]
     unknown = 0.0 if encoder.unknown is None else float((ids == encoder.unknown).mean())
-    return HeldOut(chosen, rows, tokens / read, unknown)
+    return HeldOut(chosen, rows, spent, tokens / read, unknown)
 
 
 def _nothing_to_hold_out(corpus, tokens: int) -> str:

@@ -303,7 +303,8 @@ class Run:
                 ) from None
             if isinstance(error, TextFailed):  # a worker's has its traceback in front
                 said = str(error).rpartition(f"{TextFailed.__name__}: ")[2].strip()
-                raise TextFailed(f"{said.rstrip('.')}. {self._how_to_go_on()}") from error
+                how = f"{self._how_to_go_on()} It needs the text that the run began with."
+                raise TextFailed(f"{said.rstrip('.')}. {how}") from error
             if isinstance(error, DiskFull):
                 raise DiskFull(f"{error} {self._how_to_go_on()}") from error.__cause__
             if isinstance(error, OSError) and error.errno in checkpoints.NO_SPACE:  # of a log, say
