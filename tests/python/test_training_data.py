@@ -128,9 +128,8 @@ def test_a_dataset_is_split_by_row_and_cut(tmp_path):
     assert len(held_out) == 2
 
 
-@pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("kind", ["rows", "files", "compressed"])
-def test_a_document_that_is_most_of_the_text_is_trained_on(tmp_path, kind, seed):
+def test_a_document_that_is_most_of_the_text_is_trained_on(tmp_path, kind):
     """Of ten documents one is nearly all of the text. Its share of them, or its compressed size, does not tell so."""
     folder, texts = tmp_path / "text", [f"{n} " + TEXT * (600 if n == 3 else 3) for n in range(10)]
     folder.mkdir()
@@ -139,18 +138,19 @@ def test_a_document_that_is_most_of_the_text_is_trained_on(tmp_path, kind, seed)
             text(folder, f"{n}.txt", content=content.encode())
         if kind == "compressed":  # the large one to fewer bytes than two of the others
             text(folder, f"{n}.gz", content=gzip.compress(content.encode(), 9 if n == 3 else 0))
+    path, options = folder, {}
     if kind == "rows":
         lines = [json.dumps({"text": content}) for content in texts]
-        corpus = find(text(folder, "rows.jsonl", content="\n".join(lines).encode()), dataset="json", seed=seed)
-    else:
-        corpus = find(folder, seed=seed)
-    train, _ = data.rows_of(corpus)
-    assert len(train) * CONTEXT > 600 * len(TEXT)
-    held = len(corpus.held_out.documents)
-    tokens = held * len(f"0 {TEXT * 3}\0")
-    assert f" {held} {'document' if kind == 'rows' else 'file'}s of {tokens:,} tokens held out, 2 x 128 " in (
-        corpus.passes(10, CONTEXT) if kind == "rows" else str(corpus)
-    )
+        path, options = text(folder, "rows.jsonl", content="\n".join(lines).encode()), {"dataset": "json"}
+    for seed in range(12):  # with some of them the large one comes first
+        corpus = find(path, seed=seed, **options)
+        train, _ = data.rows_of(corpus)
+        assert len(train) * CONTEXT > 600 * len(TEXT), seed
+        held = len(corpus.held_out.documents)
+        tokens = held * len(f"0 {TEXT * 3}\0")
+        assert f" {held} {'document' if kind == 'rows' else 'file'}s of {tokens:,} tokens held out, 2 x 128 " in (
+            corpus.passes(10, CONTEXT) if kind == "rows" else str(corpus)
+        )
 
 
 def test_a_dataset_may_have_another_column_and_part_of_a_split(tmp_path):

@@ -62,7 +62,7 @@ CHANGES = {
     "rewritten": lambda path: path.write_bytes(path.read_bytes() + b" \n"),
     "gone": lambda path: path.unlink(),
     "cut_off": lambda path: path.write_bytes(path.read_bytes()[:100]),
-    "no_text_any_more": lambda path: path.write_bytes(b"\xff\0" * 9999),
+    "no_text_any_more": lambda path: path.write_bytes(b"\xff\0" * 2**18),
     "a_folder": lambda path: (path.unlink(), path.mkdir()),
 }
 
