@@ -36,6 +36,7 @@ from lighthouse.training.study import StudyResult, Trial, judged
 from lighthouse.training.trial import Judge
 from lighthouse.training.tune import Study, TuneOptions, prepare_study
 from small_llama import one_thread  # noqa: F401
+from test_training_cache import change_the_middle, write_long
 from training_runs import options, status, training, write_text
 
 CONTEXT = 512
@@ -483,6 +484,20 @@ def test_trials_on_other_text_end_the_study(text, tmp_path):
     study.fixed["text"] = "another"
     with pytest.raises(RunFailed, match="The text is not the one that the study began with: it was 'another'"):
         study.run(lambda line: None)
+
+
+def test_trials_on_text_that_looks_alike_end_the_study(tmp_path):
+    text = write_long(write_text(tmp_path / "text"))
+    said = []
+
+    def say(line: str) -> None:
+        said.append(line)
+        if line.startswith("trial   0"):
+            change_the_middle(text)
+
+    with pytest.raises(RunFailed, match="The text is not the one that the study began with"):
+        study_of(text, tmp_path / "study").run(say)
+    assert [line[:9] for line in said if line.startswith("trial")] == ["trial   0"]
 
 
 def test_equal_time_on_another_machine_is_another_study(text, tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ import fcntl
 import logging
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from time import perf_counter
 from typing import IO
@@ -20,6 +20,8 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from lighthouse.measure import synchronize
 from lighthouse.training.callbacks import Record
 from lighthouse.training.options import TrainingOptions
+from lighthouse.training.result import RunFailed
+from lighthouse.training.run import Run
 
 Say = Callable[[str], None]
 
@@ -74,6 +76,29 @@ class Judge(Record):
         self.trial.report(metrics["eval_loss"], place)
         if state.global_step < state.max_steps and self.trial.should_prune():
             raise optuna.TrialPruned(f"{metrics['eval_loss']:.4f} at step {state.global_step} of {state.max_steps}")
+
+
+class SameRows(TrainerCallback):
+    """Ends the study if a trial has other rows than its first: they are known only once the text is cut."""
+
+    def __init__(self, study: optuna.Study, run: Run, locked: Callable[[], AbstractContextManager]):
+        self.study, self.run, self.locked = study, run, locked
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        rows = self.run.corpus.rows_fingerprint
+        with self.locked():
+            first = self.study.user_attrs.get("rows")
+            if first is None:
+                self.study.set_user_attr("rows", rows)
+        if first not in (None, rows):
+            raise other_text(first, rows)
+
+
+def other_text(first: str, now: str) -> RunFailed:
+    return RunFailed(
+        f"The text is not the one that the study began with: it was {first!r}, is {now!r}. Give the study its text "
+        "back, or begin another in another --output_dir."
+    )
 
 
 class Unequal(Exception):

@@ -66,11 +66,13 @@ from lighthouse.training.study import (
 )
 from lighthouse.training.trial import (
     Judge,
+    SameRows,
     Say,
     StepClock,
     Timed,
     Unequal,
     made_quiet,
+    other_text,
     out_of_memory,
     output_into,
     take_lock,
@@ -417,7 +419,8 @@ class Study:
                 judge = Judge(
                     trial, run.switch_step, training.max_steps, self.tuning.evaluations, status, what, most=most
                 )
-                run.train(callbacks=[judge], keep_model=False, stop=stop)
+                same = SameRows(study, run, self._locked)
+                run.train(callbacks=[judge, same], keep_model=False, stop=stop)
             state = TrialState.COMPLETE
         except optuna.TrialPruned as pruned:
             state, end, why = TrialState.PRUNED, PRUNED, str(pruned)
@@ -451,10 +454,7 @@ class Study:
         run = prepare(options, training)
         text = run.settings()["text"]
         if text != self.fixed["text"]:
-            raise RunFailed(
-                f"The text is not the one that the study began with: it was {self.fixed['text']!r}, is {text!r}. Give "
-                "the study its text back, or begin another in another --output_dir."
-            )
+            raise other_text(self.fixed["text"], text)
         return run
 
     def _line(self, study: optuna.Study, number: int) -> str:
