@@ -337,10 +337,14 @@ def test_times_that_do_not_compare_are_compared_nowhere(done):
 
 
 def test_settings_in_which_the_runs_differ_are_named(done):
-    settings = done[1].pairs[0].baseline.settings | {CHECKPOINTING: True, "learning_rate": 1.0}
+    settings = done[1].pairs[0].baseline.settings | {CHECKPOINTING: True, "learning_rate": 1.0, "rows": "others"}
     integrated = checklist(changed(done[1], baseline={"settings": settings}))[0]
     assert integrated.passed is False
-    for part in ("learning_rate was 1.0, is 0.002", f"{CHECKPOINTING} was True, is False"):
+    for part in (
+        "learning_rate was 1.0, is 0.002",
+        f"{CHECKPOINTING} was True, is False",
+        "the text is another, though",
+    ):
         assert part in integrated.evidence
 
 
