@@ -1,3 +1,5 @@
+import logging
+
 import pytest
 import torch
 
@@ -33,3 +35,18 @@ def cuda() -> torch.device:
 def device(request) -> torch.device:
     """The CPU and, where there is one, the GPU."""
     return torch.device("cpu") if request.param == "cpu" else request.getfixturevalue("cuda")
+
+
+@pytest.fixture
+def said(monkeypatch):
+    """What a wrapped model logs, as a list of messages, with nothing said before."""
+    from lighthouse.huggingface import state  # needs Transformers
+
+    messages = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    monkeypatch.setattr(state, "_said", set())
+    logger = logging.getLogger("lighthouse")
+    logger.addHandler(handler)
+    yield messages
+    logger.removeHandler(handler)

@@ -1,6 +1,5 @@
 """When Lighthouse acts in a wrapped model, in which layers, and what it refuses: a spy counts its inner attentions."""
 
-import logging
 import re
 
 import pytest
@@ -18,7 +17,6 @@ from transformers import (
 
 import lighthouse
 from lighthouse.huggingface import originals
-from lighthouse.huggingface import state as state_module
 from lighthouse.huggingface.attention_interface import dense_name, lighthouse_attention
 from small_llama import (  # noqa: F401
     LAYERS,
@@ -36,18 +34,6 @@ from small_llama import (  # noqa: F401
 )
 
 both = pytest.mark.parametrize("model_class", MODELS)
-
-
-@pytest.fixture
-def said(monkeypatch):
-    """What is logged, as a list of messages, with nothing said before."""
-    messages = []
-    handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())
-    monkeypatch.setattr(state_module, "_said", set())
-    logging.getLogger("lighthouse").addHandler(handler)
-    yield messages
-    logging.getLogger("lighthouse").removeHandler(handler)
 
 
 def layers_where_it_acts(model, spy, call) -> list[int]:

@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import logging
 import threading
 import types
 
@@ -14,7 +13,6 @@ from transformers import LlamaForCausalLM, LlamaModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from lighthouse import LighthouseWrapper
-from lighthouse.huggingface import state as state_module
 from lighthouse.huggingface.loss import next_token_loss
 from small_llama import (  # noqa: F401
     LIGHTHOUSE_LAYERS,
@@ -31,14 +29,6 @@ from small_llama import (  # noqa: F401
 
 LONG, SHORT = {"input_ids": ids()}, {"input_ids": ids(tokens=20)}
 ONE_LAYER = {"num_hidden_layers": 1}
-
-
-@pytest.fixture
-def said(monkeypatch, caplog):
-    """A function that gives the messages logged until then, with nothing said before."""
-    monkeypatch.setattr(state_module, "_said", set())
-    caplog.set_level(logging.WARNING, "lighthouse")
-    return lambda: [record.getMessage() for record in caplog.records if record.name == "lighthouse"]
 
 
 # Inside of another forward, and beside one
@@ -197,7 +187,7 @@ def test_hooks_that_gather_shards_are_no_loss_of_its_own(said):
     bare.embed_tokens.register_forward_hook(doubled)
     with pytest.raises(ValueError, match="embedding is sharded and has a hook, .*doubled"):
         LighthouseWrapper(bare, **SETTINGS)(LONG)
-    assert said() == []
+    assert said == []
 
 
 # A forward on the instance
@@ -253,7 +243,7 @@ def test_compiled_for_any_length_a_short_batch_says_why_it_is_dense(said):
     compiled = torch.compile(model, backend="aot_eager", dynamic=True)
     for batch in (SHORT, LONG):
         compiled(batch).loss.backward()
-    assert ["fewer than 50 tokens" in message for message in said()] == [True]
+    assert ["fewer than 50 tokens" in message for message in said] == [True]
 
 
 # What is counted
@@ -266,7 +256,7 @@ def test_compiled_forwards_leave_the_share_unsaid(said):
     model.lighthouse(False)
     compiled(LONG)
     model.unwrap()
-    assert said() == []
+    assert said == []
 
 
 def test_training_in_eval_counts_where_lighthouse_acts(said):
@@ -274,17 +264,17 @@ def test_training_in_eval_counts_where_lighthouse_acts(said):
     model(**LONG, labels=ids(), use_cache=False).loss.backward()
     assert model.take_used() == (True, False)
     model.unwrap()
-    assert "no step of dense attention" in said()[-1]
+    assert "no step of dense attention" in said[-1]
 
 
 def test_saving_right_after_the_switch_says_that_it_is_not_ready(said, tmp_path):
     model = wrapped(config=ONE_LAYER)
     model(LONG)
     model.lighthouse(False).save_pretrained(tmp_path / "early")
-    assert len(said()) == 1 and "not ready for the dense attention" in said()[0]
+    assert len(said) == 1 and "not ready for the dense attention" in said[0]
     model(LONG)
     model.save_pretrained(tmp_path / "late")
-    assert len(said()) == 1
+    assert len(said) == 1
 
 
 # What is not refused
