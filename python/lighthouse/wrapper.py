@@ -68,17 +68,23 @@ class LighthouseSettings:
 
     def for_layers(self, layers: int) -> LighthouseSettings:
         """The same with `dense_layers` as a number, for a model of `layers` layers. Raises `ValueError`."""
-        if layers < 1:
-            raise ValueError("the model has no layers")
         dense = self.dense_layers
         if dense is None:
             dense = 0 if layers < 3 else min(2, max(1, layers // 6))
+        found = replace(self, dense_layers=dense)
+        found.check_layers(layers)
+        return found
+
+    def check_layers(self, layers: int) -> None:
+        """Raises `ValueError` where Lighthouse, with `dense_layers` as a number, has none of `layers` layers."""
+        if layers < 1:
+            raise ValueError("the model has no layers")
+        dense = self.dense_layers
         if 2 * dense >= layers:
             raise ValueError(
                 f"dense_layers={dense}: with {dense} dense layers at each end of {layers}, none is left to Lighthouse; "
                 f"at most {(layers - 1) // 2} can be dense at each end"
             )
-        return replace(self, dense_layers=dense)
 
     def acts_in_layer(self, layer: int, layers: int) -> bool:
         """Whether `layer`, counted from 0, of `layers` layers is one of Lighthouse's and not a dense one."""

@@ -16,11 +16,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainingArguments
 
 from lighthouse.huggingface.card import history_of_checkpoint
+from lighthouse.huggingface.trainer_state import best_checkpoint
 from lighthouse.training import PretrainResult, Refused, RunFailed, checkpoints, prepare, pretrain
 from lighthouse.training import run as run_module
 from lighthouse.training.model import new_model
 from lighthouse.training.result import TextFailed
-from lighthouse.training.resume import FREE_ON_RESUME, best_checkpoint, check_best, what_is_new
+from lighthouse.training.resume import FREE_ON_RESUME, check_best, what_is_new
 from lighthouse.training.trainer import rows_to_evaluate
 from small_llama import one_thread  # noqa: F401
 from training_runs import CHECKPOINTING, CONTEXT, options, training, write_text

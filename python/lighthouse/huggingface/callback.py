@@ -20,6 +20,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from lighthouse.huggingface.steps import Steps, forget_forwards, not_as_wished, not_ready, tokens_counted, used_in
+from lighthouse.huggingface.trainer_state import STATE, best_checkpoint, step_of
 from lighthouse.huggingface.wrapped import WrappedModel
 from lighthouse.processes import strangers
 
@@ -27,7 +28,6 @@ logger = logging.getLogger("lighthouse")
 
 # What `export` tells of a checkpoint; the others are not numbers, or say how the model was trained and not what with.
 SAVED_SETTINGS = ("pool_ratios", "select_topk", "dense_layers", "cover_start", "eval")
-STATE = "trainer_state.json"
 
 
 class LighthouseCallback(TrainerCallback, ExportableState):
@@ -159,7 +159,7 @@ class LighthouseCallback(TrainerCallback, ExportableState):
         lighthouse, said = None, []
         if self.steps is not None:
             last, lighthouse, said = self.steps.last, self.steps.lighthouse, not_as_wished(self.on_steps, self.steps)
-        best = best_checkpoint(args, state)
+        best = best_checkpoint(state, args)
         step = state.global_step if best is None else step_of(best)
         if best is not None and step < state.global_step:
             self.loaded, inside = _told_by(best), _wrapped_in(model)._lighthouse  # for `unwrap` and `export`
@@ -203,22 +203,6 @@ class LighthouseCallback(TrainerCallback, ExportableState):
                 f"{wish}: the {state.global_step} steps of the checkpoint were made without counting their tokens, or "
                 f"not all of them as {args.include_num_input_tokens_seen!r} does; give switch_step"
             )
-
-
-def best_checkpoint(args, state) -> Path | None:
-    """The checkpoint whose weights the Trainer has loaded at its end, where it was told to take the best.
-
-    Not `best_global_step`, of which there may be no checkpoint.
-    """
-    if not args.load_best_model_at_end or state.best_model_checkpoint is None:
-        return None
-    best = Path(state.best_model_checkpoint)
-    return best if best.is_dir() else None
-
-
-def step_of(checkpoint: Path) -> int:
-    """The step in the name that the Trainer gives a checkpoint."""
-    return int(checkpoint.name.rpartition("-")[2])
 
 
 def _told_by(checkpoint: Path) -> dict:

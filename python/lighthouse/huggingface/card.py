@@ -16,11 +16,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from lighthouse.huggingface.callback import LighthouseCallback
 from lighthouse.huggingface.steps import Steps, not_ready, tokens_counted
+from lighthouse.huggingface.trainer_state import STATE, step_of
 from lighthouse.huggingface.wrapped import WrappedModel
 from lighthouse.training.callbacks import Record, steps_in_record
-from lighthouse.training.checkpoints import step_of, weights_in
+from lighthouse.training.checkpoints import weights_in
 from lighthouse.training.result import DENSE, LIGHTHOUSE, RESULTS
-from lighthouse.training.resume import FACTS, MODEL, SETTINGS, STATE
+from lighthouse.training.resume import FACTS, MODEL, SETTINGS
 from lighthouse.wrapper import LEAST_DENSE_SHARE
 
 PAPER = "arXiv:2605.06554"

@@ -28,6 +28,7 @@ from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig, PreT
 from lighthouse.huggingface.architectures import ARCHITECTURES, architecture_of
 from lighthouse.huggingface.card import History, history_of_checkpoint, history_of_model, model_card
 from lighthouse.huggingface.plain import PlainProcessFailed, in_plain_process
+from lighthouse.huggingface.trainer_state import step_of
 from lighthouse.training import checkpoints
 from lighthouse.training.result import RESULTS
 from lighthouse.training.resume import MODEL, SETTINGS
@@ -224,7 +225,7 @@ def _checkpoint_in(path: Path) -> Path:
         last = checkpoints.last_whole(path, logger.warning)
         if (path / RESULTS).is_file() and (path / MODEL).is_dir():
             steps = json.loads((path / RESULTS).read_text(encoding="utf-8"))["steps"]
-            if last is not None and checkpoints.step_of(last) > steps:
+            if last is not None and step_of(last) > steps:
                 logger.warning(
                     "Lighthouse: the run has gone on since its model was saved, after step %s; its last checkpoint: %s",
                     f"{steps:,}",

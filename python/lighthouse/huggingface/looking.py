@@ -61,7 +61,7 @@ def look_again(model: PreTrainedModel) -> None:
     if state.enabled:
         modules = attention_modules(model)
         originals.check_layers(modules, architecture_of(model).attention_class)
-        state.settings.for_layers(len(modules))
+        state.settings.check_layers(len(modules))
         originals.check_attention_functions(state.former, modules[0])
         originals.check_registry()
         forward = vars(model).get("forward")

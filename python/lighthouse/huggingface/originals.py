@@ -65,16 +65,21 @@ def place_of(function: Callable) -> str:
 
 def check_attention_module(index: int, module: nn.Module, attention: type[nn.Module]) -> None:
     """Raises `ValueError` unless the attention module of layer `index` computes what `attention` does."""
-    what = f"the attention of layer {index}, a {type(module).__name__},"
+    why = _why_another(module, attention)
+    if why is not None:
+        raise ValueError(f"the attention of layer {index}, a {type(module).__name__}, has {why}")
+
+
+def _why_another(module: nn.Module, attention: type[nn.Module]) -> str | None:
     if type(module).__call__ is not nn.Module.__call__:
-        raise ValueError(f"{what} has a __call__ of its own: {_SELF_ATTENTION}")
+        return f"a __call__ of its own: {_SELF_ATTENTION}"
     if "forward" in vars(module):
-        raise ValueError(f"{what} has a forward of its own on the instance: {_SELF_ATTENTION}")
+        return f"a forward of its own on the instance: {_SELF_ATTENTION}"
     if not is_own(type(module).forward, f"{attention.__name__}.forward"):
-        found = place_of(type(module).forward)
-        raise ValueError(f"{what} has a forward of its own, {found}: {_SELF_ATTENTION}")
+        return f"a forward of its own, {place_of(type(module).forward)}: {_SELF_ATTENTION}"
     if getattr(module, "is_causal", True) is not True:
-        raise ValueError(f"{what} has is_causal={module.is_causal!r}: Lighthouse is causal self-attention only")
+        return f"is_causal={module.is_causal!r}: Lighthouse is causal self-attention only"
+    return None
 
 
 _SELF_ATTENTION = (

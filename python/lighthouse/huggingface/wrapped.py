@@ -209,6 +209,7 @@ class WrappedModel(Swapped):
         if hasattr(plain, "generate"):
 
             def generate(self, *args, **kwargs):
+                looking.look_again(self)  # once for all its tokens
                 with _Generating(self._lighthouse):
                     return plain.generate(self, *args, **kwargs)
 
@@ -233,7 +234,7 @@ class WrappedModel(Swapped):
         state = self._lighthouse
         if torch.compiler.is_compiling():
             looking.look_while_tracing(state.name)
-        else:
+        elif not state.is_generating():
             looking.look_again(self)
         wants_loss = call.get("labels") is not None or call.get("shift_labels") is not None
         chunked = wants_loss and self._loss_is_ours(call)

@@ -20,6 +20,8 @@ from time import monotonic, sleep
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
+from lighthouse.huggingface.trainer_state import step_of
+
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"  # ends the name of what is being written
 REPLACED = ".replaced"
@@ -87,12 +89,6 @@ def checkpoints_in(folder: Path) -> list[Path]:
     """The checkpoint folders, whole or not, by step."""
     found = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir() and step_of(path) >= 0]
     return sorted(found, key=step_of)
-
-
-def step_of(checkpoint: Path) -> int:
-    """The step in a checkpoint's name; -1 if there is none."""
-    number = checkpoint.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
-    return int(number) if number.isdecimal() else -1
 
 
 def last_whole(folder: Path, say: Callable[[str], None] = lambda message: None) -> Path | None:

@@ -12,13 +12,13 @@ from pathlib import Path
 
 from transformers import TrainerState
 
+from lighthouse.huggingface.trainer_state import STATE, best_checkpoint, step_of
 from lighthouse.training import checkpoints
 from lighthouse.training.callbacks import Record
 from lighthouse.training.options import TrainingOptions
 from lighthouse.training.result import RESULTS
 
 SETTINGS = "run.json"
-STATE = "trainer_state.json"
 MODEL = "model"
 
 # Of a run's settings, what its checkpoints tell of it by themselves.
@@ -115,7 +115,7 @@ def _check_checkpoint(checkpoint: Path, folder: Path, there: list[Path], holds_a
                 "one"
             )
         return
-    later = [path.name for path in there if checkpoints.step_of(path) > checkpoints.step_of(checkpoint)]
+    later = [path.name for path in there if step_of(path) > step_of(checkpoint)]
     if later:
         raise FileExistsError(
             f"{name}: there are later ones, {', '.join(later)}, which would be mixed with the new: remove them, or go "
@@ -130,12 +130,6 @@ def _say(message: str) -> None:
 def steps_in(checkpoint: str | Path) -> int:
     """The optimizer steps that a checkpoint has behind it."""
     return TrainerState.load_from_json(str(Path(checkpoint) / STATE)).global_step
-
-
-def best_checkpoint(state: TrainerState, training: TrainingOptions) -> Path | None:
-    """The one whose model is a run's at its end, where that is the best and there is one."""
-    best = state.best_model_checkpoint if training.load_best_model_at_end else None
-    return Path(best) if best is not None and Path(best).is_dir() else None
 
 
 def check_best(checkpoint: str | Path, training: TrainingOptions) -> None:

@@ -32,6 +32,7 @@ from transformers.utils.generic import ExplicitEnum
 import lighthouse.huggingface  # noqa: F401  the wrapper would import it only when a run has begun
 from lighthouse import LighthouseWrapper
 from lighthouse.huggingface.steps import not_as_wished, not_ready
+from lighthouse.huggingface.trainer_state import STATE, best_checkpoint, step_of
 from lighthouse.plan import plan
 from lighthouse.speed import device_name
 from lighthouse.training import checkpoints, configuration, data
@@ -56,8 +57,6 @@ from lighthouse.training.resume import (
     FACTS,
     MODEL,
     SETTINGS,
-    STATE,
-    best_checkpoint,
     check_best,
     check_same,
     check_same_model,
@@ -363,7 +362,7 @@ class Run:
         plain = plain.unwrap()
         plain.config.use_cache = True  # off in training only
         best = best_checkpoint(state, self.training)
-        model_step = state.global_step if best is None else checkpoints.step_of(best)
+        model_step = state.global_step if best is None else step_of(best)
         used = record.steps_used
         warnings = [
             *not_ready(model_step, used.last, used.lighthouse),
