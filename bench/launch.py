@@ -19,11 +19,10 @@ import torch
 import torch.nn.functional as F
 
 import lighthouse
-from lighthouse import operators
-from lighthouse.inner import causal_sdpa
-from lighthouse.inputs import check_qkv
-from lighthouse.plan import sub_length
-from lighthouse.settings import POOL_RATIOS, SELECT_TOPK, check_pool_ratios, check_select_topk
+from lighthouse.core import operators
+from lighthouse.core.inner import causal_sdpa
+from lighthouse.core.inputs import check_qkv
+from lighthouse.core.sequences import Sequences
 
 
 def microseconds(call, *, loops: int = 7, calls: int = 200) -> float:
@@ -43,12 +42,11 @@ def microseconds(call, *, loops: int = 7, calls: int = 200) -> float:
 
 def parts(query, key, value, grad) -> dict[str, float]:
     """Name of a part: microseconds."""
-    windows, topk = check_pool_ratios(POOL_RATIOS), check_select_topk(SELECT_TOPK)
-    tokens = query.shape[2]
-    length = sub_length(tokens, windows, topk)
-    mask, prefix = operators.choose(query, key, windows, topk, None, True)
-    subs = operators.gather(query, key, value, mask, prefix, windows, length)
-    layout = lighthouse.SubSequences(query.shape[0], length)
+    method = lighthouse.Method()
+    sequences = Sequences(method, query.shape[0], query.shape[2])
+    selection, layout = operators.choose(query, key, sequences, None), sequences.sub
+    windows, topk, length = method.windows, method.topk, selection.length
+    subs = operators.gather(query, key, value, selection)
 
     def inner(q, k, v):
         return causal_sdpa(q, k, v, scale=None, dropout_p=0.0, layout=layout)
@@ -67,22 +65,22 @@ def parts(query, key, value, grad) -> dict[str, float]:
     inputs = (query, key, value)
     short = [tensor.detach().clone().requires_grad_() for tensor in subs]
     grad_sub = torch.randn_like(short[0])
-    choice = (mask, prefix, windows)
+    choice = (selection.mask, selection.prefix, windows)
     orders = [operators.memory_order(tensor) for tensor in inputs]
     ops, below = torch.ops.lighthouse, operators._without_gradient
     scores = ops.score(query.detach(), key.detach())
     return {
-        "settings": microseconds(lambda: (check_pool_ratios(POOL_RATIOS), check_select_topk(SELECT_TOPK))),
-        "sub-sequence's length": microseconds(lambda: sub_length(tokens, windows, topk)),
+        "settings": microseconds(lighthouse.Method),
+        "sub-sequence's length": microseconds(lambda: sequences.length),
         "checks of the tensors": microseconds(lambda: check_qkv(*inputs)),
         "score": microseconds(lambda: below(ops.score, query, key)),
         "select": microseconds(lambda: below(ops.select, *scores, windows, *topk, True)),
         "gather": microseconds(lambda: below(ops.gather, *inputs, *choice, length)),
-        "gather, recorded": microseconds(lambda: operators.gather(*inputs, *choice, length)),
+        "gather, recorded": microseconds(lambda: operators.gather(*inputs, selection)),
         "gather, recorded by register_autograd": microseconds(lambda: ops.gather(*inputs, *choice, length)),
         "inner": microseconds(lambda: inner(*short)),
         "scatter": microseconds(lambda: below(ops.scatter, short[0], *choice)),
-        "scatter, recorded": microseconds(lambda: operators.scatter(short[0], *choice)),
+        "scatter, recorded": microseconds(lambda: operators.scatter(short[0], selection)),
         "scatter, recorded by register_autograd": microseconds(lambda: ops.scatter(short[0], *choice)),
         "scatter_backward": microseconds(lambda: below(ops.scatter_backward, grad, *choice, length, orders[0])),
         "gather_backward": microseconds(lambda: below(ops.gather_backward, *short, *choice, *orders)),

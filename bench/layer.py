@@ -27,10 +27,10 @@ from timing import copy_speed, peak_bytes
 from torch.nn.attention import SDPBackend
 
 import lighthouse
-from lighthouse.attention import SubSequences, causal_sdpa
-from lighthouse.measure import alternating_seconds, captured, median_seconds
-from lighthouse.operators import memory_order
-from lighthouse.settings import check_pool_ratios, check_select_topk
+from lighthouse.core.inner import SubSequences, causal_sdpa
+from lighthouse.core.method import check_pool_ratios, check_select_topk
+from lighthouse.core.operators import memory_order
+from lighthouse.speed.measure import alternating_seconds, captured, median_seconds
 
 MIB = 1024 * 1024
 GRAPH_TOKENS = 131_072  # beyond, launches are nothing beside the work

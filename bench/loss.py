@@ -31,7 +31,7 @@ from timing import peak_bytes
 from torch import Tensor, nn
 
 from lighthouse.huggingface.loss import IGNORE_INDEX, next_token_loss
-from lighthouse.measure import median_seconds
+from lighthouse.speed.measure import median_seconds
 
 GIB = 1 << 30
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "autocast": torch.float32}

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import lighthouse
-from lighthouse.settings import POOL_RATIOS, SELECT_TOPK, check_pool_ratios, check_select_topk
+from lighthouse.core.method import POOL_RATIOS, SELECT_TOPK, check_pool_ratios, check_select_topk
 
 
 def dense(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

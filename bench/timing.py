@@ -1,4 +1,4 @@
-"""What the benchmarks measure beside the times of `lighthouse.measure`: the speed of a copy, and peak memory."""
+"""What the benchmarks measure beside the times of `lighthouse.speed.measure`: the speed of a copy, and peak memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from lighthouse.measure import median_seconds
+from lighthouse.speed.measure import median_seconds
 
 
 def copy_speed(device: str) -> float:

@@ -25,7 +25,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import get_cosine_schedule_with_warmup
 
 from lighthouse import LighthouseWrapper
-from lighthouse.training import PretrainOptions, TrainingOptions, data, prepare
+from lighthouse.text import data
+from lighthouse.training import PretrainOptions, TrainingOptions, prepare
 from lighthouse.training.model import model_of, new_config
 
 STAGES = ("dense", "lighthouse")

@@ -7,23 +7,23 @@ loss = model(batch).loss
 model = model.unwrap()
 """
 
-from importlib.metadata import PackageNotFoundError, version
-
-from lighthouse._library import NativeLibraryError
-from lighthouse.attention import attention
-from lighthouse.checkpointing import checkpoint_contexts
-from lighthouse.inner import SubSequences, inner_backend
-from lighthouse.plan import Plan, plan
-from lighthouse.selection import Selection, select
+from lighthouse.core.attention import attention
+from lighthouse.core.checkpointing import checkpoint_contexts
+from lighthouse.core.inner import inner_backend
+from lighthouse.core.library import NativeLibraryError
+from lighthouse.core.method import Method, plan
+from lighthouse.core.operators import Selection
+from lighthouse.core.plan import Plan
+from lighthouse.core.selection import select
+from lighthouse.core.sequences import SubSequences
+from lighthouse.core.version import VERSION
 from lighthouse.wrapper import LighthouseWrapper, unwrap
 
-try:
-    __version__ = version("lighthouse-attn")
-except PackageNotFoundError:  # the sources on the path without an installation
-    __version__ = "0+unknown"
+__version__ = VERSION
 
 __all__ = [
     "LighthouseWrapper",
+    "Method",
     "NativeLibraryError",
     "Plan",
     "Selection",

@@ -66,7 +66,8 @@ def check_self_test() -> Iterator[Line]:
     """Lighthouse itself, on each device that it has code for, against the oracle in float64."""
     import torch
 
-    from lighthouse import devices, inner_backend
+    from lighthouse import inner_backend
+    from lighthouse.core import devices
 
     for device, half in devices_of(torch):
         if device.type == "cuda" and no_code(torch, devices, device.index) is not None:
@@ -88,7 +89,7 @@ def check_self_test() -> Iterator[Line]:
 def _self_test(torch, device, dtype) -> str:
     """Raises `ArithmeticError` where the reference is not met; gives the error found."""
     import lighthouse
-    from lighthouse.settings import POOL_RATIOS, SELECT_TOPK, check_pool_ratios, check_select_topk
+    from lighthouse.core.method import POOL_RATIOS, SELECT_TOPK, check_pool_ratios, check_select_topk
 
     windows, topk = check_pool_ratios(POOL_RATIOS), check_select_topk(SELECT_TOPK)
     ops, name = torch.ops.lighthouse, str(dtype).removeprefix("torch.")

@@ -28,7 +28,7 @@ def check_library() -> Iterator[Line]:
     """The package, its native library, and the kernels that this has for the CPU and for each GPU."""
     try:
         import lighthouse
-        from lighthouse import devices, operators
+        from lighthouse.core import devices, operators
     except Exception as error:
         yield Line("library", FAILED, said_by(error), REINSTALL)
         return

@@ -11,8 +11,8 @@ import torch
 
 import lighthouse
 from cases import rand_qkv
-from lighthouse import operators
-from lighthouse.plan import sub_length
+from lighthouse.core import operators
+from lighthouse.core.plan import sub_length
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

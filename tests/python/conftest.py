@@ -3,7 +3,7 @@ import logging
 import pytest
 import torch
 
-from lighthouse import devices
+from lighthouse.core import devices
 
 
 def why_not_on_cuda() -> str | None:

@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from lighthouse import LighthouseWrapper
-from lighthouse.attention import causal_sdpa
+from lighthouse.core.inner import causal_sdpa
 
 VOCABULARY = 61
 TOKENS = 64

@@ -12,8 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lighthouse
 from cases import dense, rand_qkv
-from lighthouse import operators
-from lighthouse.settings import check_pool_ratios, check_select_topk
+from lighthouse.core import operators
+from lighthouse.core.method import Method, check_pool_ratios, check_select_topk
+from lighthouse.core.sequences import Sequences
 
 # STYLE's rule: what the same dtype costs in plain torch, twice over.
 FACTOR, EPSILON = 2.0, 1e-6
@@ -134,17 +135,21 @@ def test_eager_mode_gives_the_registered_operators_bits():
     query, key, value = (t.requires_grad_() for t in rand_qkv(700, query_heads=4, kv_heads=2, layout="tokens"))
     windows, topk = (1, 4, 16), (1, 64)
     choice = torch.ops.lighthouse.select(*torch.ops.lighthouse.score(query, key), windows, *topk, True)
-    assert all(map(torch.equal, operators.choose(query, key, windows, topk, None, True), choice))
+    chosen = operators.choose(query, key, Sequences(Method(), 2, 700), None)
+    assert torch.equal(chosen.mask, choice[0]) and torch.equal(chosen.prefix, choice[1])
     length = lighthouse.plan(700).length
-    for verb, inputs in (
-        ("gather", (query, key, value, *choice, windows, length)),
-        ("scatter", (query[:, :, :length].contiguous(), *choice, windows)),
+    short = (query[:, :, :length].contiguous(),)
+    for verb, tensors, rest in (
+        ("gather", (query, key, value), (*choice, windows, length)),
+        ("scatter", short, (*choice, windows)),
     ):
         results = []
-        for call in (getattr(operators, verb), getattr(torch.ops.lighthouse, verb)):
-            outputs = call(*inputs)
+        for outputs in (
+            getattr(operators, verb)(*tensors, chosen),
+            getattr(torch.ops.lighthouse, verb)(*tensors, *rest),
+        ):
             outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-            grads = torch.autograd.grad(outputs, inputs[: len(outputs)], [output.detach() for output in outputs])
+            grads = torch.autograd.grad(outputs, tensors[: len(outputs)], [output.detach() for output in outputs])
             results.append((*outputs, *grads))
         assert all(map(torch.equal, *results))
 
@@ -326,7 +331,7 @@ def test_nan_and_infinity_do_not_upset_the_choice():
 def test_a_last_stride_other_than_one_is_copied_and_said_once(caplog):
     query, key, value = rand_qkv(100)
     odd = query.mT.contiguous().mT
-    lighthouse.inputs._copied.clear()
+    lighthouse.core.inputs._copied.clear()
     with caplog.at_level(logging.DEBUG, logger="lighthouse"):
         for _ in range(2):
             assert torch.equal(lighthouse.attention(odd, key, value), lighthouse.attention(query, key, value))

@@ -8,7 +8,7 @@ import torch
 
 import lighthouse
 from cases import rand_qkv
-from lighthouse import inputs
+from lighthouse.core import inputs
 
 
 def bad(change, tokens=64):

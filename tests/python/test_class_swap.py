@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.utils import parametrize
 
-from lighthouse.class_swap import Swapped, swap, unswap
+from lighthouse.huggingface.class_swap import Swapped, swap, unswap
 
 
 class Behaviour(Swapped):

@@ -10,12 +10,12 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from lighthouse import rates
-from lighthouse.benchmark import Bench
 from lighthouse.cli import main
 from lighthouse.cli.bench import notes
-from lighthouse.measure import WrongResult, alternating_seconds, peak_bytes, spread, timings
-from lighthouse.speed import Curve, Layer, Rates
+from lighthouse.speed import rates
+from lighthouse.speed.benchmark import Bench
+from lighthouse.speed.estimates import Curve, Layer, Rates
+from lighthouse.speed.measure import WrongResult, alternating_seconds, peak_bytes, spread, timings
 from small_llama import one_thread  # noqa: F401
 
 SMALL = "bench --device cpu --heads 2 --head_dim 16 --budget 0.2".split()
@@ -101,16 +101,18 @@ def test_a_wrong_result_is_not_timed(monkeypatch, capsys):
     def wrong(*_, **__):
         raise WrongResult("error 1.0 against the float64 reference")
 
-    monkeypatch.setattr("lighthouse.benchmark.check", wrong)
+    monkeypatch.setattr("lighthouse.speed.benchmark.check", wrong)
     assert main([*SMALL, "--tokens", "128"]) == 1
     said = capsys.readouterr()
     assert "against the float64 reference" in said.err and "speedup" not in said.out
 
 
 def test_a_check_sees_what_is_wrong(monkeypatch):
-    from lighthouse import measure
+    from lighthouse.speed import measure
 
-    monkeypatch.setattr(measure, "attention", lambda query, key, value, **_: 1.01 * query + 0 * (key + value).sum())
+    monkeypatch.setattr(
+        measure, "sub_sequence_attention", lambda query, key, value, method: 1.01 * query + 0 * (key + value).sum()
+    )
     with pytest.raises(WrongResult, match="nothing is timed"):
         measure.check(torch.float32, "cpu", head_dim=16, tokens=200)
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 
-from lighthouse import rates, speed
 from lighthouse.cli import main
-from lighthouse.plan import plan
-from lighthouse.speed import Checked, Curve, Layer, Rates
+from lighthouse.core.method import Method, plan
+from lighthouse.speed import estimates as speed
+from lighthouse.speed import rates
+from lighthouse.speed.estimates import Checked, Curve, Layer, Rates
 from small_llama import one_thread  # noqa: F401
 
 RATES = Rates("some CPU", Curve(((1, 1e11),)), Curve(((1, 1e10),)), products=1e11)
@@ -22,7 +23,7 @@ def keep(**changes):
     rates.cache_file().parent.mkdir(parents=True, exist_ok=True)
     layers = (speed.LAYERS["cpu"], Layer(1, 1, 64, "float32"))
     its = replace(RATES, **{"measured": time.time(), "spread": 0.02, **changes})
-    rates.cache_file().write_text(json.dumps({rates.cache_key(layer, "cpu"): asdict(its) for layer in layers}))
+    rates.cache_file().write_text(json.dumps({rates.cache_key(layer, "cpu"): its.values() for layer in layers}))
 
 
 @pytest.fixture
@@ -66,7 +67,7 @@ def test_a_model_of_pretrain(kept, capsys, tmp_path):
 def check_at(tokens, part, by="bench", layer=speed.LAYERS["cpu"]) -> Checked:
     """A measured speed-up that the estimate is above by so much."""
     its = speed.estimate(plan(tokens), layer, RATES).speedup / (1 + part)
-    return Checked(tokens, (1 / 4, 1 / 16), 1 / 64, its, time.time(), by)
+    return Checked(tokens, Method(), its, time.time(), by)
 
 
 PRECISION = [
@@ -118,7 +119,7 @@ REFUSED = [
     ("no_tokens", "--tokens 0", "tokens=0: at least one"),
     ("ratio", "--pool_ratios 0.3", "pool_ratios[0]=0.3"),
     ("topk", "--select_topk 0", "select_topk=0"),
-    ("topk_is_no_number", "--select_topk many", "'many': a number such as"),
+    ("topk_is_no_number", "--select_topk many", "select_topk=many: a number such as"),
     ("model", "--model gigantic", "model='gigantic'"),
     ("too_long_for_the_model", "--model nano --tokens 131072", "context=131072: model 'nano' allows at most 65536"),
     ("model_and_sizes", "--model nano --heads 4", "model='nano' with heads=4"),

@@ -15,18 +15,18 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from lighthouse.cli import main
-from lighthouse.huggingface.export import ExportFailed
+from lighthouse.export.export import ExportFailed
+from lighthouse.report.compared import Pair, Recovery, recovery_of
 from lighthouse.report.comparison import checklist, page, passing, recovery
+from lighthouse.studies.compare import compare, compare_defaults, prepare_comparison
 from lighthouse.training import PretrainResult, Run, checkpoints
 from lighthouse.training import run as run_module
-from lighthouse.training.compare import compare, compare_defaults, prepare_comparison
-from lighthouse.training.comparison import Pair, Recovery, recovery_of
 from lighthouse.training.result import HeldOut, Stage, Stopped
 from small_llama import one_thread  # noqa: F401
 from test_training_interrupted import small_disk  # noqa: F401
 from training_runs import CHECKPOINTING, options, training, write_text
 
-compare_module = sys.modules["lighthouse.training.compare"]
+compare_module = sys.modules["lighthouse.studies.compare"]
 
 SEEDS = [0, 1]
 EVERY = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1, "eval_on_start": True}
@@ -589,7 +589,7 @@ OTHER = [
     ("schedule", {}, {"learning_rate": 0.5}, "learning_rate was 0.002, is 0.5"),
     ("evaluations", {}, {"eval_steps": 1}, "eval_steps was 2, is 1"),
     ("what_a_step_takes", {}, {CHECKPOINTING: True}, f"{CHECKPOINTING} was False, is True"),
-    ("settings", {"select_topk": "8", "share": 0.4}, {}, "share was 0.6, is 0.4; select_topk was 4, is 8"),
+    ("settings", {"select_topk": "8", "share": 0.4}, {}, "select_topk was 4, is 8; share was 0.6, is 0.4"),
 ]
 
 

@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 import lighthouse
 from cases import CONTEXTS, MM, Calls, Layer
 from chains import error, leaves
-from lighthouse import inner
+from lighthouse.core import inner
 
 
 def through(call, inputs, steps=1):

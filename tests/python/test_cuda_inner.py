@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import lighthouse
 from cases import Calls, dense
 from chains import DTYPES, FACTOR, forward_backward, leaves
-from lighthouse import inner
+from lighthouse.core import inner
 
 GIB = 2**30
 

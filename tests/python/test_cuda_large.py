@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from chains import placed, poison
-from lighthouse import operators
-from lighthouse.plan import sub_length
+from lighthouse.core import operators
+from lighthouse.core.plan import sub_length
 
 GIB = 2**30
 

@@ -123,7 +123,7 @@ def test_operators_captured_before_they_ever_ran(cuda):
     """CUDA loads a kernel at its first launch, which is within the capture here."""
     run_alone("""
 import torch, lighthouse
-from lighthouse.plan import sub_length
+from lighthouse.core.plan import sub_length
 
 ops, windows = torch.ops.lighthouse, (1, 4, 128)
 order, length = [0, 1, 2, 3], sub_length(9001, windows, (3, 0))

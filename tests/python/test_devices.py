@@ -5,7 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lighthouse
-from lighthouse import devices
+from lighthouse.core import devices
 
 
 @pytest.fixture

@@ -20,8 +20,8 @@ from torch.nn.attention import SDPBackend
 
 import lighthouse
 import lighthouse_doctor
-from lighthouse import devices, operators
 from lighthouse.cli import main
+from lighthouse.core import devices, operators
 from lighthouse_doctor import can_train, computing, facts, machine, packages
 from small_llama import one_thread  # noqa: F401
 

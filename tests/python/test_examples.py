@@ -16,8 +16,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel, TrainerCallback, TrainerState
 
+from lighthouse.export.card import history_of_checkpoint, history_of_model
 from lighthouse.huggingface import LighthouseCallback, state
-from lighthouse.huggingface.card import history_of_checkpoint, history_of_model
 from lighthouse.huggingface.steps import Steps
 from lighthouse.huggingface.wrapped import WrappedModel
 from small_llama import LIGHTHOUSE_LAYERS, TOKENS, VOCABULARY, Spy, ids, one_thread, plain, wrapped  # noqa: F401
@@ -76,7 +76,7 @@ def test_a_run_whose_sequences_are_too_short_is_a_dense_one(tmp_path, caplog):
     assert callback.steps == Steps(dense=4)
     assert "Lighthouse never acted: it was on in 2 steps" in caplog.text and "no dense stage" not in caplog.text
     history = history_of_checkpoint(tmp_path / "checkpoint-4")
-    assert history.stages == [("dense", 4, None)] and history.pool_ratios is None and not history.warnings()
+    assert history.stages == [("dense", 4, None)] and history.method is None and not history.warnings()
 
 
 class Lengths(torch.utils.data.Dataset):

@@ -17,10 +17,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, LlamaForCausalLM, LlamaModel
 
 from lighthouse.cli import main
+from lighthouse.core.method import Method
+from lighthouse.export import export as export_module
+from lighthouse.export.card import history_of_checkpoint
+from lighthouse.export.export import ExportFailed, export
 from lighthouse.huggingface import LighthouseCallback, state
-from lighthouse.huggingface import export as export_module
-from lighthouse.huggingface.card import history_of_checkpoint
-from lighthouse.huggingface.export import ExportFailed, export
 from lighthouse.training import pretrain
 from small_llama import LIGHTHOUSE_LAYERS, Spy, ids, one_thread, plain  # noqa: F401
 from small_llama import wrapped as wrapped_llama
@@ -139,7 +140,7 @@ def test_what_a_checkpoint_knows(run):
     assert early.stages == [("lighthouse", 2, 256)] and len(early.warnings()) == 1
     assert late.stages == [("lighthouse", 2, 256), ("dense", 1, 128)] and not late.warnings()
     assert [step for step, _ in late.held_out] == [1, 2, 3] and late.losses_are_dense
-    assert late.pool_ratios == [0.5, 0.25] and late.select_topk == 4 and late.context == 128
+    assert late.method == Method((0.5, 0.25), 4) and late.context == 128
 
 
 def test_a_checkpoint_tells_of_its_own_run_wherever_it_lies(run, tmp_path):
@@ -150,8 +151,8 @@ def test_a_checkpoint_tells_of_its_own_run_wherever_it_lies(run, tmp_path):
     settings = json.loads((run / "run.json").read_text()) | {"context": 999, "select_topk": 7, "seed": 1}
     (tmp_path / "run.json").write_text(json.dumps(settings))
     found = history_of_checkpoint(alone)
-    assert (found.context, found.select_topk, found.stages) == (128, 4, expected.stages)
-    assert "another run than the run.json beside it, by context, select_topk, seed" in found.warnings()[0]
+    assert (found.context, found.method, found.stages) == (128, expected.method, expected.stages)
+    assert "another run than the run.json beside it, by select_topk, context, seed" in found.warnings()[0]
     state = json.loads((alone / "trainer_state.json").read_text())
     record = state["stateful_callbacks"]["Record"]
     del record["args"]["facts"], record["attributes"]["steps_used"]
@@ -219,7 +220,7 @@ def test_a_run_that_has_gone_on_since_its_model_was_saved_is_said(run, tmp_path,
 def test_nothing_is_invented(tmp_path):
     plain().save_pretrained(tmp_path)
     history = history_of_checkpoint(tmp_path)
-    assert history.stages == history.held_out == [] and history.pool_ratios is None and history.step is None
+    assert history.stages == history.held_out == [] and history.method is None and history.step is None
     assert "not recorded" in history.warnings()[0]
 
 
@@ -259,7 +260,7 @@ def test_sigterm_leaves_nothing(monkeypatch, tmp_path, run):
         assert names(tmp_path) == {"out.partial"}
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr("lighthouse.huggingface.export._check", killed)
+    monkeypatch.setattr("lighthouse.export.export._check", killed)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as stop:
         main(["export", str(run), "--output", str(tmp_path / "out")])

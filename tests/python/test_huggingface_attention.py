@@ -441,7 +441,7 @@ def test_dynamic_rope_has_no_limit():
 
 def test_a_device_without_kernels_is_refused_before_any_layer(monkeypatch):
     """A fake tensor stands for the GPU that is not needed to see the error."""
-    monkeypatch.setattr(lighthouse.devices, "has_cuda_kernels", lambda: False)
+    monkeypatch.setattr(lighthouse.core.devices, "has_cuda_kernels", lambda: False)
     model = wrapped(min_tokens=TOKENS)
     model.model.embed_tokens.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
     with FakeTensorMode():

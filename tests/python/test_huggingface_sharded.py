@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaForCausalLM, LlamaModel
 
 from lighthouse import LighthouseWrapper
-from lighthouse.class_swap import Swapped
+from lighthouse.huggingface.class_swap import Swapped
 from small_llama import LIGHTHOUSE_LAYERS, MODELS, SETTINGS, Spy, ids, one_thread, plain, wrapped  # noqa: F401
 
 both = pytest.mark.parametrize("model_class", MODELS)

@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import lighthouse
 from cases import Calls, dense, rand_qkv
-from lighthouse import inner
+from lighthouse.core import inner
 
 
 @pytest.fixture(autouse=True)

@@ -9,8 +9,9 @@ import torch
 
 import lighthouse
 from cases import rand_qkv
-from lighthouse import _library, operators
-from lighthouse.plan import sub_length
+from lighthouse.core import library as _library
+from lighthouse.core import operators
+from lighthouse.core.plan import sub_length
 
 WINDOWS, TOPK = (1, 4, 16), (1, 16)
 TOKENS = 70

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lighthouse
-from lighthouse.plan import chosen_per_level, sub_length
-from lighthouse.settings import check_pool_ratios, check_select_topk
+from lighthouse.core.method import check_pool_ratios, check_select_topk
+from lighthouse.core.plan import chosen_per_level, sub_length
 
 
 def test_the_default_plan_at_98304():

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from lighthouse.settings import check_pool_ratios, check_select_topk
+from lighthouse.core.method import check_pool_ratios, check_select_topk
 
 
 @pytest.mark.parametrize(

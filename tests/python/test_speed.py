@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from lighthouse import rates as kept_rates
-from lighthouse import speed
-from lighthouse.plan import plan
-from lighthouse.rates import DAY, keep_check, rates_of, stale
-from lighthouse.settings import POOL_RATIOS, SELECT_TOPK
-from lighthouse.speed import BUSY, ERROR, ERROR_FROM, SLICES, SQUARES, Checked, Curve, Layer, Rates, estimate
+from lighthouse.core.method import POOL_RATIOS, SELECT_TOPK, Method, plan
+from lighthouse.speed import estimates as speed
+from lighthouse.speed import rates as kept_rates
+from lighthouse.speed.estimates import BUSY, ERROR, ERROR_FROM, SLICES, SQUARES, Checked, Curve, Layer, Rates, estimate
+from lighthouse.speed.rates import DAY, keep_check, rates_of, stale
 from small_llama import one_thread  # noqa: F401
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
@@ -139,16 +138,15 @@ WARNINGS = [
 
 @pytest.mark.parametrize(("tokens", "ratios", "topk", "rates", "said"), [c[1:] for c in WARNINGS], ids=[c[0] for c in WARNINGS])  # fmt: skip  # noqa: E501
 def test_warnings_with_the_way_out(tokens, ratios, topk, rates, said):
-    made = plan(tokens, pool_ratios=ratios, select_topk=topk)
-    found = speed.warnings(made, layer=H200, rates=rates, pool_ratios=ratios, select_topk=topk)
+    found = speed.warnings(Method(ratios, topk), tokens, layer=H200, rates=rates)
     assert bool(found) == bool(said), found
     for part in said:
         assert any(part in warning for warning in found), found
 
 
 def test_the_way_out_of_too_few_kept_is_one():
-    found = plan(131_072, select_topk=984)
-    assert found.kept_share >= 0.03 and not speed.warnings(found, pool_ratios=POOL_RATIOS, select_topk=984)
+    method = Method(select_topk=984)
+    assert method.plan(131_072).kept_share >= 0.03 and not speed.warnings(method, 131_072)
 
 
 @pytest.mark.parametrize(
@@ -196,7 +194,7 @@ GOOD = replace(CHEAP, measured=NOW - DAY, spread=0.02)
 def found_by_bench(part: float, when: float, tokens: int = 16_384, by: str = "bench") -> Checked:
     """A measured speed-up below the estimate by so much."""
     measured = estimate(plan(tokens), SMALL, GOOD).speedup / (1 + part)
-    return Checked(tokens, POOL_RATIOS, SELECT_TOPK, measured, when, by)
+    return Checked(tokens, Method(), measured, when, by)
 
 
 STALE = [
@@ -222,17 +220,16 @@ def test_rates_that_something_speaks_against_are_measured_anew(changes, why):
 def test_what_bench_found_is_kept_with_the_rates_and_outlives_them(cache, monkeypatch):
     now = kept_rates.time.time()
     monkeypatch.setattr(speed, "measure_rates", lambda *_: replace(GOOD, measured=now))
-    settings = {"pool_ratios": POOL_RATIOS, "select_topk": SELECT_TOPK}
-    keep_check(SMALL, "cpu", 8192, 3.0, **settings)
+    keep_check(SMALL, "cpu", 8192, 3.0, Method())
     assert not cache.exists()  # there are no rates yet
     rates_of(SMALL, "cpu")
     its = estimate(plan(8192), SMALL, GOOD).speedup
     for speedup in (3 * its, 2 * its):
-        keep_check(SMALL, "cpu", 8192, speedup, **settings)
+        keep_check(SMALL, "cpu", 8192, speedup, Method())
     said = []
     [check] = rates_of(SMALL, "cpu", say=said.append).checks
     assert check.speedup == 2 * its and "bench measured" in said[0]
-    assert rates_of(SMALL, "cpu").nearest_check(10_000) == check
+    assert rates_of(SMALL, "cpu").nearest_check(10_000, Method()) == check
 
 
 @pytest.mark.parametrize("name", ["torch", "lighthouse", "threads", "driver"])
@@ -242,7 +239,7 @@ def test_rates_of_another_version_driver_or_number_of_threads_are_not_taken(monk
     before = kept_rates.cache_key(SMALL, device)
     change = {
         "torch": (kept_rates.torch, "__version__", "9.0"),
-        "lighthouse": (kept_rates.lighthouse, "__version__", "9.0"),
+        "lighthouse": (kept_rates, "VERSION", "9.0"),
         "threads": (kept_rates, "device_name", lambda device: "a device, 3 threads"),
         "driver": (kept_rates, "_driver", lambda: "999.1"),
     }

@@ -7,8 +7,8 @@ import shutil
 
 import pytest
 
+from lighthouse.export.card import history_of_checkpoint, history_of_model
 from lighthouse.huggingface import LighthouseCallback, state
-from lighthouse.huggingface.card import history_of_checkpoint, history_of_model
 from small_llama import TOKENS, one_thread, wrapped  # noqa: F401
 from test_huggingface_training import trainer
 
@@ -56,7 +56,7 @@ def test_the_end_is_told_and_not_the_last_checkpoint(tmp_path, first, losses, th
         trained(tmp_path, {"switch_step": 3}, **(first | then))
     history = history_of_checkpoint(tmp_path)
     assert history.stages == [("lighthouse", 3, None), ("dense", 1, None)] and not history.warnings()
-    assert history.pool_ratios is not None and history.losses_are_dense
+    assert history.method is not None and history.losses_are_dense
 
 
 STALE = [

@@ -17,7 +17,12 @@ pytest.importorskip("transformers")
 
 import datasets  # noqa: E402
 
-from lighthouse.training import Refused, cutting, data, prepare, tokenizer  # noqa: E402
+from lighthouse.text import (
+    cutting,  # noqa: E402
+    data,  # noqa: E402
+    tokenizer,  # noqa: E402
+)
+from lighthouse.training import Refused, prepare  # noqa: E402
 from test_training_data import TEXT, find, write_json  # noqa: E402
 from training_tokenizers import save_bpe  # noqa: E402
 
@@ -181,7 +186,9 @@ def test_how_often_the_text_is_read_and_what_is_not_is_said(tmp_path):
 CUT_SLOWLY = """
 import sys, time
 import datasets
-from lighthouse.training import cutting, data, tokenizer
+from lighthouse.text import cutting
+from lighthouse.text import data
+from lighthouse.text import tokenizer
 from lighthouse.training.options import DataOptions
 datasets.config.HF_DATASETS_CACHE = sys.argv[2]
 tokenizer.BATCH = cutting.BLOCK = 64

@@ -13,9 +13,9 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import TrainerControl, TrainerState
 
+from lighthouse.core.method import plan
 from lighthouse.huggingface.state import Used
 from lighthouse.huggingface.steps import Steps, not_as_wished, not_ready
-from lighthouse.plan import plan
 from lighthouse.training import pretrain
 from lighthouse.training.callbacks import FirstNotFinite, PlainLines, Record, StopOnSignal, SwitchToDense, memory
 from lighthouse.training.result import DENSE, LIGHTHOUSE, NotFinite

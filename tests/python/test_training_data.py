@@ -18,7 +18,12 @@ from training_runs import CONTEXT, write_text
 pytest.importorskip("transformers")
 
 
-from lighthouse.training import data, documents, files, tokenizer  # noqa: E402
+from lighthouse.text import (
+    data,  # noqa: E402
+    documents,  # noqa: E402
+    files,  # noqa: E402
+    tokenizer,  # noqa: E402
+)
 from lighthouse.training.options import DataOptions  # noqa: E402
 from training_tokenizers import save_bpe  # noqa: E402
 
@@ -415,7 +420,7 @@ def test_refused(tmp_path, do, error, message):
 
 def test_a_dataset_that_cannot_be_reached_is_an_error():
     program = (
-        "from lighthouse.training import data; from lighthouse.training.options import DataOptions\n"
+        "from lighthouse.text import data; from lighthouse.training.options import DataOptions\n"
         "data.find_corpus(DataOptions(dataset='nobody/nothing'), context=128, seed=0)"
     )
     offline = {**os.environ, "HF_HUB_OFFLINE": "1"}

@@ -18,7 +18,12 @@ from training_runs import write_text
 
 pytest.importorskip("transformers")
 
-from lighthouse.training import data, documents, files, finding  # noqa: E402
+from lighthouse.text import (
+    data,  # noqa: E402
+    documents,  # noqa: E402
+    files,  # noqa: E402
+    finding,  # noqa: E402
+)
 from lighthouse.training.options import DataOptions  # noqa: E402
 from test_training_data import TEXT, find, joined, parts  # noqa: E402
 

@@ -8,10 +8,10 @@ import torch
 pytest.importorskip("transformers")
 
 from lighthouse import LighthouseWrapper  # noqa: E402
+from lighthouse.core.settings import LighthouseSettings  # noqa: E402
 from lighthouse.training import memory  # noqa: E402
 from lighthouse.training.memory import GIB, DoesNotFit, check_memory, device_memory, estimate  # noqa: E402
 from lighthouse.training.model import model_of, new_config  # noqa: E402
-from lighthouse.wrapper import LighthouseSettings  # noqa: E402
 
 TOKENS = 1024
 SETTINGS = {"min_tokens": 0, "max_share": 1.0}

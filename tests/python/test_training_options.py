@@ -9,10 +9,9 @@ from types import SimpleNamespace
 import pytest
 from transformers import TrainingArguments
 
-from lighthouse.acting import acts, why_it_cannot_act
-from lighthouse.plan import plan
-from lighthouse.processes import COUNTED_BY, strangers
-from lighthouse.settings import check_select_topk
+from lighthouse.core.acting import acts, why_it_cannot_act
+from lighthouse.core.method import Method, plan
+from lighthouse.huggingface.processes import COUNTED_BY, strangers
 from lighthouse.training.followed import (
     BY_ENVIRONMENT,
     FOLLOWED,
@@ -176,16 +175,15 @@ CASES = [
 
 @pytest.mark.parametrize("tokens, ratios, topk, message", [c[1:] for c in CASES], ids=[c[0] for c in CASES])
 def test_where_lighthouse_can_never_act(tokens, ratios, topk, message):
-    found = why_it_cannot_act(tokens, ratios, topk)
+    found = why_it_cannot_act(tokens, Method(ratios, topk))
     assert (found is None) == (message is None) and (message is None or message in found)
     if message is None or "entries of" not in message:
         return
-    made = plan(tokens, pool_ratios=ratios, select_topk=topk)
     best = max(
         (k for k in range(1, tokens) if plan(tokens, pool_ratios=ratios, select_topk=k).length <= tokens), default=0
     )
     assert (f"acts with here is {best:,}" in found) == (best > 0)
-    longer = next(n for n in range(tokens, 10**5) if acts(n, made.windows, check_select_topk(topk)))
+    longer = next(n for n in range(tokens, 10**5) if acts(n, Method(ratios, topk)))
     assert f"with this one is {longer:,} tokens" in found
 
 

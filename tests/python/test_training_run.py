@@ -15,7 +15,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainingArguments
 
-from lighthouse.huggingface.card import history_of_checkpoint
+from lighthouse.core import attention as attention_module
+from lighthouse.export.card import history_of_checkpoint
 from lighthouse.huggingface.trainer_state import best_checkpoint
 from lighthouse.training import PretrainResult, Refused, RunFailed, checkpoints, prepare, pretrain
 from lighthouse.training import run as run_module
@@ -27,8 +28,6 @@ from small_llama import one_thread  # noqa: F401
 from training_runs import CHECKPOINTING, CONTEXT, options, training, write_text
 
 TRAINERS = {f.name for f in fields(TrainingArguments)}
-
-attention_module = sys.modules["lighthouse.attention"]  # `lighthouse.attention` is the function
 
 
 @pytest.fixture(scope="module")

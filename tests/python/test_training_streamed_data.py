@@ -15,10 +15,13 @@ pytest.importorskip("transformers")
 
 from torch.utils.data import DataLoader  # noqa: E402
 
-from lighthouse.training import data, tables  # noqa: E402
+from lighthouse.text import (
+    data,  # noqa: E402
+    tables,  # noqa: E402
+)
+from lighthouse.text.documents import TextLost  # noqa: E402
+from lighthouse.text.tokenizer import load_tokenizer  # noqa: E402
 from lighthouse.training.options import DataOptions  # noqa: E402
-from lighthouse.training.result import TextFailed  # noqa: E402
-from lighthouse.training.tokenizer import load_tokenizer  # noqa: E402
 from test_training_data import write_json  # noqa: E402
 from training_runs import write_text  # noqa: E402
 from training_tokenizers import save_bpe  # noqa: E402
@@ -85,7 +88,7 @@ def test_text_that_changes_while_it_is_streamed_ends_the_run(tmp_path, monkeypat
     rows = iter(data.rows_of(corpus)[0])
     next(rows)
     CHANGES[change](path)
-    with pytest.raises(TextFailed, match=f"{path.name}' changed since this command found it"):
+    with pytest.raises(TextLost, match=f"{path.name}' changed since this command found it"):
         for _ in range(3000):
             next(rows)
 
@@ -96,7 +99,7 @@ def test_a_stream_that_can_be_read_no_further_is_said_in_a_line(tmp_path, monkey
     (tmp_path / "1.jsonl").write_text((tmp_path / "1.jsonl").read_text() + "{no json\n")
     options = DataOptions(data=[str(tmp_path / "*.jsonl")], dataset="json", stream=True, held_out=2)
     rows = data.rows_of(data.find_corpus(options, context=CONTEXT, seed=0))[0]
-    with pytest.raises(TextFailed, match=r"^json, split train cannot be read after \d+ rows of the pass: [^\n]+$"):
+    with pytest.raises(TextLost, match=r"^json, split train cannot be read after \d+ rows of the pass: [^\n]+$"):
         take(rows, 3000)
 
 
@@ -175,7 +178,7 @@ from itertools import islice
 from accelerate import Accelerator, skip_first_batches
 from accelerate.utils import DataLoaderConfiguration
 from torch.utils.data import DataLoader
-from lighthouse.training import data
+from lighthouse.text import data
 from lighthouse.training.options import DataOptions
 corpus = data.find_corpus(DataOptions(data=[sys.argv[1]], stream=True, held_out=2), context=64, seed=0)
 rows, _ = data.rows_of(corpus)

@@ -14,9 +14,9 @@ pytest.importorskip("transformers")
 from tokenizers import normalizers  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402
 
-from lighthouse.training import data  # noqa: E402
+from lighthouse.text import data  # noqa: E402
+from lighthouse.text.tokenizer import Encoder, _check_text_stays_text, load_tokenizer  # noqa: E402
 from lighthouse.training.options import DataOptions  # noqa: E402
-from lighthouse.training.tokenizer import Encoder, _check_text_stays_text, load_tokenizer  # noqa: E402
 from training_tokenizers import END, save_bpe, save_letters, save_whole_words  # noqa: E402
 
 TEXTS = [

@@ -23,25 +23,26 @@ import yaml
 
 from lighthouse.cli import main
 from lighthouse.cli.pretrain import parse_run, run_parser
+from lighthouse.report import studied as study_module
+from lighthouse.report.studied import StudyResult, Trial, judged
 from lighthouse.report.study import nothing_known, of_the_given, page_of
-from lighthouse.training import RunFailed, search
+from lighthouse.studies import search
+from lighthouse.studies import trial as trial_module
+from lighthouse.studies import tune as tune_module
+from lighthouse.studies.search import Setting, Space
+from lighthouse.studies.trial import Judge
+from lighthouse.studies.tune import Study, TuneOptions, prepare_study
+from lighthouse.training import RunFailed
 from lighthouse.training import run as run_module
-from lighthouse.training import study as study_module
-from lighthouse.training import trial as trial_module
-from lighthouse.training import tune as tune_module
 from lighthouse.training.callbacks import Record, StopOnSignal
 from lighthouse.training.result import HeldOut, Stopped
-from lighthouse.training.search import Setting, Space
-from lighthouse.training.study import StudyResult, Trial, judged
-from lighthouse.training.trial import Judge
-from lighthouse.training.tune import Study, TuneOptions, prepare_study
 from small_llama import one_thread  # noqa: F401
 from test_training_cache import change_the_middle, write_long
 from training_runs import options, status, training, write_text
 
 CONTEXT = 512
 server = multiprocessing.get_context("forkserver")
-server.set_forkserver_preload(["lighthouse.training.tune", "transformers.models.llama.modeling_llama", "pytest"])
+server.set_forkserver_preload(["lighthouse.studies.tune", "transformers.models.llama.modeling_llama", "pytest"])
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -331,11 +332,11 @@ def test_a_grid_is_trained_to_its_end(text, tmp_path):
 
 
 def ends(monkeypatch, text, folder, when, error, **changes):
-    """A grid whose step fails where `when(run)` holds."""
+    """A grid whose step fails where `when(trainer)` holds."""
     before = run_module.RunTrainer.training_step
 
     def step(trainer, *args, **kwargs):
-        if when(trainer.run):
+        if when(trainer):
             raise error
         return before(trainer, *args, **kwargs)
 
@@ -362,7 +363,7 @@ def test_out_of_memory_is_a_failed_value_and_not_the_end(monkeypatch, text, tmp_
         monkeypatch,
         text,
         tmp_path,
-        lambda run: run.training.per_device_train_batch_size > 1,
+        lambda trainer: trainer.args.per_device_train_batch_size > 1,
         OUT_OF_MEMORY[0][1],
         tuning={
             "fixed": ["pool_ratios", "select_topk", "learning_rate"],
@@ -398,7 +399,7 @@ def test_a_loss_that_is_not_finite_is_a_failed_value(monkeypatch, text, tmp_path
 
 def test_another_error_ends_the_study_and_its_setting_is_tried_again(monkeypatch, text, tmp_path):
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="a bug"):
-        ends(patch, text, tmp_path, lambda run: True, RuntimeError("a bug"))
+        ends(patch, text, tmp_path, lambda trainer: True, RuntimeError("a bug"))
     result = study_of(text, tmp_path, GRID, resume=True).run(lambda line: None)
     assert result.trials[0].state == "interrupted" and result.given.number > 0
     assert len(result.of("complete")) == 3
@@ -619,7 +620,7 @@ def _process(text: Path, folder: Path, tuning: dict, resume: bool, kill_in: int 
         before = run_module.RunTrainer.training_step
 
         def step(trainer, *args, **kwargs):
-            if trainer.run.folder.name == f"{kill_in:04}" and trainer.state.global_step == 2:
+            if trainer.folder.name == f"{kill_in:04}" and trainer.state.global_step == 2:
                 os.kill(os.getpid(), signal.SIGKILL)
             return before(trainer, *args, **kwargs)
 
@@ -651,7 +652,7 @@ def test_a_setting_that_always_ends_its_process_is_given_up(text, tmp_path, monk
     before = run_module.RunTrainer.training_step
 
     def step(trainer, *args, **kwargs):
-        if trainer.run.options.pool_ratios == [1 / 4, 1 / 16]:
+        if trainer.options.pool_ratios == [1 / 4, 1 / 16]:
             raise KeyboardInterrupt
         return before(trainer, *args, **kwargs)
 
@@ -750,7 +751,7 @@ def test_a_signal_in_the_last_step_that_is_timed_ends_the_study(text, tmp_path, 
     before = run_module.RunTrainer.training_step
 
     def step(trainer, *args, **kwargs):
-        if trainer.run.folder.name == "given" and trainer.state.global_step + 1 == trainer.state.max_steps:
+        if trainer.folder.name == "given" and trainer.state.global_step + 1 == trainer.state.max_steps:
             os.kill(os.getpid(), signal.SIGTERM)
         return before(trainer, *args, **kwargs)
 
@@ -794,7 +795,7 @@ def test_help_has_the_options_and_examples(capsys):
 
 def test_without_the_extra_it_names_what_to_install(monkeypatch, capsys):
     whole = PathFinder.find_spec
-    for name in ("lighthouse.cli.tune", "lighthouse.training.tune", "optuna"):
+    for name in ("lighthouse.cli.tune", "lighthouse.studies.tune", "optuna"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setattr(PathFinder, "find_spec", lambda name, *rest: None if name == "optuna" else whole(name, *rest))
     monkeypatch.setattr(sys, "meta_path", [PathFinder])

@@ -19,9 +19,10 @@ from transformers import (
 )
 
 from lighthouse import LighthouseWrapper
-from lighthouse.class_swap import Swapped, swap, swapped_class, unswap
+from lighthouse.core.settings import LighthouseSettings
 from lighthouse.huggingface import WrappedModel
-from lighthouse.wrapper import LighthouseSettings, unwrap
+from lighthouse.huggingface.class_swap import Swapped, swap, swapped_class, unswap
+from lighthouse.wrapper import unwrap
 from small_llama import LAYERS, LIGHTHOUSE_LAYERS, MODELS, SETTINGS, Spy, config, ids, one_thread, plain, wrapped  # noqa: F401
 
 both = pytest.mark.parametrize("model_class", MODELS)
@@ -138,7 +139,7 @@ def test_a_copy_is_wrapped_and_independent(model_class, copying):
     other = copying(model)
 
     assert type(other) is type(model) and other is not model
-    assert other.lighthouse_settings.windows == model.lighthouse_settings.windows
+    assert other.lighthouse_settings.method == model.lighthouse_settings.method
     assert other.config is not model.config
     expected = model({"input_ids": ids()}).loss
     assert other.lighthouse_settings.inner.calls == 0
@@ -166,7 +167,7 @@ def test_settings_pickle_and_print():
     assert pickle.loads(pickle.dumps(settings)) == settings
     assert "select_topk=4" in str(settings) and "dense_layers=1" in str(settings)
     with pytest.raises(AttributeError):
-        settings.select_topk = 5
+        settings.method.select_topk = 5
 
 
 # Saving

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 
-from lighthouse import speed
-from lighthouse.benchmark import TOKENS, Bench, draw, need_matplotlib
 from lighthouse.cli.plan import add_device, add_layer, add_settings, chosen_device
 from lighthouse.cli.shared import check_folders, say
-from lighthouse.measure import WrongResult
-from lighthouse.plan import plan
+from lighthouse.core.method import Method
+from lighthouse.speed import estimates as speed
+from lighthouse.speed.benchmark import TOKENS, Bench, draw, need_matplotlib
+from lighthouse.speed.measure import WrongResult
 
 EXAMPLE = """\
 examples:
@@ -68,14 +68,12 @@ def _prepared(options: argparse.Namespace) -> tuple[Bench, Path | None]:
     if options.resume and options.json in (None, "-"):
         raise ValueError("resume: --json FILE is needed, the file to go on with")
     if options.train:
+        from lighthouse.core.settings import LighthouseSettings
         from lighthouse.training.model import check_head_dim, check_model
-        from lighthouse.wrapper import LighthouseSettings
 
         layers = check_model(options.model, options.context)
         check_head_dim(options.model, options.context, device)
-        settings = LighthouseSettings(
-            pool_ratios=options.pool_ratios, select_topk=options.select_topk, dense_layers=options.dense_layers
-        ).for_layers(layers)
+        settings = LighthouseSettings(Method.of(options), options.dense_layers).for_layers(layers)
         options.dense_layers = settings.dense_layers
         _check_acts(options)
     check_folders(options, "json", "plot")
@@ -85,8 +83,7 @@ def _prepared(options: argparse.Namespace) -> tuple[Bench, Path | None]:
     bench = Bench(
         layer,
         device,
-        pool_ratios=options.pool_ratios,
-        select_topk=options.select_topk,
+        Method.of(options),
         budget=options.budget,
         again=options.measure,
         say=say,
@@ -103,7 +100,7 @@ def _prepared(options: argparse.Namespace) -> tuple[Bench, Path | None]:
 
 def _check_acts(options: argparse.Namespace) -> None:
     """Refuses a training step whose side with Lighthouse would be dense too. Raises `ValueError`."""
-    made = plan(options.context, pool_ratios=options.pool_ratios, select_topk=options.select_topk)
+    made = Method.of(options).plan(options.context)
     if len(made.windows) == 1 or not made.entries[-1]:
         raise ValueError(
             f"context={options.context} with windows of {', '.join(map(str, made.windows))} tokens: this is dense "

@@ -14,11 +14,11 @@ from transformers.utils.logging import disable_progress_bar
 from lighthouse import report
 from lighthouse.cli.pretrain import parse_run, run_parser
 from lighthouse.cli.shared import check_folders, write_text
+from lighthouse.report.compared import Comparison
 from lighthouse.report.comparison import checklist, passing, recovery
 from lighthouse.report.page import HTML
+from lighthouse.studies.compare import HOW_TO_GO_ON, Plan, compare_defaults, prepare_comparison
 from lighthouse.training import RunFailed
-from lighthouse.training.compare import HOW_TO_GO_ON, Plan, compare_defaults, prepare_comparison
-from lighthouse.training.comparison import Comparison
 from lighthouse.training.result import RESULTS, STOPPED
 
 EXAMPLE = """\

@@ -14,7 +14,7 @@ from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
 from lighthouse.cli.shared import check_folders, write_json
-from lighthouse.huggingface.export import DTYPES, Exported, ExportFailed, export
+from lighthouse.export.export import DTYPES, Exported, ExportFailed, export
 from lighthouse.training.result import STOPPED
 
 EXAMPLE = """\

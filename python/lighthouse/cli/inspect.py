@@ -20,13 +20,12 @@ from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
 from lighthouse import LighthouseWrapper  # noqa: E402
 from lighthouse.cli.plan import chosen_device  # noqa: E402
-from lighthouse.cli.shared import check_folders, say, write_json  # noqa: E402
+from lighthouse.cli.shared import add_method, check_folders, say, write_json  # noqa: E402
+from lighthouse.core.method import Method  # noqa: E402
 from lighthouse.huggingface.inspection import Choices, choices_of  # noqa: E402
-from lighthouse.plan import plan  # noqa: E402
 from lighthouse.report import choice  # noqa: E402
-from lighthouse.training.options import number  # noqa: E402
+from lighthouse.text.tokenizer import Encoder, load_tokenizer  # noqa: E402
 from lighthouse.training.resume import SETTINGS  # noqa: E402
-from lighthouse.training.tokenizer import Encoder, load_tokenizer  # noqa: E402
 
 EXAMPLE = """\
 example:
@@ -108,15 +107,14 @@ def _choices(options: argparse.Namespace) -> tuple[Choices, list[str], list[str]
         raise ValueError(f"text={options.text!r} has {len(ids)} tokens: at least 2 are needed")
     LighthouseWrapper(
         model,
-        pool_ratios=[number("pool_ratios", ratio) for ratio in options.pool_ratios],
-        select_topk=number("select_topk", options.select_topk),
+        **Method.of(options).values(),
         dense_layers=options.dense_layers,
         eval="lighthouse",
         min_tokens=0,
         max_share=1.0,
     )
     settings = model.lighthouse_settings
-    made = plan(len(ids), pool_ratios=settings.pool_ratios, select_topk=settings.select_topk)
+    made = settings.method.plan(len(ids))
     if made.length > made.tokens:
         raise ValueError(
             f"select_topk={options.select_topk}: of the text's {made.tokens:,} tokens that is a sub-sequence of "
@@ -159,11 +157,7 @@ def _trained_otherwise(folder: Path, settings) -> list[str]:
     run = json.loads(file.read_text(encoding="utf-8"))
     if run.get("dense_only"):
         return ["the model was trained with dense attention alone"]
-    shown = {
-        "pool_ratios": list(settings.pool_ratios),
-        "select_topk": settings.select_topk,
-        "dense_layers": settings.dense_layers,
-    }
+    shown = settings.method.values() | {"dense_layers": settings.dense_layers}
     other = [f"{name} {run[name]}" for name, value in shown.items() if name in run and run[name] != value]
     return [f"the model was trained with {', '.join(other)}, and not with what is shown"] if other else []
 
@@ -192,8 +186,7 @@ def _parser() -> argparse.ArgumentParser:
         "--context", type=int, help="tokens of the text, from its start (default: what the model allows)"
     )
     parser.add_argument("--tokenizer", help="folder or name of a tokenizer (default: the model's, else bytes)")
-    parser.add_argument("--pool_ratios", nargs="+", default=["1/4", "1/16"], metavar="RATIO", help="default: 1/4 1/16")
-    parser.add_argument("--select_topk", default="1/64", help="parents per level, a number or a share (default 1/64)")
+    add_method(parser)
     parser.add_argument(
         "--dense_layers", type=int, help="layers at each end that stay dense (default: by the rule of pretrain)"
     )

@@ -8,17 +8,15 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from fractions import Fraction
 
 import torch
 
-import lighthouse
-from lighthouse import speed
-from lighthouse.cli.shared import check_folders, say, write_json
-from lighthouse.devices import check_device
-from lighthouse.rates import DAY, cache_file, rates_of
-from lighthouse.settings import POOL_RATIOS, SELECT_TOPK
-from lighthouse.wrapper import LighthouseSettings
+from lighthouse.cli.shared import add_method, check_folders, say, write_json
+from lighthouse.core.devices import check_device
+from lighthouse.core.method import Method
+from lighthouse.core.settings import LighthouseSettings
+from lighthouse.speed import estimates as speed
+from lighthouse.speed.rates import DAY, cache_file, rates_of
 
 EXAMPLE = """\
 examples:
@@ -57,10 +55,8 @@ def _made(options: argparse.Namespace) -> dict:
     """All that is said, as numbers."""
     device = chosen_device(options)
     check_folders(options, "json")
-    settings = LighthouseSettings(
-        pool_ratios=options.pool_ratios, select_topk=options.select_topk, dense_layers=options.dense_layers
-    )
-    plan = lighthouse.plan(options.tokens, pool_ratios=options.pool_ratios, select_topk=options.select_topk)
+    method = Method.of(options)
+    settings, plan = LighthouseSettings(method, options.dense_layers), method.plan(options.tokens)
     layer, config = described(options, options.tokens, device)
     found = {
         "tokens": plan.tokens,
@@ -78,9 +74,7 @@ def _made(options: argparse.Namespace) -> dict:
             "kept_bytes": layer.kept(plan.tokens, plan.length),
             "dense_kept_bytes": layer.kept(plan.tokens),
         },
-        "pool_ratios": options.pool_ratios,
-        "select_topk": options.select_topk,
-    }
+    } | method.values()
     rates = None
     if not options.no_estimate:
         check_device("device", torch.device(device))
@@ -90,9 +84,7 @@ def _made(options: argparse.Namespace) -> dict:
         found["estimate"] = asdict(of_layer) | {"speedup": of_layer.speedup}
         found["estimate"]["precision"] = _precision(rates, layer, device, options)
         found["estimate"]["graph_speedup"] = speed.estimate(plan, layer, rates, launches=False).speedup
-        found["estimate"]["pays_from_tokens"] = speed.pays_from(
-            layer, rates, pool_ratios=options.pool_ratios, select_topk=options.select_topk
-        )
+        found["estimate"]["pays_from_tokens"] = speed.pays_from(layer, rates, method)
     layers = options.layers if config is None else config.num_hidden_layers
     if layers is not None:
         settings = settings.for_layers(layers)
@@ -102,9 +94,7 @@ def _made(options: argparse.Namespace) -> dict:
         )
         found["step"] = asdict(step) | {"layers": layers, "dense_layers": settings.dense_layers, "model": options.model}
         found["step"] |= _memory(config, layer, plan, settings, layers, compiled=device == "cuda")
-    found["warnings"] = speed.warnings(
-        plan, layer=layer, rates=rates, pool_ratios=options.pool_ratios, select_topk=options.select_topk
-    )
+    found["warnings"] = speed.warnings(method, options.tokens, layer=layer, rates=rates)
     return found
 
 
@@ -113,13 +103,12 @@ def _precision(rates: speed.Rates, layer: speed.Layer, device: str, options: arg
 
     `part` is None where nothing tells: rates of a busy machine, or a length whose estimate follows from launches.
     """
-    settings = {"pool_ratios": options.pool_ratios, "select_topk": options.select_topk}
-    check = rates.nearest_check(options.tokens, **settings)
+    check = rates.nearest_check(options.tokens, Method.of(options))
     found = {"days": (time.time() - rates.measured) / DAY, "spread": rates.spread, "check": None, "part": None}
     if check is None:
         return found
     error = check.error(layer, rates)
-    found["check"] = asdict(check) | {"error": error}
+    found["check"] = check.values() | {"error": error}
     near = 0.5 <= check.tokens / options.tokens <= 2
     known = rates.spread is not None and rates.spread <= speed.BUSY
     if known and (near or options.tokens >= speed.ERROR_FROM[device]):
@@ -256,24 +245,9 @@ def _seconds(seconds: float) -> str:
 # What bench takes too
 
 
-def number(text: str) -> int | float:
-    """An option's `1/64`, `0.25` or `512`."""
-    try:
-        return int(text)
-    except ValueError:
-        pass
-    try:
-        return float(Fraction(text))
-    except (ValueError, ZeroDivisionError):
-        raise argparse.ArgumentTypeError(f"{text!r}: a number such as 512, 0.25 or 1/64 is needed") from None
-
-
 def add_settings(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("lighthouse")
-    group.add_argument("--pool_ratios", nargs="+", type=number, default=list(POOL_RATIOS), metavar="RATIO",
-                       help="pooling ratio of each level above the tokens (default: 1/4 1/16)")  # fmt: skip
-    group.add_argument("--select_topk", type=number, default=SELECT_TOPK, metavar="K",
-                       help="parents per level: a share of the tokens, or a number (default: 1/64)")  # fmt: skip
+    add_method(group)
     group.add_argument("--dense_layers", type=int, help="layers at each end that stay dense (default: as in pretrain)")
 
 

@@ -27,7 +27,7 @@ from lighthouse.training import (
     configuration,
     prepare,
 )
-from lighthouse.training.options import field_names
+from lighthouse.training.options import MethodOptions, field_names
 
 EXAMPLE = """\
 examples:
@@ -101,7 +101,7 @@ def run_parser(
         if action.dest in WORD_OR_SWITCH:
             action.type = _word_or_switch
     if not whole_help:
-        shown = field_names(*kinds)
+        shown = field_names(*kinds, MethodOptions)
         for action in parser._actions:
             if action.dest not in shown and action not in general._group_actions:
                 action.help = argparse.SUPPRESS

@@ -7,6 +7,32 @@ import json
 import sys
 from pathlib import Path
 
+from lighthouse.core.method import SWITCHES, Method, text_of, written
+
+
+def add_method(group) -> None:
+    """The method's settings as options of an argparse group; `Method.of` reads them from what is parsed."""
+    for setting in Method.settings():
+        kinds: dict = {"default": written(setting.default)}
+        if isinstance(setting.default, tuple):
+            kinds["nargs"] = "+"
+        elif isinstance(setting.default, bool):
+            kinds |= {"nargs": "?", "const": True, "type": string_to_bool}
+        shown = text_of(setting.default)
+        group.add_argument(
+            f"--{setting.name}",
+            help=f"{setting.metadata['help']} (default: {shown})",
+            metavar=setting.metadata.get("metavar"),
+            **kinds,
+        )
+
+
+def string_to_bool(text: str) -> bool:
+    """`true` or `false`, as the options of pretrain take it."""
+    if text.lower() not in SWITCHES:
+        raise argparse.ArgumentTypeError(f"{text!r}: true or false is needed")
+    return SWITCHES[text.lower()]
+
 
 def say(line: str) -> None:
     """Progress, on standard error."""

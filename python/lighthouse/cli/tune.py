@@ -16,8 +16,8 @@ from transformers.utils.logging import disable_progress_bar  # noqa: E402
 from lighthouse.cli.pretrain import parse_run, run_parser  # noqa: E402
 from lighthouse.cli.shared import check_folders, write_text  # noqa: E402
 from lighthouse.report.study import nothing_known, of_the_given  # noqa: E402
+from lighthouse.studies.tune import BEST, Study, TuneOptions, prepare_study  # noqa: E402
 from lighthouse.training import RunFailed, Stopped  # noqa: E402
-from lighthouse.training.tune import BEST, Study, TuneOptions, prepare_study  # noqa: E402
 
 EXAMPLE = """\
 examples:

@@ -14,7 +14,7 @@ from torch._guards import detect_fake_mode
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
 
-from lighthouse.attention import sub_sequence_attention
+from lighthouse.core.attention import sub_sequence_attention
 from lighthouse.huggingface.checks import check_keywords, check_mask
 
 NAME = "lighthouse"
@@ -77,12 +77,10 @@ def lighthouse_attention(
         query,
         key,
         value,
-        settings.windows,
-        settings.topk,
+        settings.method,
         scale=scaling,
         dropout_p=dropout,
         inner=settings.inner,
-        cover_start=settings.cover_start,
     )
     return out.transpose(1, 2), None
 

@@ -13,21 +13,21 @@ from __future__ import annotations
 import json
 import logging
 import math
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from lighthouse.huggingface.processes import strangers
 from lighthouse.huggingface.steps import Steps, forget_forwards, not_as_wished, not_ready, tokens_counted, used_in
 from lighthouse.huggingface.trainer_state import STATE, best_checkpoint, step_of
 from lighthouse.huggingface.wrapped import WrappedModel
-from lighthouse.processes import strangers
 
 logger = logging.getLogger("lighthouse")
 
 # What `export` tells of a checkpoint; the others are not numbers, or say how the model was trained and not what with.
-SAVED_SETTINGS = ("pool_ratios", "select_topk", "dense_layers", "cover_start", "eval")
+SAVED_SETTINGS = ("dense_layers", "eval")
 
 
 class LighthouseCallback(TrainerCallback, ExportableState):
@@ -100,8 +100,7 @@ class LighthouseCallback(TrainerCallback, ExportableState):
         model = _wrapped_in(model)
         forget_forwards(model)
         settings = model.lighthouse_settings
-        known = {f.name for f in fields(settings)}
-        self.settings = {name: getattr(settings, name) for name in SAVED_SETTINGS if name in known}
+        self.settings = settings.method.values() | {name: getattr(settings, name) for name in SAVED_SETTINGS}
         saved = state.stateful_callbacks.get(type(self).__name__)
         self.step = self.tokens = self.loaded = None
         self.on_steps, self.told_until = 0, state.global_step
@@ -178,10 +177,9 @@ class LighthouseCallback(TrainerCallback, ExportableState):
 
     def _say_what_changed(self, earlier: dict, state) -> None:
         """A resumed run may be given a model that was wrapped otherwise."""
-        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in self.settings.items()}
         changed = [
             f"{name} was {earlier[name]!r}, is {value!r}"
-            for name, value in plain.items()
+            for name, value in self.settings.items()
             if name in earlier and earlier[name] != value
         ]
         if changed and state.is_world_process_zero:

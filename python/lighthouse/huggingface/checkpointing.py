@@ -9,7 +9,7 @@ from functools import partial
 
 from torch import nn
 
-from lighthouse.checkpointing import checkpoint_contexts
+from lighthouse.core.checkpointing import checkpoint_contexts
 
 _FUNCTION = "_gradient_checkpointing_func"
 

@@ -14,9 +14,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
+from lighthouse.core.selection import Selection
 from lighthouse.huggingface.wrapped import WrappedModel
-from lighthouse.plan import sub_length
-from lighthouse.selection import Selection
 
 SELECT = torch.ops.lighthouse.select.default
 
@@ -90,9 +89,9 @@ def choices_of(model: PreTrainedModel, input_ids: torch.Tensor) -> Choices:
     settings = model.lighthouse_settings
     count = model.config.num_hidden_layers
     layers = tuple(layer for layer in range(count) if settings.acts_in_layer(layer, count))
-    levels = [_finest_levels(mask[0].cpu().numpy(), settings.windows) for mask, _ in caught.found]
-    length = sub_length(input_ids.shape[1], settings.windows, settings.topk)
-    return Choices(np.stack(levels), layers, settings.windows, length)
+    levels = [_finest_levels(mask[0].cpu().numpy(), settings.method.windows) for mask, _ in caught.found]
+    length = settings.method.length(input_ids.shape[1])
+    return Choices(np.stack(levels), layers, settings.method.windows, length)
 
 
 def choices_in(selection: Selection, batch: int = 0) -> Choices:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lighthouse.class_swap import Swapped, swap
+from lighthouse.huggingface.class_swap import Swapped, swap
 
 IGNORE_INDEX = -100
 

@@ -19,8 +19,8 @@ from transformers.loss import loss_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from lighthouse.core.inputs import check_not_sharded
 from lighthouse.huggingface.attention_interface import NAME, dense_name, lighthouse_attention, lighthouse_mask
-from lighthouse.inputs import check_not_sharded
 
 _PACKAGE = str(Path(transformers.__file__).parent) + "/"
 _TORCH = str(Path(torch.__file__).parent) + "/"

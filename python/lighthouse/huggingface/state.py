@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 from transformers import PretrainedConfig
 
+from lighthouse.core.settings import LEAST_DENSE_SHARE, LighthouseSettings
 from lighthouse.huggingface.attention_interface import NAME, dense_name
-from lighthouse.wrapper import LEAST_DENSE_SHARE, LighthouseSettings
 
 logger = logging.getLogger("lighthouse")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
-from lighthouse.wrapper import LEAST_DENSE_SHARE
+from lighthouse.core.settings import LEAST_DENSE_SHARE
 
 _taken: WeakKeyDictionary = WeakKeyDictionary()  # model: (step, what its training forwards in it ran)
 

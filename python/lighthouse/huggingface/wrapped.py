@@ -19,16 +19,16 @@ import torch
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from lighthouse.class_swap import Swapped, unswap
-from lighthouse.devices import check_device
+from lighthouse.core.devices import check_device
+from lighthouse.core.settings import LEAST_DENSE_SHARE, LighthouseSettings
 from lighthouse.huggingface import checks, looking, originals
 from lighthouse.huggingface.architectures import architecture_of
 from lighthouse.huggingface.attention_interface import NAME
 from lighthouse.huggingface.checkpointing import forget_choices, keep_choices
+from lighthouse.huggingface.class_swap import Swapped, unswap
 from lighthouse.huggingface.loss import IGNORE_INDEX, OutputLayer, next_token_loss
 from lighthouse.huggingface.signatures import positional_names, with_labels
 from lighthouse.huggingface.state import State, Used, say_once
-from lighthouse.wrapper import LEAST_DENSE_SHARE, LighthouseSettings
 
 # What this Transformers calls a key-value cache in an output.
 _CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"

@@ -6,14 +6,14 @@ import copy
 
 from transformers import PreTrainedModel
 
-from lighthouse.class_swap import swap
+from lighthouse.core.settings import LighthouseSettings
 from lighthouse.huggingface import checks, looking, originals
 from lighthouse.huggingface.architectures import Architecture, architecture_of
 from lighthouse.huggingface.checkpointing import keep_choices
+from lighthouse.huggingface.class_swap import swap
 from lighthouse.huggingface.loss import OutputLayer
 from lighthouse.huggingface.state import State, say_once
 from lighthouse.huggingface.wrapped import WrappedModel
-from lighthouse.wrapper import LighthouseSettings
 
 
 def wrap(model: PreTrainedModel, settings: LighthouseSettings) -> PreTrainedModel:

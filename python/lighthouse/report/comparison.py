@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import mean
 
-from lighthouse.plan import plan
+from lighthouse.core.method import plan
 from lighthouse.report.page import Check, Page
 from lighthouse.report.picture import losses
 from lighthouse.report.table import minutes

@@ -12,8 +12,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from lighthouse.report.page import Page, new_figure
 from lighthouse.report.picture import COLOURS
+from lighthouse.report.studied import LEAST_DENSE, LEAST_STEPS, TOLERANCE
 from lighthouse.report.table import minutes
-from lighthouse.training.study import LEAST_DENSE, LEAST_STEPS, TOLERANCE
 
 NBSP = "\u00a0"
 GREY, AMBER, BLUE = COLOURS[:3]

@@ -153,7 +153,8 @@ def kinds_of(options: type) -> dict[str, set]:
 def resolved(options, training) -> dict:
     """Every option of a run by name, as a file takes it: all of ours, and of the Trainer's those that were changed."""
     groups = type(options).__bases__  # model, data, Lighthouse
-    values = {name: getattr(options, name) for group in groups for name in group.__annotations__}
+    values = {field.name: getattr(options, field.name) for group in groups for field in dataclasses.fields(group)}
+    values |= options.method.written()
     declared = vars(type(training))["__annotations__"]
     for field in dataclasses.fields(training):
         if not field.init or field.name in LEFT_OUT or _follows_from_the_device(field.name, training):

@@ -23,10 +23,9 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig
 
+from lighthouse.core.settings import LighthouseSettings
 from lighthouse.huggingface.loss import chunk_tokens
-from lighthouse.plan import sub_length
 from lighthouse.training.model import empty_model
-from lighthouse.wrapper import LighthouseSettings
 
 GIB = 2**30
 
@@ -125,7 +124,7 @@ def estimate(
     if settings is not None:
         # The attention keeps the sub-sequence instead of the tokens, and the choice; what follows keeps its output,
         # which compiled code makes again.
-        share = sub_length(context, settings.windows, settings.topk) / context
+        share = settings.method.length(context) / context
         out = 0 if compiled else product * heads * config.head_dim
         sub = (parts["attention"] * share) + out + CHOICE_BYTES * kv_heads
     layer = sum(parts.values())

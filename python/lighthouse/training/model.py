@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, set_seed
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, set_seed
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from lighthouse.devices import MAX_HEAD_DIM
+from lighthouse.core.devices import MAX_HEAD_DIM
 from lighthouse.huggingface.architectures import ARCHITECTURES
 from lighthouse.huggingface.checks import check_config
+from lighthouse.text.tokenizer import byte_tokenizer
 
 CONFIG = "config.json"
 
@@ -56,11 +57,6 @@ class Size:
             f"{self.name} ({self.parameters / 1e6:.1f}M: {self.layers} layers of {self.width}, "
             f"{heads}, up to {self.max_context:,} tokens)"
         )
-
-
-def byte_tokenizer() -> ByT5Tokenizer:
-    """Bytes as tokens: needs no files and no network. Its ids are 0 to `len(tokenizer) - 1`."""
-    return ByT5Tokenizer()
 
 
 @functools.cache

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import math
 from argparse import SUPPRESS
-from dataclasses import dataclass, field, fields
-from fractions import Fraction
+from dataclasses import Field, dataclass, field, fields, make_dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
 
-from lighthouse.acting import why_it_cannot_act
-from lighthouse.processes import launched, strangers
+from lighthouse.core.acting import why_it_cannot_act
+from lighthouse.core.method import Method, text_of, written
+from lighthouse.core.settings import LighthouseSettings
+from lighthouse.huggingface.processes import launched, strangers
 from lighthouse.training.configuration import kinds_of
 from lighthouse.training.model import SIZES, check_model
-from lighthouse.wrapper import LighthouseSettings
 
 # Options of the Trainer that are text or a switch. The command line and a file give them as text, which is true to the
 # Trainer whatever it says.
@@ -94,8 +96,22 @@ class DataOptions:
     )
 
 
+def _as_text(setting: Field) -> tuple[str, type, Field]:
+    """A setting of `Method` as an option: text, which `Method.of` reads, or a switch."""
+    if isinstance(setting.default, bool):
+        return setting.name, bool, field(default=setting.default, metadata=setting.metadata)
+    if isinstance(setting.default, tuple):
+        many = field(default_factory=partial(written, setting.default), metadata=setting.metadata)
+        return setting.name, list[str], many
+    return setting.name, str, field(default=text_of(setting.default), metadata=setting.metadata)
+
+
+# All settings of the method, whichever there are.
+MethodOptions: Any = make_dataclass("MethodOptions", map(_as_text, Method.settings()), kw_only=True)
+
+
 @dataclass(kw_only=True)
-class LighthouseOptions:
+class LighthouseOptions(MethodOptions):
     """How Lighthouse is used."""
 
     _argument_group_name = "lighthouse"
@@ -109,14 +125,6 @@ class LighthouseOptions:
     switch_tokens: int | None = field(
         default=None,
         metadata={"help": "Instead of --share: Lighthouse until so many tokens were trained on, in whole steps."},
-    )
-    pool_ratios: list[str] = field(
-        default_factory=lambda: ["1/4", "1/16"],
-        metadata={"help": "Pooling ratio of each level above the tokens: 1/4 or 0.25.", "metavar": "RATIO"},
-    )
-    select_topk: str = field(
-        default="1/64",
-        metadata={"help": "Parents chosen per level: a share of the tokens (1/64, 0.25) or a whole number (512)."},
     )
     dense_layers: int | None = field(
         default=None,
@@ -133,7 +141,7 @@ class LighthouseOptions:
 class PretrainOptions(ModelOptions, DataOptions, LighthouseOptions):
     """All of a run but what the Trainer itself is told (`TrainingOptions`).
 
-    `pool_ratios` and `select_topk` may be numbers too; text such as "1/64" is turned into them. `data` may be one path.
+    The settings of `Method` may be numbers too; text such as "1/64" is turned into them. `data` may be one path.
 
     Raises `ValueError` or `TypeError` naming the option and the rule.
     """
@@ -147,17 +155,20 @@ class PretrainOptions(ModelOptions, DataOptions, LighthouseOptions):
         if self.held_out < 1:
             raise ValueError(f"held_out={self.held_out}: at least one context is needed")
         self._check_switch()
-        self.pool_ratios = [number("pool_ratios", ratio) for ratio in self.pool_ratios]
-        self.select_topk = number("select_topk", self.select_topk)
-        settings = LighthouseSettings(
-            pool_ratios=self.pool_ratios, select_topk=self.select_topk, dense_layers=self.dense_layers
-        )
+        for name, value in self.method.values().items():
+            setattr(self, name, value)
+        settings = LighthouseSettings(self.method, self.dense_layers)
         layers = check_model(self.model, self.context)
         if self.uses_lighthouse:
             self.dense_layers = settings.for_layers(layers).dense_layers
-            why_not = why_it_cannot_act(self.context, self.pool_ratios, self.select_topk)
+            why_not = why_it_cannot_act(self.context, self.method)
             if why_not is not None:
                 raise ValueError(f"context={self.context}: {why_not}; or train dense with dense_only")
+
+    @property
+    def method(self) -> Method:
+        """What Lighthouse does where it is used."""
+        return Method.of(self)
 
     def _check_switch(self) -> None:
         if not (math.isfinite(self.share) and 0 <= self.share <= 1):
@@ -269,17 +280,3 @@ def _check_given(options) -> None:
 def field_names(*classes) -> set[str]:
     """The options that these dataclasses declare themselves, without those they inherit."""
     return {f.name for cls in classes for f in fields(cls) if f.name in cls.__annotations__}
-
-
-def number(name: str, value) -> int | float:
-    """`"1/64"` is 0.015625, `"512"` the number 512, `"1.0"` a share; numbers stay as they are."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return int(value)
-    except ValueError:
-        pass
-    try:
-        return float(Fraction(value))
-    except (ValueError, ZeroDivisionError):
-        raise ValueError(f"{name}={value}: a number such as 512, 0.25 or 1/64 is needed") from None

@@ -11,7 +11,7 @@ from platform import python_version
 import torch
 import transformers
 
-import lighthouse
+from lighthouse.core.version import VERSION
 from lighthouse.training.checkpoints import write_whole
 
 LIGHTHOUSE = "lighthouse"
@@ -185,7 +185,7 @@ class PretrainResult:
 def versions() -> dict[str, str]:
     """Of the packages on which losses and times depend."""
     return {
-        "lighthouse": lighthouse.__version__,
+        "lighthouse": VERSION,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": python_version(),

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from transformers import TrainerState
 
+from lighthouse.core.method import Method
 from lighthouse.huggingface.trainer_state import STATE, best_checkpoint, step_of
 from lighthouse.training import checkpoints
 from lighthouse.training.callbacks import Record
@@ -23,7 +24,8 @@ MODEL = "model"
 
 # Of a run's settings, what its checkpoints tell of it by themselves.
 FACTS = (
-    *("context", "pool_ratios", "select_topk", "dense_layers", "tokens_per_step", "lighthouse_steps", "seed", "text"),
+    *(setting.name for setting in Method.settings()),
+    *("context", "dense_layers", "tokens_per_step", "lighthouse_steps", "seed", "text"),
     "tokenizer_identity",
 )
 

@@ -29,13 +29,14 @@ from transformers import (
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils.generic import ExplicitEnum
 
-import lighthouse.huggingface  # noqa: F401  the wrapper would import it only when a run has begun
-from lighthouse import LighthouseWrapper
+from lighthouse.core.devices import device_name
+from lighthouse.core.settings import LighthouseSettings
+from lighthouse.huggingface import wrap
 from lighthouse.huggingface.steps import not_as_wished, not_ready
 from lighthouse.huggingface.trainer_state import STATE, best_checkpoint, step_of
-from lighthouse.plan import plan
-from lighthouse.speed import device_name
-from lighthouse.training import checkpoints, configuration, data
+from lighthouse.text import data
+from lighthouse.text.documents import TextLost
+from lighthouse.training import checkpoints, configuration
 from lighthouse.training.callbacks import Record, StopOnSignal, SwitchToDense
 from lighthouse.training.followed import WITHOUT_WARM_UP, check_followed
 from lighthouse.training.memory import MemoryEstimate, check_memory, estimate
@@ -65,7 +66,6 @@ from lighthouse.training.resume import (
     what_is_there,
 )
 from lighthouse.training.trainer import RunTrainer, checkpoint_bytes, gb, space_for, weight_bytes
-from lighthouse.wrapper import LighthouseSettings
 
 logger = logging.getLogger(__name__)
 
@@ -149,9 +149,8 @@ class Run:
             f"{steps:,} steps of {self.tokens_per_step:,} tokens: {self.switch_step:,} with Lighthouse "
             f"(dense layers at each end: {options.dense_layers}), {steps - self.switch_step:,} dense."
         )
-        settings = LighthouseSettings(pool_ratios=options.pool_ratios, select_topk=options.select_topk)
-        lines.append(str(plan(options.context, pool_ratios=options.pool_ratios, select_topk=options.select_topk)))
-        if not settings.pays(options.context, self.training.device.type):
+        lines.append(str(options.method.plan(options.context)))
+        if not LighthouseSettings(options.method).pays(options.context, self.training.device.type):
             lines.append(f"Note: at {options.context:,} tokens with these settings dense attention is as fast.")
         return "\n".join([*lines, WHY_DENSE])
 
@@ -261,14 +260,8 @@ class Run:
         self._check_space(model)
         # A dense run too is wrapped, with Lighthouse off: for the loss that holds no logits. What is asked for is done,
         # also where dense attention would be as fast: no limits here.
-        model = LighthouseWrapper(
-            model,
-            pool_ratios=options.pool_ratios,
-            select_topk=options.select_topk,
-            dense_layers=options.dense_layers,
-            min_tokens=0,
-            max_share=1.0,
-        )
+        settings = LighthouseSettings(options.method, options.dense_layers, min_tokens=0, max_share=1.0)
+        model = wrap(model, settings)
         model.lighthouse(self.switch_step > 0)
         if options.compile_layers and not training.torch_compile:
             for layer in model.base_model.layers:
@@ -280,7 +273,10 @@ class Run:
             eval_dataset=held_out_rows,
             data_collator=data.collate,
             callbacks=[SwitchToDense(self.switch_step), record, stop, *callbacks],
-            run=self,
+            options=options,
+            corpus=self.corpus,
+            tokens_per_step=self.tokens_per_step,
+            folder=self.folder,
             record=record,
             stop=stop,
         )
@@ -300,8 +296,8 @@ class Run:
                     "another learning_rate or max_grad_norm, or without these rows, it is another run, in another "
                     "output_dir."
                 ) from None
-            if isinstance(error, TextFailed):  # a worker's has its traceback in front
-                said = str(error).rpartition(f"{TextFailed.__name__}: ")[2].strip()
+            if isinstance(error, TextLost):  # a worker's has its traceback in front
+                said = str(error).rpartition(f"{TextLost.__name__}: ")[2].strip()
                 how = f"{self._how_to_go_on()} It needs the text that the run began with."
                 raise TextFailed(f"{said.rstrip('.')}. {how}") from error
             if isinstance(error, DiskFull):
@@ -520,9 +516,7 @@ def _named(name: str, value):
 
 def _memory(options: PretrainOptions, training: TrainingOptions, config, *, dense: bool) -> MemoryEstimate:
     """Of the larger of a run's stages, the dense one where there is one."""
-    settings = LighthouseSettings(
-        pool_ratios=options.pool_ratios, select_topk=options.select_topk, dense_layers=options.dense_layers
-    )
+    settings = LighthouseSettings(options.method, options.dense_layers)
     sharded = bool(training.fsdp) or training.deepspeed is not None
     return estimate(
         config,

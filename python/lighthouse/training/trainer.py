@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from accelerate.utils import gather_object
@@ -14,27 +13,36 @@ from torch.utils.data import IterableDataset, RandomSampler, SequentialSampler
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from lighthouse.plan import plan
+from lighthouse.text import data
 from lighthouse.training import checkpoints
 from lighthouse.training.callbacks import FirstNotFinite, Lines, PlainLines, Record, StopOnSignal, memory
-from lighthouse.training.options import TrainingOptions
+from lighthouse.training.options import PretrainOptions, TrainingOptions
 from lighthouse.training.result import DiskFull, NotFinite, Stopped
-
-if TYPE_CHECKING:
-    from lighthouse.training.run import Run
 
 
 class RunTrainer(Trainer):
     """Transformers' Trainer whose checkpoints are whole and finite, that stops behind a step, and logs more."""
 
-    def __init__(self, *, run: Run, record: Record, stop: StopOnSignal, args: TrainingOptions, **kwargs):
-        self.run = run
+    def __init__(
+        self,
+        *,
+        options: PretrainOptions,
+        corpus: data.Corpus,
+        tokens_per_step: int,
+        folder: Path,
+        record: Record,
+        stop: StopOnSignal,
+        args: TrainingOptions,
+        **kwargs,
+    ):
+        self.options, self.corpus, self.folder = options, corpus, folder
+        self.tokens_per_step, self.rows_per_step = tokens_per_step, tokens_per_step // options.context
         self.rows_of_a_pass = self._rows_of_a_pass(kwargs["train_dataset"])
         args.per_device_eval_batch_size = rows_to_evaluate(len(kwargs["eval_dataset"]), args)
         super().__init__(args=args, **kwargs)
         self.record = record
         self.stop = stop
-        self.plan = plan(run.options.context, pool_ratios=run.options.pool_ratios, select_topk=run.options.select_topk)
+        self.plan = options.method.plan(options.context)
         self.not_finite = FirstNotFinite(args.device)
         self.places = []  # (step, places of a batch) since the last check
         self.open_loss = _OpenLoss(self)
@@ -52,7 +60,7 @@ class RunTrainer(Trainer):
             logs["sub_length"] = int(length) if share in (0, 1) else length
             steps_per_second = self.record.steps_per_second(step)
             if steps_per_second is not None:
-                logs["tokens_per_second"] = steps_per_second * self.run.tokens_per_step
+                logs["tokens_per_second"] = steps_per_second * self.tokens_per_step
             logs |= memory()
         super().log(logs, start_time)
 
@@ -85,7 +93,7 @@ class RunTrainer(Trainer):
         """
         if isinstance(rows, IterableDataset):
             return None
-        of_a_step = self.run.tokens_per_step // self.run.options.context
+        of_a_step = self.rows_per_step
         if len(rows) < of_a_step:
             raise ValueError(
                 f"a step has {of_a_step:,} rows (per_device_train_batch_size x gradient_accumulation_steps x devices), "
@@ -158,12 +166,12 @@ class RunTrainer(Trainer):
 
     def _rows_of(self, step: int) -> str:
         """What the text of the `step`-th step was, in all processes."""
-        describe = getattr(self.run.corpus, "describe", str)
+        describe = getattr(self.corpus, "describe", str)
         places = [place for of, batch in self.places if of == step for place in batch.tolist()]
         return "; ".join(gather_object([describe(place) for place in places])) or "rows that are not known"
 
     def _save_checkpoint(self, model, trial) -> None:
-        args, folder = self.args, self.run.folder
+        args, folder = self.args, self.folder
         checkpoint = folder / f"{checkpoints.PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         self.open_loss.take()
         limit, args.save_total_limit = args.save_total_limit, None  # the oldest goes when this one is whole

@@ -1,0 +1,1 @@
+"""The method on tensors, without Transformers: settings, plan, operators and the functional call."""

@@ -1,0 +1,65 @@
+"""Whether Lighthouse can act on a length at all, and which settings nearest to the given ones let it.
+
+It cannot where the sub-sequence would be longer than the sequence (a wrapped model then runs dense), nor where it is
+the sequence itself: with one level, or fewer tokens than the coarsest window (METHOD 8).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from lighthouse.core.method import Method
+
+LONGEST = 2**30  # tokens looked at for a length on which the settings act
+
+
+def acts(tokens: int, method: Method) -> bool:
+    """Whether the sub-sequence of `tokens` is a choice, and not longer than they are."""
+    return len(method.windows) > 1 and tokens >= method.windows[-1] and method.length(tokens) <= tokens
+
+
+def why_it_cannot_act(tokens: int, method: Method) -> str | None:
+    """The rule that keeps Lighthouse from acting on so many tokens, with the numbers and the way out; or None."""
+    if acts(tokens, method):
+        return None
+    windows = method.windows
+    if len(windows) == 1:
+        return "without pool_ratios the sub-sequence is the whole sequence, which is dense attention: give some"
+    if tokens < windows[-1]:
+        return (
+            f"{tokens:,} tokens are fewer than the coarsest window of {windows[-1]:,}, so that all attention is dense: "
+            f"take at least {windows[-1]:,} tokens, or pool_ratios with shorter windows"
+        )
+    length = method.length(tokens)
+    parents = _last(method.parents(tokens), lambda k: acts(tokens, replace(method, select_topk=k)))
+    longer = _first(tokens, windows[-1], lambda n: acts(n, method))
+    ways = [f"the largest select_topk that it acts with here is {parents:,}"] if parents else []
+    ways += [f"the shortest length that it acts on with this one is {longer:,} tokens"] if longer else []
+    return (
+        f"select_topk={method.select_topk} makes a sub-sequence of {length:,} entries of {tokens:,} tokens "
+        f"({length / tokens:.0%}), and on one longer than the sequence Lighthouse never acts: all attention would be "
+        f"dense; {'; '.join(ways) or 'take other pool_ratios'}"
+    )
+
+
+def _last(number: int, good: Callable[[int], bool]) -> int:
+    """The largest number up to `number` that is good; 0 if none is. Those below a good one are good."""
+    low, high = 0, number
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if good(middle) else (low, middle - 1)
+    return low
+
+
+def _first(tokens: int, window: int, good: Callable[[int], bool]) -> int:
+    """The shortest good length above `tokens`, a multiple of `window`; 0 if there is none up to `LONGEST`."""
+    low = high = tokens // window
+    while not good(high * window):
+        low, high = high, 2 * high
+        if high * window > LONGEST:
+            return 0
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if good(middle * window) else (middle, high)
+    return high * window

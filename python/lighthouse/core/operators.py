@@ -1,0 +1,314 @@
+"""The operators torch.ops.lighthouse.* as PyTorch sees them: sizes for tracing, and which is whose gradient.
+
+The numbers are made in C++ (src/torch/operators.cpp has the schemas). Shapes: query side `[B, Hq, N, D]`, key side
+`[B, Hkv, N, D]`, scores, mask and prefix `[B, Hkv, N]`; `_sub` is S long instead of N.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
+
+from lighthouse.core import library as _library
+from lighthouse.core.sequences import Sequences
+
+LIBRARY_PATH = _library.load(sys.modules["lighthouse"].__path__)
+_OPERATORS = torch.ops.lighthouse
+CHOICE = (_OPERATORS.score.default, _OPERATORS.select.default)  # what checkpointing never does twice
+
+HEADS_FIRST = (0, 1, 2, 3)
+TOKENS_FIRST = (0, 2, 1, 3)
+
+
+def memory_order(tensor: Tensor) -> list[int]:
+    """The tensor's dimensions from the slowest in memory to the fastest, the head dimension last."""
+    strides = tensor.stride()
+    return [*sorted(range(3), key=lambda i: -strides[i]), 3]
+
+
+def with_unit_stride(tensor: Tensor) -> Tensor:
+    """The tensor itself where the head dimension is contiguous, else a copy of which that is true."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _empty(like: Tensor, length, order) -> Tensor:
+    batch, heads, _, head_dim = like.shape
+    return torch.empty_permuted((batch, heads, length, head_dim), order, dtype=like.dtype, device=like.device)
+
+
+@torch.library.register_fake("lighthouse::score")
+def _(query, key):
+    scores = key.new_empty(key.shape[:3], dtype=torch.float32)
+    return scores, torch.empty_like(scores)
+
+
+@torch.library.register_fake("lighthouse::select")
+def _(query_score, key_score, windows, topk_numerator, topk_denominator, cover_start):
+    return query_score.new_empty(query_score.shape, dtype=torch.uint8), query_score.new_empty(
+        query_score.shape, dtype=torch.int32
+    )
+
+
+@torch.library.register_fake("lighthouse::gather")
+def _(query, key, value, mask, prefix, windows, length):
+    return tuple(_empty(tensor, length, HEADS_FIRST) for tensor in (query, key, value))
+
+
+@torch.library.register_fake("lighthouse::gather_backward")
+def _(grad_query_sub, grad_key_sub, grad_value_sub, mask, prefix, windows, query_order, key_order, value_order):
+    tokens = mask.shape[2]
+    return (
+        _empty(grad_query_sub, tokens, query_order),
+        _empty(grad_key_sub, tokens, key_order),
+        _empty(grad_value_sub, tokens, value_order),
+    )
+
+
+@torch.library.register_fake("lighthouse::scatter")
+def _(output_sub, mask, prefix, windows):
+    return _empty(output_sub, mask.shape[2], TOKENS_FIRST)
+
+
+@torch.library.register_fake("lighthouse::scatter_backward")
+def _(grad_output, mask, prefix, windows, length, order):
+    return _empty(grad_output, length, order)
+
+
+# Gradients. Every verb is linear, so each one's gradient is the other of its pair, to any order; scores and the choice
+# have none. Only mask and prefix are kept. Each formula is used twice: registered, for torch.compile, and by the
+# functions below for eager mode, where what `register_autograd` generates costs 5 to 20 microseconds a call.
+
+
+def _no_gradient(ctx, inputs, output):
+    ctx.mark_non_differentiable(*output)
+
+
+def _gather_setup(ctx, inputs, output):
+    query, key, value, mask, prefix, ctx.windows, _ = inputs
+    ctx.save_for_backward(mask, prefix)
+    ctx.orders = [memory_order(tensor) for tensor in (query, key, value)]
+
+
+def _gather_backward(ctx, *grads):
+    grads = [with_unit_stride(grad) for grad in grads]
+    grads = _in_backward(_OPERATORS.gather_backward, *grads, *ctx.saved_tensors, ctx.windows, *ctx.orders)
+    return *grads, None, None, None, None
+
+
+def _gather_backward_setup(ctx, inputs, output):
+    query_sub, _, _, mask, prefix, ctx.windows, *_ = inputs
+    ctx.save_for_backward(mask, prefix)
+    ctx.length = query_sub.shape[2]
+
+
+def _gather_backward_backward(ctx, *grads):
+    grads = [with_unit_stride(grad) for grad in grads]
+    return *_OPERATORS.gather(*grads, *ctx.saved_tensors, ctx.windows, ctx.length), *[None] * 6
+
+
+def _scatter_setup(ctx, inputs, output):
+    output_sub, mask, prefix, ctx.windows = inputs
+    ctx.save_for_backward(mask, prefix)
+    ctx.length, ctx.order = output_sub.shape[2], memory_order(output_sub)
+
+
+def _scatter_backward(ctx, grad):
+    grad_sub = _in_backward(
+        _OPERATORS.scatter_backward, with_unit_stride(grad), *ctx.saved_tensors, ctx.windows, ctx.length, ctx.order
+    )
+    return grad_sub, None, None, None
+
+
+def _scatter_backward_setup(ctx, inputs, output):
+    _, mask, prefix, ctx.windows, *_ = inputs
+    ctx.save_for_backward(mask, prefix)
+
+
+def _scatter_backward_backward(ctx, grad):
+    return _OPERATORS.scatter(with_unit_stride(grad), *ctx.saved_tensors, ctx.windows), *[None] * 5
+
+
+def _refuse_forward_mode(inputs) -> None:
+    """Without a word PyTorch would take the tangent of what has no forward-mode formula for zero."""
+    if forward_ad._current_level < 0:  # the usual case costs least
+        return
+    if any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in inputs):
+        raise NotImplementedError(
+            "forward-mode derivatives (torch.func.jvp, torch.autograd.forward_ad) through Lighthouse attention are not "
+            "supported: take torch.autograd.grad"
+        )
+
+
+class _ReverseMode(torch.library.Library):
+    """Registers autograd kernels that refuse forward mode before they do anything."""
+
+    def impl(self, op_name, fn, *args, **kwargs):
+        def kernel(keyset, *inputs):
+            _refuse_forward_mode(inputs)
+            return fn(keyset, *inputs)
+
+        super().impl(op_name, kernel, *args, **kwargs)
+
+
+_REVERSE_MODE = _ReverseMode("lighthouse", "FRAGMENT")
+
+for _name, _inputs in (("score", 2), ("select", 6)):
+    torch.library.register_autograd(
+        f"lighthouse::{_name}", lambda ctx, *_, count=_inputs: (None,) * count, setup_context=_no_gradient
+    )
+
+for _name, _backward, _setup in (
+    ("gather", _gather_backward, _gather_setup),
+    ("gather_backward", _gather_backward_backward, _gather_backward_setup),
+    ("scatter", _scatter_backward, _scatter_setup),
+    ("scatter_backward", _scatter_backward_backward, _scatter_backward_setup),
+):
+    torch.library.register_autograd(f"lighthouse::{_name}", _backward, setup_context=_setup, lib=_REVERSE_MODE)
+
+
+# The operators as `lighthouse.attention` calls them.
+
+
+_DERIVATIVES = (torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp)
+
+
+def _traced() -> bool:
+    """Whether something looks through autograd: `torch.compile` and vmap see the registered operators alone.
+
+    The derivatives of `torch.func` see neither: forward mode would silently find a tangent of zero.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    if any(level.key() in _DERIVATIVES for level in torch._C._functorch.get_interpreter_stack()):
+        raise NotImplementedError(
+            "torch.func.grad, vjp and jvp through lighthouse.attention are not supported: take torch.autograd.grad"
+        )
+    return True
+
+
+def _without_gradient(operator, *inputs):
+    """Past the operator's autograd function, which would record nothing here but takes its time."""
+    if _traced():
+        return operator(*inputs)
+    try:
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*inputs)
+    except RuntimeError as error:
+        if is_out_of_memory(str(error), inputs[0].is_cuda):
+            raise torch.OutOfMemoryError(f"CUDA out of memory. {operator.__name__}: {error}") from error
+        raise
+
+
+def is_out_of_memory(message: str, on_cuda: bool) -> bool:
+    """Whether an operator failed for want of GPU memory; callers that catch `torch.OutOfMemoryError` should find it.
+
+    The stable ABI knows one kind of error, and before torch 2.15 not its words, which are on stderr then: a failed
+    allocation. An earlier kernel's failure arrives in the next allocation too, but then the device takes no more calls
+    at all, and says why: PyTorch's own error (`torch.AcceleratorError`) is raised in place of an answer.
+    """
+    if not on_cuda or "out of memory" in message:
+        return on_cuda
+    if "CUDA error" in message or not any(call in message for call in ("aoti_torch_empty", "aten::new_empty")):
+        return False
+    torch.cuda.mem_get_info()
+    return True
+
+
+def _in_backward(operator, *inputs):
+    """With a gradient of its own where the caller asked for one (`create_graph`)."""
+    _refuse_forward_mode(inputs)
+    return operator(*inputs) if torch.is_grad_enabled() else _without_gradient(operator, *inputs)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):  # one with setup_context takes 20 microseconds more
+        output = _without_gradient(_OPERATORS.gather, *inputs)
+        _gather_setup(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_gather_backward)
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _without_gradient(_OPERATORS.scatter, *inputs)
+        _scatter_setup(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_scatter_backward)
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """The entries chosen, one choice per batch row and key-value head.
+
+    Attributes:
+        mask: `[B, Hkv, N]` uint8; bit l of a token says that the entry of level l whose window ends there is chosen.
+        prefix: `[B, Hkv, N]` int32; the place in the sub-sequence of the first such entry.
+        sequences: what was chosen from.
+    """
+
+    mask: Tensor
+    prefix: Tensor
+    sequences: Sequences
+
+    @property
+    def length(self) -> int:
+        """S, the same for every row and head."""
+        return self.sequences.length
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """Tokens per entry of each level, finest first."""
+        return self.sequences.method.windows
+
+    def entries(self, batch: int, head: int) -> list[tuple[int, int]]:
+        """The chosen (level, index) pairs of one row and key-value head, in causal order, S of them."""
+        mask = self.mask[batch, head].tolist()
+        return [
+            (level, token // window)
+            for token, bits in enumerate(mask)
+            if bits
+            for level, window in enumerate(self.windows)
+            if bits >> level & 1
+        ]
+
+
+def choose(query: Tensor, key: Tensor, sequences: Sequences, scores: tuple[Tensor, Tensor] | None) -> Selection:
+    """The choice for inputs that have been checked; by the norms where `scores` is None."""
+    if scores is None:
+        scores = _without_gradient(_OPERATORS.score, query.detach(), key.detach())
+    method = sequences.method
+    mask, prefix = _without_gradient(_OPERATORS.select, *scores, method.windows, *method.topk, method.cover_start)
+    return Selection(mask, prefix, sequences)
+
+
+def gather(query: Tensor, key: Tensor, value: Tensor, selection: Selection) -> tuple[Tensor, Tensor, Tensor]:
+    """`torch.ops.lighthouse.gather` with its gradient."""
+    inputs = query, key, value, selection.mask, selection.prefix, selection.windows, selection.length
+    _refuse_forward_mode(inputs)
+    return _OPERATORS.gather(*inputs) if _traced() else _Gather.apply(*inputs)
+
+
+def scatter(output_sub: Tensor, selection: Selection) -> Tensor:
+    """`torch.ops.lighthouse.scatter` with its gradient.
+
+    Compiled code makes the output again in its backward. The product behind it would keep it, a full tensor a layer,
+    while it follows from the sub-sequence's output, which attention keeps anyway. (torch 2.11 keeps it all the same.)
+    """
+    inputs = output_sub, selection.mask, selection.prefix, selection.windows
+    _refuse_forward_mode(inputs)
+    if not _traced():
+        return _Scatter.apply(*inputs)
+    if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
+        return checkpoint(_OPERATORS.scatter, *inputs, use_reentrant=False)
+    return _OPERATORS.scatter(*inputs)

@@ -1,0 +1,38 @@
+"""Which tokens attend to one another, described once a forward and passed on whole (METHOD 3 and 7a)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from lighthouse.core.method import Method
+
+
+class SubSequences(NamedTuple):
+    """How the short sequences lie in an inner attention's tensors: `count` rows of `length` entries, each causal."""
+
+    count: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """`rows` sequences of `tokens` tokens, a row of the batch each, and how they are pooled and chosen from.
+
+    Whatever takes sequences asks here for their number, lengths and places; none of it takes them all for one length
+    by itself. `tokens` may be symbolic.
+    """
+
+    method: Method
+    rows: int
+    tokens: int
+
+    @property
+    def length(self) -> int:
+        """S: the entries of a row's sub-sequence."""
+        return self.method.length(self.tokens)
+
+    @property
+    def sub(self) -> SubSequences:
+        """The sub-sequences, as an inner attention gets them."""
+        return SubSequences(self.rows, self.length)

@@ -1,0 +1,1 @@
+"""How fast a layer, a step and a run are: measured, and estimated."""

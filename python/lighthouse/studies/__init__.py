@@ -1,0 +1,1 @@
+"""Several runs that are compared or searched: `lighthouse compare` and `lighthouse tune`."""
