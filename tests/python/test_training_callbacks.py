@@ -16,10 +16,11 @@ from transformers import TrainerControl, TrainerState
 from lighthouse.core.method import plan
 from lighthouse.huggingface.state import Used
 from lighthouse.huggingface.steps import Steps, not_as_wished, not_ready
+from lighthouse.huggingface.switch import SwitchToDense
 from lighthouse.training import pretrain
-from lighthouse.training.callbacks import FirstNotFinite, PlainLines, Record, StopOnSignal, SwitchToDense, memory
+from lighthouse.training.callbacks import FirstNotFinite, PlainLines, Record, StopOnSignal, memory
 from lighthouse.training.result import DENSE, LIGHTHOUSE, NotFinite
-from small_llama import one_thread  # noqa: F401
+from small_llama import one_thread, wrapped  # noqa: F401
 from training_runs import CONTEXT, options, training, write_text
 
 
@@ -249,16 +250,11 @@ def test_the_same_signal_twice_at_once_is_one():
 
 
 def test_the_switch_goes_by_the_step_alone():
-    class Model:
-        lighthouse_enabled = True
-
-        def lighthouse(self, enabled):
-            self.lighthouse_enabled = enabled
+    model, switch = wrapped(), SwitchToDense(8)
 
     class State:
         global_step = 7
 
-    model, switch = Model(), SwitchToDense(8)
     switch.on_step_begin(None, State, None, model=model)
     assert model.lighthouse_enabled
     State.global_step = 8
@@ -281,7 +277,7 @@ SAVES = [
 def test_what_may_be_the_best_is_saved(step, evaluates, best, expected):
     control = TrainerControl(should_evaluate=evaluates)
     args = SimpleNamespace(eval_strategy="steps", load_best_model_at_end=best)
-    SwitchToDense(3).on_step_end(args, TrainerState(global_step=step), control)
+    SwitchToDense(3, each_loss_saved=True).on_step_end(args, TrainerState(global_step=step), control)
     assert (control.should_evaluate, control.should_save) == expected
 
 

@@ -4,25 +4,22 @@
     Trainer(model=model, ..., callbacks=[LighthouseCallback(switch_share=0.6)]).train()
     model = model.unwrap()
 
-The trap is the resumed run: a share of `max_steps` moves when `max_steps` is raised. So the step is worked out once,
-kept in each checkpoint's `trainer_state.json`, and compared with `state.global_step`.
+What it knows is kept in each checkpoint's `trainer_state.json`, so that a resumed run switches where it was to.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import math
 from dataclasses import asdict
 from pathlib import Path
 
-from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from lighthouse.huggingface.processes import strangers
 from lighthouse.huggingface.steps import Steps, forget_forwards, not_as_wished, not_ready, tokens_counted, used_in
+from lighthouse.huggingface.switch import Switch, SwitchToDense, wrapped_in
 from lighthouse.huggingface.trainer_state import STATE, best_checkpoint, step_of
-from lighthouse.huggingface.wrapped import WrappedModel
 
 logger = logging.getLogger("lighthouse")
 
@@ -30,11 +27,8 @@ logger = logging.getLogger("lighthouse")
 SAVED_SETTINGS = ("dense_layers", "eval")
 
 
-class LighthouseCallback(TrainerCallback, ExportableState):
-    """Lighthouse on in the first steps, off from the switch on. Optimizer and schedule are untouched.
-
-    Where the Trainer evaluates at all, it also does so right before the switch: the last dense loss of that stage.
-    With `load_best_model_at_end` a checkpoint is saved there too, since that evaluation may be the best.
+class LighthouseCallback(SwitchToDense, ExportableState):
+    """`SwitchToDense` at a share of the steps, a step or a number of tokens, which also tells what the steps did.
 
     Args, one of which is given:
         switch_share: share of the optimizer steps that use Lighthouse, 0 to 1.
@@ -65,18 +59,8 @@ class LighthouseCallback(TrainerCallback, ExportableState):
             raise ValueError(
                 f"{' and '.join(said) or 'nothing'} given: exactly one of {', '.join(self.given)} is needed"
             )
-        for name in ("switch_step", "switch_tokens"):
-            value = self.given[name]
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-                raise TypeError(f"{name}={value!r}: a whole number is needed")
-            if value is not None and value < 0:
-                raise ValueError(f"{name}={value}: a number from 0 on is needed")
-        if switch_share is not None:
-            if isinstance(switch_share, bool) or not isinstance(switch_share, (int, float)):
-                raise TypeError(f"switch_share={switch_share!r}: a number is needed")
-            if not (math.isfinite(switch_share) and 0 <= switch_share <= 1):
-                raise ValueError(f"switch_share={switch_share}: a share of the steps, 0 to 1, is needed")
-        self.step: int | None = None
+        self.switch = Switch(switch_share, switch_step, switch_tokens)
+        super().__init__(None)
         self.tokens: int | None = None  # trained on at the switch, where the Trainer counts them
         self.settings: dict = {}
         self.steps: Steps | None = Steps()
@@ -97,7 +81,7 @@ class LighthouseCallback(TrainerCallback, ExportableState):
         why_not = strangers(args.world_size)
         if why_not is not None:
             logger.warning("Lighthouse: %s", why_not)
-        model = _wrapped_in(model)
+        model = wrapped_in(model)
         forget_forwards(model)
         settings = model.lighthouse_settings
         self.settings = settings.method.values() | {name: getattr(settings, name) for name in SAVED_SETTINGS}
@@ -121,22 +105,13 @@ class LighthouseCallback(TrainerCallback, ExportableState):
                 self.step, self.tokens = attributes["step"], attributes["tokens"]
         if self.step is not None:
             return
-        if self.given["switch_step"] is not None:
-            self.step = self.given["switch_step"]
-        elif self.given["switch_share"] is not None:
-            self.step = round(self.given["switch_share"] * state.max_steps)
-        else:
+        self.step = self.switch.steps(state.max_steps)
+        if self.step is None:
             self._check_tokens_are_counted(args, state)
             self._switch_by_tokens(state)
 
-    def on_step_begin(self, args, state, control, model=None, **kwargs):
-        model = _wrapped_in(model)
-        wanted = self.step is None or state.global_step < self.step
-        if model.lighthouse_enabled != wanted:
-            model.lighthouse(wanted)
-
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        used = used_in(_wrapped_in(model), state.global_step)
+        used = used_in(wrapped_in(model), state.global_step)
         if self.steps is not None:
             self.steps.note(used, state.global_step)
         self.on_steps += self.step is None or state.global_step <= self.step
@@ -145,11 +120,7 @@ class LighthouseCallback(TrainerCallback, ExportableState):
             self._switch_by_tokens(state)
         if state.global_step == self.step:
             self.tokens = state.num_input_tokens_seen or None
-            if args.eval_strategy != "no":
-                control.should_evaluate = True
-                if args.load_best_model_at_end:  # the Trainer takes an evaluation for the best though nothing is saved
-                    control.should_save = True
-        return control
+        return super().on_step_end(args, state, control)
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         if state.global_step == 0:
@@ -161,7 +132,7 @@ class LighthouseCallback(TrainerCallback, ExportableState):
         best = best_checkpoint(state, args)
         step = state.global_step if best is None else step_of(best)
         if best is not None and step < state.global_step:
-            self.loaded, inside = _told_by(best), _wrapped_in(model)._lighthouse  # for `unwrap` and `export`
+            self.loaded, inside = _told_by(best), wrapped_in(model)._lighthouse  # for `unwrap` and `export`
             its = self.loaded["stateful_callbacks"].get(type(self).__name__, {}).get("attributes", {})
             if its.get("steps") is not None:
                 inside.trained_before(Steps(**its["steps"]), step, args.gradient_accumulation_steps)
@@ -186,7 +157,7 @@ class LighthouseCallback(TrainerCallback, ExportableState):
             logger.warning("Lighthouse: since step %s of this run %s", f"{state.global_step:,}", "; ".join(changed))
 
     def _switch_by_tokens(self, state) -> None:
-        if state.num_input_tokens_seen >= self.given["switch_tokens"]:
+        if state.num_input_tokens_seen >= self.switch.tokens:
             self.step = state.global_step
 
     def _check_tokens_are_counted(self, args, state) -> None:
@@ -211,16 +182,3 @@ def _told_by(checkpoint: Path) -> dict:
     state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
     ours = {LighthouseCallback.__name__: state["stateful_callbacks"].get(LighthouseCallback.__name__, {})}
     return {name: state[name] for name in told} | {"stateful_callbacks": ours}
-
-
-def _wrapped_in(model) -> WrappedModel:
-    """The wrapped model itself, inside of what DDP, DeepSpeed or the compiler may have put around it."""
-    inside = model
-    while inside is not None and not isinstance(inside, WrappedModel):
-        inside = getattr(inside, "_orig_mod", getattr(inside, "module", None))
-    if inside is None:
-        raise ValueError(
-            f"the Trainer's {type(model).__name__} is not wrapped: model = LighthouseWrapper(model, ...) before the "
-            "Trainer is made"
-        )
-    return inside

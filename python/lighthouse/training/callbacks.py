@@ -1,4 +1,4 @@
-"""What a run adds to the Trainer: the switch to dense, the clock, the stop by a signal, and a readable line per log.
+"""What a run adds to the Trainer: the clock, the stop by a signal, and a readable line per log.
 
 All of it counts by `state.global_step`, which a checkpoint brings back: a resumed run does what an undisturbed one
 does.
@@ -22,30 +22,6 @@ from transformers.trainer_callback import ExportableState
 
 from lighthouse.huggingface.steps import Steps, forget_forwards, used_in
 from lighthouse.training.result import DENSE, LIGHTHOUSE, NotFinite
-
-
-class SwitchToDense(TrainerCallback):
-    """Lighthouse on in the steps before `switch_step`, off from it on. Optimizer and schedule are untouched.
-
-    `switch_step` is a number of optimizer steps and not a share: a share would move with `max_steps`. An evaluation is
-    asked for right before the switch. With `load_best_model_at_end` a checkpoint is saved wherever is evaluated: the
-    Trainer takes a loss for the best though nothing was saved there, and would load another checkpoint.
-    """
-
-    def __init__(self, switch_step: int):
-        self.switch_step = switch_step
-
-    def on_step_begin(self, args, state, control, model=None, **kwargs):
-        wanted = state.global_step < self.switch_step
-        if model.lighthouse_enabled != wanted:
-            model.lighthouse(wanted)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.switch_step and args.eval_strategy != "no":
-            control.should_evaluate = True
-        if args.load_best_model_at_end and control.should_evaluate:
-            control.should_save = True
-        return control
 
 
 class Record(TrainerCallback, ExportableState):

@@ -6,7 +6,6 @@ under its own name. Each checks its own values; what needs the model or the text
 
 from __future__ import annotations
 
-import math
 from argparse import SUPPRESS
 from dataclasses import Field, dataclass, field, fields, make_dataclass
 from functools import partial
@@ -19,6 +18,7 @@ from lighthouse.core.acting import why_it_cannot_act
 from lighthouse.core.method import Method, text_of, written
 from lighthouse.core.settings import LighthouseSettings
 from lighthouse.huggingface.processes import launched, strangers
+from lighthouse.huggingface.switch import Switch
 from lighthouse.training.configuration import kinds_of
 from lighthouse.training.model import SIZES, check_model
 
@@ -154,7 +154,7 @@ class PretrainOptions(ModelOptions, DataOptions, LighthouseOptions):
             raise ValueError(f"context={self.context}: at least 2 tokens are needed")
         if self.held_out < 1:
             raise ValueError(f"held_out={self.held_out}: at least one context is needed")
-        self._check_switch()
+        self.switch  # noqa: B018 - raises for what does not go together
         for name, value in self.method.values().items():
             setattr(self, name, value)
         settings = LighthouseSettings(self.method, self.dense_layers)
@@ -170,38 +170,26 @@ class PretrainOptions(ModelOptions, DataOptions, LighthouseOptions):
         """What Lighthouse does where it is used."""
         return Method.of(self)
 
-    def _check_switch(self) -> None:
-        if not (math.isfinite(self.share) and 0 <= self.share <= 1):
-            raise ValueError(f"share={self.share}: a share of the steps, 0 to 1, is needed")
-        for name in ("switch_step", "switch_tokens"):
-            if getattr(self, name) is not None and getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)}: a number from 0 on is needed")
+    @property
+    def switch(self) -> Switch:
+        """When Lighthouse ends. Raises `ValueError` or `TypeError`."""
         given = [name for name in ("switch_step", "switch_tokens") if getattr(self, name) is not None]
         given += [name for name in ("dense_only", "lighthouse_only") if getattr(self, name)]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)}: only one of them can say when Lighthouse is used")
+        if not given:
+            return Switch(share=self.share, share_name="share")
+        Switch(share=self.share, share_name="share")  # it is checked all the same
+        return Switch(step=0 if self.dense_only else self.switch_step, tokens=self.switch_tokens)
 
     @property
     def uses_lighthouse(self) -> bool:
         """Whether any step may use Lighthouse."""
-        if self.dense_only:
-            return False
-        for steps in (self.switch_step, self.switch_tokens):
-            if steps is not None:
-                return steps > 0
-        return self.lighthouse_only or self.share > 0
+        return self.switch.is_used
 
     def lighthouse_steps(self, steps: int, tokens_per_step: int) -> int:
         """How many of a run's `steps` use Lighthouse; they are the first."""
-        if not self.uses_lighthouse:
-            return 0
-        if self.lighthouse_only:
-            return steps
-        if self.switch_step is not None:
-            return min(steps, self.switch_step)
-        if self.switch_tokens is not None:
-            return min(steps, -(-self.switch_tokens // tokens_per_step))
-        return round(self.share * steps)
+        return min(steps, self.switch.steps(steps, tokens_per_step))
 
 
 @dataclass(kw_only=True)

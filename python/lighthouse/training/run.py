@@ -33,11 +33,12 @@ from lighthouse.core.devices import device_name
 from lighthouse.core.settings import LighthouseSettings
 from lighthouse.huggingface import wrap
 from lighthouse.huggingface.steps import not_as_wished, not_ready
+from lighthouse.huggingface.switch import SwitchToDense
 from lighthouse.huggingface.trainer_state import STATE, best_checkpoint, step_of
 from lighthouse.text import data
 from lighthouse.text.documents import TextLost
 from lighthouse.training import checkpoints, configuration
-from lighthouse.training.callbacks import Record, StopOnSignal, SwitchToDense
+from lighthouse.training.callbacks import Record, StopOnSignal
 from lighthouse.training.followed import WITHOUT_WARM_UP, check_followed
 from lighthouse.training.memory import MemoryEstimate, check_memory, estimate
 from lighthouse.training.model import check_head_dim, model_notes, model_of, new_config
@@ -272,7 +273,7 @@ class Run:
             train_dataset=train_rows,
             eval_dataset=held_out_rows,
             data_collator=data.collate,
-            callbacks=[SwitchToDense(self.switch_step), record, stop, *callbacks],
+            callbacks=[SwitchToDense(self.switch_step, each_loss_saved=True), record, stop, *callbacks],
             options=options,
             corpus=self.corpus,
             tokens_per_step=self.tokens_per_step,
@@ -443,7 +444,7 @@ def prepare(options: PretrainOptions | None = None, training: TrainingOptions | 
     training.remove_unused_columns = False  # a row's place in the text is one
     training.dataloader_drop_last = False  # steps are whole, and all held-out rows are evaluated
     switch_step = options.lighthouse_steps(training.max_steps, tokens_per_step(options, training))
-    if earlier is not None and _switches_at_a_share(options):
+    if earlier is not None and options.switch.share is not None:
         switch_step = earlier["lighthouse_steps"]  # it stays where it was when the number of steps changes
     check_memory(_memory(options, training, config, dense=switch_step < training.max_steps), training.device)
     corpus = data.find_corpus(options, context=options.context, seed=training.seed, tokenizer=tokenizer)
@@ -531,9 +532,3 @@ def _memory(options: PretrainOptions, training: TrainingOptions, config, *, dens
         logits=training.label_smoothing_factor != 0,
         shards=training.world_size if sharded else 1,
     )
-
-
-def _switches_at_a_share(options: PretrainOptions) -> bool:
-    """Only then does the switch depend on `max_steps`: a step, a number of tokens or "never" stay what they are."""
-    fixed = options.lighthouse_only or options.switch_step is not None or options.switch_tokens is not None
-    return options.uses_lighthouse and not fixed

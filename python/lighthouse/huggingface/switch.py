@@ -1,0 +1,95 @@
+"""The switch from Lighthouse to dense attention: when it comes, and what is done there.
+
+The trap is the resumed run: a share of the steps moves when there are more of them. So the step is worked out once and
+kept, and compared with `state.global_step`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from transformers import TrainerCallback
+
+from lighthouse.huggingface.wrapped import WrappedModel
+
+
+@dataclass(frozen=True)
+class Switch:
+    """Lighthouse in the first steps: a share of them, a number, or until so many tokens were trained on, in whole ones.
+
+    With none of the three Lighthouse is used to the end. `share_name` is the option's name, for messages.
+
+    Raises ValueError or TypeError naming the option, the rule and the value.
+    """
+
+    share: float | None = None
+    step: int | None = None
+    tokens: int | None = None
+    share_name: str = "switch_share"
+
+    def __post_init__(self) -> None:
+        for name, value in (("switch_step", self.step), ("switch_tokens", self.tokens)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+                raise TypeError(f"{name}={value!r}: a whole number is needed")
+            if value is not None and value < 0:
+                raise ValueError(f"{name}={value}: a number from 0 on is needed")
+        if self.share is not None:
+            if isinstance(self.share, bool) or not isinstance(self.share, (int, float)):
+                raise TypeError(f"{self.share_name}={self.share!r}: a number is needed")
+            if not (math.isfinite(self.share) and 0 <= self.share <= 1):
+                raise ValueError(f"{self.share_name}={self.share}: a share of the steps, 0 to 1, is needed")
+
+    @property
+    def is_used(self) -> bool:
+        """Whether any step may use Lighthouse."""
+        return all(value is None or value > 0 for value in (self.share, self.step, self.tokens))
+
+    def steps(self, max_steps: int, tokens_per_step: int | None = None) -> int | None:
+        """How many steps use Lighthouse, of which there may be fewer; None where only their tokens will tell."""
+        if self.share is not None:
+            return round(self.share * max_steps)
+        if self.step is not None:
+            return self.step
+        if self.tokens is not None:
+            return None if tokens_per_step is None else -(-self.tokens // tokens_per_step)
+        return max_steps
+
+
+class SwitchToDense(TrainerCallback):
+    """Lighthouse on in the first `step` optimizer steps, off after them. Optimizer and schedule are untouched.
+
+    Where the Trainer evaluates at all, it also does so right before the switch: the last dense loss of that stage. With
+    `load_best_model_at_end` a checkpoint is saved there too, or with `each_loss_saved` wherever is evaluated: the Trainer
+    takes a loss for the best though nothing was saved there, and would load another checkpoint. `step` is None as long
+    as it is not known.
+    """
+
+    def __init__(self, step: int | None, *, each_loss_saved: bool = False):
+        self.step, self.each_loss_saved = step, each_loss_saved
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        model = wrapped_in(model)
+        wanted = self.step is None or state.global_step < self.step
+        if model.lighthouse_enabled != wanted:
+            model.lighthouse(wanted)
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        at_the_switch = state.global_step == self.step and args.eval_strategy != "no"
+        control.should_evaluate |= at_the_switch
+        if args.load_best_model_at_end and (at_the_switch or (self.each_loss_saved and control.should_evaluate)):
+            control.should_save = True
+        return control
+
+
+def wrapped_in(model) -> WrappedModel:
+    """The wrapped model itself, inside of what DDP, DeepSpeed or the compiler may have put around it."""
+    inside = model
+    while inside is not None and not isinstance(inside, WrappedModel):
+        inside = getattr(inside, "_orig_mod", getattr(inside, "module", None))
+    if inside is None:
+        raise ValueError(
+            f"the Trainer's {type(model).__name__} is not wrapped: model = LighthouseWrapper(model, ...) before the "
+            "Trainer is made"
+        )
+    return inside
