@@ -18,10 +18,11 @@ LOCK := $(shell command -v flock >/dev/null && echo flock $(DEV)/.lock)
 # ThreadSanitizer needs addresses that are not spread too widely.
 FIXED := $(shell setarch -R true 2>/dev/null && echo setarch -R)
 
-.PHONY: help test demo bench lint sanitize asan tsan native clean
+.PHONY: help test test-long test-all demo bench lint sanitize asan tsan native clean
 
 help:
 	@echo 'make test      build everything, run the C++ and the Python tests'
+	@echo 'make test-long the Python tests that are long and rare (marked slow); make test-all: both'
 	@echo 'make demo      lighthouse compare: a small model trained dense and in two stages, and a report (3 to 7 minutes)'
 	@echo 'make bench     time the C++ functions and one attention layer against dense attention'
 	@echo 'make lint      clang-format, clang-tidy, ruff'
@@ -49,7 +50,12 @@ test: $(DEV)/.tests
 	@$(LOCK) $(CMAKE) --build $(DEV)
 	@$(LOCK) scripts/setup.sh library $(DEV)
 	$(CTEST) $(DEV)
-	$(PYTEST)
+	$(PYTEST) -m "not slow"
+
+test-long: native
+	$(PYTEST) -m slow
+
+test-all: test test-long
 
 demo: native
 	$(BIN)/lighthouse compare
