@@ -35,13 +35,16 @@ log = logging.getLogger(__name__)
 class Corpus:
     """The text of a run. `str()` tells what it is, `fingerprint` whether another is the same text and held-out part."""
 
-    def __init__(self, source, *, streamed: bool, context: int, seed: int, held_out: int, encoder: Encoder):
+    def __init__(
+        self, source, *, streamed: bool, context: int, seed: int, held_out: int, encoder: Encoder, key: str = ""
+    ):
         self.source = source
         self.streamed = streamed
         self.context = context
         self.seed = seed
         self.most_held_out = held_out
         self.encoder = encoder
+        self.key = key  # what `key_of` made of the options it was found by
         self._ends = None
         self._cut = None  # what `cutting` noted of the rows
 
@@ -181,6 +184,12 @@ class Corpus:
         return "".join(f"\n{note}" for note in notes if note)
 
 
+def key_of(options, *, context: int, seed: int) -> str:
+    """What of a run's options decides its `Corpus`: where it is alike, `find_corpus` finds the same one."""
+    names = ("data", "dataset", *OF_DATASETS, "stream", "held_out", "tokenizer")
+    return repr([{name: getattr(options, name, None) for name in names}, context, seed])
+
+
 def find_corpus(options, *, context: int, seed: int, tokenizer=None) -> Corpus:
     """Finds the text, checks as much of it as is cheap, and holds documents out.
 
@@ -208,7 +217,13 @@ def find_corpus(options, *, context: int, seed: int, tokenizer=None) -> Corpus:
     source = open_source(options, seed)
     encoder = Encoder(tokenizer or load_tokenizer(None))
     corpus = Corpus(
-        source, streamed=options.stream, context=context, seed=seed, held_out=options.held_out, encoder=encoder
+        source,
+        streamed=options.stream,
+        context=context,
+        seed=seed,
+        held_out=options.held_out,
+        encoder=encoder,
+        key=key_of(options, context=context, seed=seed),
     )
     if source.kind == "files" and corpus._exact:
         corpus.check_enough(sum(file.size + 1 for file in source.files))

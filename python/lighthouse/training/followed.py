@@ -15,7 +15,7 @@ from transformers.trainer_utils import SchedulerType
 
 from lighthouse.training.configuration import changed
 from lighthouse.training.model import empty_model
-from lighthouse.training.options import TrainingOptions
+from lighthouse.training.options import WITHOUT_WARM_UP, TrainingOptions
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +99,6 @@ BY_ENVIRONMENT = {
     "ACCELERATE_DYNAMO_BACKEND": "torch_compile",
 }
 
-WITHOUT_WARM_UP = (SchedulerType.CONSTANT, SchedulerType.REDUCE_ON_PLATEAU, getattr(SchedulerType, "GREEDY", None))
 SAMPLED = ("random", "sequential")
 COUNTED = ("all", "non_padding", "no")
 
@@ -193,13 +192,11 @@ def _check_schedule(training: TrainingOptions) -> None:
     if training.lr_scheduler_type not in WITHOUT_WARM_UP:
         return
     name = training.lr_scheduler_type.value
-    default = next(field.default for field in dataclasses.fields(training) if field.name == "warmup_steps")
-    if training.warmup_steps not in (0, default):
+    if training.warmup_steps != 0:
         raise ValueError(
             f"warmup_steps={training.warmup_steps}: the schedule {name!r} has no warm-up; leave it out, or take "
             "constant_with_warmup"
         )
-    training.warmup_steps = 0  # so that it is written down as it is
     if training.lr_scheduler_type == SchedulerType.CONSTANT and training.lr_scheduler_kwargs:
         raise ValueError(f"lr_scheduler_kwargs={training.lr_scheduler_kwargs!r}: the schedule {name!r} takes none")
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.trainer_utils import SchedulerType
 
 from lighthouse.core.acting import why_it_cannot_act
 from lighthouse.core.method import Method, text_of, written
@@ -25,6 +26,7 @@ from lighthouse.training.model import SIZES, check_model
 # Options of the Trainer that are text or a switch. The command line and a file give them as text, which is true to the
 # Trainer whatever it says.
 TEXT_OR_SWITCH = ("fsdp", "trackio_static_space_id")
+WITHOUT_WARM_UP = (SchedulerType.CONSTANT, SchedulerType.REDUCE_ON_PLATEAU, getattr(SchedulerType, "GREEDY", None))
 SWITCHED = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
@@ -252,6 +254,11 @@ class TrainingOptions(TrainingArguments):
             raise ValueError(why_not)
         if moves_are_ours and self.device.type == "cuda":
             self.accelerator_config.non_blocking = True  # else each step waits for the one before, then for its launch
+        self.logging_nan_inf_filter = False  # it hides what is to stop the run, and waits for the device in each step
+        self.remove_unused_columns = False  # a row's place in the text is one
+        self.dataloader_drop_last = False  # steps are whole, and all held-out rows are evaluated
+        if self.lr_scheduler_type in WITHOUT_WARM_UP and self.warmup_steps == TrainingOptions.warmup_steps:
+            self.warmup_steps = 0  # so that it is written down as it is; another number is refused
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # there is nothing to pin for; torch would warn
 

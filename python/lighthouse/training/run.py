@@ -13,7 +13,7 @@ import math
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,7 +23,6 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainerState,
-    TrainingArguments,
     get_scheduler,
 )
 from transformers.integrations import get_reporting_integration_callbacks
@@ -39,10 +38,11 @@ from lighthouse.text import data
 from lighthouse.text.documents import TextLost
 from lighthouse.training import checkpoints, configuration
 from lighthouse.training.callbacks import Record, StopOnSignal
-from lighthouse.training.followed import WITHOUT_WARM_UP, check_followed
+from lighthouse.training.followed import check_followed
+from lighthouse.training.form import form_of, found_by, tokens_per_step
 from lighthouse.training.memory import MemoryEstimate, check_memory, estimate
 from lighthouse.training.model import check_head_dim, model_notes, model_of, new_config
-from lighthouse.training.options import PretrainOptions, TrainingOptions
+from lighthouse.training.options import WITHOUT_WARM_UP, PretrainOptions, TrainingOptions
 from lighthouse.training.result import (
     RESULTS,
     DiskFull,
@@ -85,12 +85,15 @@ class Run:
 
     options: PretrainOptions
     training: TrainingOptions
-    tokenizer: PreTrainedTokenizerBase
     corpus: data.Corpus
     switch_step: int
     checkpoint: str | None
     notes: tuple[str, ...] = ()  # of a resumed run: what is said of it
     earlier: dict | None = None  # the settings that it began with
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.corpus.encoder.tokenizer
 
     @property
     def folder(self) -> Path:
@@ -107,24 +110,9 @@ class Run:
         return tokens_per_step(self.options, self.training)
 
     def settings(self) -> dict:
-        """All options and what follows from them, as it is kept in the run's folder and compared on resuming."""
-        training = self.training.to_dict()
-        names = [f.name for f in fields(TrainingArguments) if f.init and f.name != "resume_from_checkpoint"]
-        settings = asdict(self.options) | {name: training[name] for name in names}
-        settings |= {
-            "tokens_per_step": self.tokens_per_step,
-            "lighthouse_steps": self.switch_step,
-            "text": self.corpus.fingerprint,
-            "tokenizer_identity": self.corpus.encoder.identity,
-            "processes": self.training.world_size,
-            "devices": self.training.world_size * max(1, self.training.n_gpu),
-            "device": self.training.device.type,
-            "device_name": device_name(self.training.device),
-            "versions": versions(),
-        }
-        rows = self.corpus.rows_fingerprint
-        settings |= {} if rows is None else {"rows": rows}  # known once the text is cut
-        return json.loads(json.dumps(settings, default=str))
+        """What the run was told and what it found (`form`), as it is kept in its folder and compared on resuming."""
+        form = form_of(self.options, self.training)
+        return form | {"lighthouse_steps": self.switch_step} | found_by(self.training, self.corpus)
 
     @property
     def facts(self) -> dict:
@@ -400,11 +388,6 @@ class Run:
         return result
 
 
-def tokens_per_step(options: PretrainOptions, training: TrainingOptions) -> int:
-    rows = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
-    return rows * options.context
-
-
 def pretrain(options: PretrainOptions | None = None, training: TrainingOptions | None = None) -> PretrainResult:
     """Pre-trains a Llama from scratch, first with Lighthouse and then dense, and saves the plain model.
 
@@ -422,8 +405,17 @@ def pretrain(options: PretrainOptions | None = None, training: TrainingOptions |
     return prepare(options, training).train()
 
 
-def prepare(options: PretrainOptions | None = None, training: TrainingOptions | None = None) -> Run:
-    """Checks a run entirely and does no work yet; `pretrain` says what the arguments are.
+def prepare(
+    options: PretrainOptions | None = None,
+    training: TrainingOptions | None = None,
+    *,
+    corpus: data.Corpus | None = None,
+) -> Run:
+    """Checks a run entirely and does no work yet; `pretrain` says what `options` and `training` are.
+
+    Args:
+        corpus: `Run.corpus` of another run. If this one has the same text, tokenizer, context and seed by its options,
+            they are not looked for again; if not, the run's own are found.
 
     Raises:
         FileNotFoundError: the text's folder does not exist, or there is nothing to resume.
@@ -436,19 +428,19 @@ def prepare(options: PretrainOptions | None = None, training: TrainingOptions | 
     if options.uses_lighthouse:
         check_head_dim(options.model, options.context, training.device.type)
     earlier, checkpoint = what_is_there(training)
-    tokenizer = data.load_tokenizer(options.tokenizer)
+    of_text = {"context": options.context, "seed": training.seed}
+    if corpus is not None and corpus.key != data.key_of(options, **of_text):
+        corpus = None
+    tokenizer = corpus.encoder.tokenizer if corpus else data.load_tokenizer(options.tokenizer)
     config = new_config(options.model, options.context, tokenizer)
     check_followed(training, config)
     _check_parts(training)
-    training.logging_nan_inf_filter = False  # it hides what is to stop the run, and waits for the device in each step
-    training.remove_unused_columns = False  # a row's place in the text is one
-    training.dataloader_drop_last = False  # steps are whole, and all held-out rows are evaluated
     switch_step = options.lighthouse_steps(training.max_steps, tokens_per_step(options, training))
     if earlier is not None and options.switch.share is not None:
         switch_step = earlier["lighthouse_steps"]  # it stays where it was when the number of steps changes
     check_memory(_memory(options, training, config, dense=switch_step < training.max_steps), training.device)
-    corpus = data.find_corpus(options, context=options.context, seed=training.seed, tokenizer=tokenizer)
-    run = Run(options, training, tokenizer, corpus, switch_step, checkpoint)
+    corpus = corpus or data.find_corpus(options, **of_text, tokenizer=tokenizer)
+    run = Run(options, training, corpus, switch_step, checkpoint)
     if earlier is not None:
         check_same(earlier, run.settings())
         run = replace(run, notes=tuple(what_is_new(earlier, run.settings())), earlier=earlier)
