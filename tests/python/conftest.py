@@ -1,4 +1,7 @@
 import logging
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +22,46 @@ def why_not_on_cuda() -> str | None:
 def fresh_compiler():
     """Each test compiles for itself: recompilations counted in one must not come from another."""
     yield
-    torch._dynamo.reset()
+    if "torch._dynamo" in sys.modules:  # or nothing was compiled; importing it takes a second
+        torch._dynamo.reset()
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """On models as small as the tests' a second thread costs more than it brings."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    """A folder of text for a small run."""
+    from training_runs import write_text  # needs Transformers
+
+    return write_text(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A function that gives a folder whose filesystem has so many MB, from then on."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = []
+
+    def size(megabytes: float) -> Path:
+        option = f"size={int(megabytes * 1e6)}"
+        remount = ["-o", f"remount,{option}"] if mounted else ["-t", "tmpfs", "-o", option, "none"]
+        done = subprocess.run(["mount", *remount, str(folder)], capture_output=True, text=True)
+        if done.returncode != 0:
+            pytest.skip(f"no filesystem can be mounted here: {done.stderr.strip()}")
+        mounted.append(folder)
+        return folder
+
+    yield size
+    if mounted:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 @pytest.fixture(scope="session")

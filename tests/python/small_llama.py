@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
@@ -20,15 +19,6 @@ SETTINGS = {"pool_ratios": (1 / 2, 1 / 4), "select_topk": 4, "min_tokens": 0, "m
 SUB_LENGTH = 32
 
 MODELS = (LlamaModel, LlamaForCausalLM)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """For the files that import it: on models this small a second thread costs more than it brings."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Spy:

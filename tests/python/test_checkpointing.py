@@ -8,7 +8,9 @@ from torch.utils.checkpoint import checkpoint
 
 import lighthouse
 from cases import CONTEXTS, MM, Calls, Layer, rand_qkv
-from small_llama import LIGHTHOUSE_LAYERS, MODELS, ids, one_thread, plain, wrapped  # noqa: F401
+from small_llama import LIGHTHOUSE_LAYERS, MODELS, ids, plain, wrapped
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def gradients(call, x):

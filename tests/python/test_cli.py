@@ -11,8 +11,9 @@ import pytest
 
 import lighthouse
 from lighthouse.cli import main
-from small_llama import one_thread  # noqa: F401
 from training_runs import write_text
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SMALL = (
     "--model nano --context 128 --held_out 2 --steps 3 --eval_steps 1 --logging_steps 1 --report_to none "

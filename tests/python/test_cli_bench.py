@@ -16,7 +16,8 @@ from lighthouse.speed import rates
 from lighthouse.speed.benchmark import Bench
 from lighthouse.speed.estimates import Curve, Layer, Rates
 from lighthouse.speed.measure import WrongResult, alternating_seconds, peak_bytes, spread, timings
-from small_llama import one_thread  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SMALL = "bench --device cpu --heads 2 --head_dim 16 --budget 0.2".split()
 RATES = Rates("some CPU", Curve(((1, 1e11),)), Curve(((1, 1e10),)), products=1e11, measured=time.time(), spread=0.02)

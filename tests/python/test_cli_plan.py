@@ -13,7 +13,8 @@ from lighthouse.core.method import Method, plan
 from lighthouse.speed import estimates as speed
 from lighthouse.speed import rates
 from lighthouse.speed.estimates import Checked, Curve, Layer, Rates
-from small_llama import one_thread  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 RATES = Rates("some CPU", Curve(((1, 1e11),)), Curve(((1, 1e10),)), products=1e11)
 

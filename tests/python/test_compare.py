@@ -22,19 +22,14 @@ from lighthouse.studies.compare import compare, compare_defaults, prepare_compar
 from lighthouse.training import PretrainResult, Run, checkpoints
 from lighthouse.training import run as run_module
 from lighthouse.training.result import HeldOut, Stage, Stopped
-from small_llama import one_thread  # noqa: F401
-from test_training_interrupted import small_disk  # noqa: F401
 from training_runs import CHECKPOINTING, options, training, write_text
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 compare_module = sys.modules["lighthouse.studies.compare"]
 
 SEEDS = [0, 1]
 EVERY = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1, "eval_on_start": True}
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return write_text(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture(scope="module")
@@ -638,7 +633,7 @@ def test_the_help_has_examples_and_the_options_of_a_run(capsys):
 # No space, nothing to write to
 
 
-def test_a_disk_full_at_the_end_leaves_nothing_half_written(small_disk, text, capsys):  # noqa: F811
+def test_a_disk_full_at_the_end_leaves_nothing_half_written(small_disk, text, capsys):
     """There is room for the two runs' models of 4 MB and not for the exported one."""
     disk = small_disk(11.0)
     one = command(text, disk / "run", "--save_strategy", "no")
@@ -651,7 +646,7 @@ def test_a_disk_full_at_the_end_leaves_nothing_half_written(small_disk, text, ca
     assert not any(isinstance(run, Run) for run in plan.runs)
 
 
-def test_a_folder_that_cannot_be_written_to_is_refused(small_disk, text, capsys):  # noqa: F811
+def test_a_folder_that_cannot_be_written_to_is_refused(small_disk, text, capsys):
     disk = small_disk(1.0)
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     assert not os.access(disk, os.W_OK)

@@ -23,7 +23,8 @@ import lighthouse_doctor
 from lighthouse.cli import main
 from lighthouse.core import devices, operators
 from lighthouse_doctor import can_train, computing, facts, machine, packages
-from small_llama import one_thread  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 PACKAGES = [Path(module.__file__).parent for module in (lighthouse, lighthouse_doctor)]
 INSTALLED = Path(torch.__file__).parents[1]

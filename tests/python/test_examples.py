@@ -20,8 +20,10 @@ from lighthouse.export.card import history_of_checkpoint, history_of_model
 from lighthouse.huggingface import LighthouseCallback, state
 from lighthouse.huggingface.steps import Steps
 from lighthouse.huggingface.wrapped import WrappedModel
-from small_llama import LIGHTHOUSE_LAYERS, TOKENS, VOCABULARY, Spy, ids, one_thread, plain, wrapped  # noqa: F401
+from small_llama import LIGHTHOUSE_LAYERS, TOKENS, VOCABULARY, Spy, ids, plain, wrapped
 from test_huggingface_training import trainer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "python"
 STEP = 2 * TOKENS  # tokens of an optimizer step

@@ -23,12 +23,13 @@ from lighthouse.export.card import history_of_checkpoint
 from lighthouse.export.export import ExportFailed, export
 from lighthouse.huggingface import LighthouseCallback, state
 from lighthouse.training import pretrain
-from small_llama import LIGHTHOUSE_LAYERS, Spy, ids, one_thread, plain  # noqa: F401
+from small_llama import LIGHTHOUSE_LAYERS, Spy, ids, plain
 from small_llama import wrapped as wrapped_llama
 from test_huggingface_training import trainer
-from test_training_interrupted import small_disk  # noqa: F401
 from training_runs import options, training, write_text
 from training_tokenizers import save_letters
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +247,7 @@ FULL = [("too_small_from_the_start", 0.5), ("full_within_the_weights", 0.9995), 
 
 
 @pytest.mark.parametrize("room", [f[1] for f in FULL], ids=[f[0] for f in FULL])
-def test_a_full_disk_leaves_nothing(small_disk, capsys, run, room):  # noqa: F811
+def test_a_full_disk_leaves_nothing(small_disk, capsys, run, room):
     size = (run / "model" / "model.safetensors").stat().st_size / 1e6
     disk = small_disk(room * size)
     assert main(["export", str(run), "--output", str(disk / "out")]) == 1

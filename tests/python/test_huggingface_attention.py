@@ -18,7 +18,7 @@ from transformers import (
 import lighthouse
 from lighthouse.huggingface import originals
 from lighthouse.huggingface.attention_interface import dense_name, lighthouse_attention
-from small_llama import (  # noqa: F401
+from small_llama import (
     LAYERS,
     LIGHTHOUSE_LAYERS,
     LIMIT,
@@ -28,10 +28,11 @@ from small_llama import (  # noqa: F401
     VOCABULARY,
     Spy,
     ids,
-    one_thread,
     plain,
     wrapped,
 )
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 both = pytest.mark.parametrize("model_class", MODELS)
 

@@ -4,7 +4,9 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, LlamaModel
 
-from small_llama import LIGHTHOUSE_LAYERS, MODELS, TOKENS, Spy, ids, one_thread, plain, wrapped  # noqa: F401
+from small_llama import LIGHTHOUSE_LAYERS, MODELS, TOKENS, Spy, ids, plain, wrapped
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 ONE_LAYER = {"num_hidden_layers": 1}  # compiling takes its time by the layer
 

@@ -14,18 +14,18 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from lighthouse import LighthouseWrapper
 from lighthouse.huggingface.loss import next_token_loss
-from small_llama import (  # noqa: F401
+from small_llama import (
     LIGHTHOUSE_LAYERS,
     SETTINGS,
     TOKENS,
     VOCABULARY,
     Spy,
-    config,
     ids,
-    one_thread,
     plain,
     wrapped,
 )
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 LONG, SHORT = {"input_ids": ids()}, {"input_ids": ids(tokens=20)}
 ONE_LAYER = {"num_hidden_layers": 1}

@@ -9,16 +9,17 @@ import torch
 from transformers import LlamaModel
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
 
-from small_llama import (  # noqa: F401
+from small_llama import (
     LAYERS,
     LIGHTHOUSE_LAYERS,
     MODELS,
     Spy,
     config,
     ids,
-    one_thread,
     wrapped,
 )
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # Layers that come and go
 

@@ -8,7 +8,9 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from lighthouse.huggingface import loss as loss_module
 from lighthouse.huggingface.loss import OutputLayer, next_token_loss
-from small_llama import MODELS, TOKENS, VOCABULARY, ids, one_thread, plain, wrapped  # noqa: F401
+from small_llama import MODELS, TOKENS, VOCABULARY, ids, plain, wrapped
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 both = pytest.mark.parametrize("model_class", MODELS)
 

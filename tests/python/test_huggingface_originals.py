@@ -14,20 +14,19 @@ from transformers.loss import loss_utils
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
 
 from lighthouse import LighthouseWrapper
-from small_llama import (  # noqa: F401
-    LAYERS,
+from small_llama import (
     LIGHTHOUSE_LAYERS,
     MODELS,
     SETTINGS,
     TOKENS,
     VOCABULARY,
     Spy,
-    config,
     ids,
-    one_thread,
     plain,
     wrapped,
 )
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def attend(module, query, key, value, attention_mask, **kwargs):

@@ -15,7 +15,9 @@ from transformers import LlamaForCausalLM, LlamaModel
 
 from lighthouse import LighthouseWrapper
 from lighthouse.huggingface.class_swap import Swapped
-from small_llama import LIGHTHOUSE_LAYERS, MODELS, SETTINGS, Spy, ids, one_thread, plain, wrapped  # noqa: F401
+from small_llama import LIGHTHOUSE_LAYERS, MODELS, SETTINGS, Spy, ids, plain, wrapped
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 both = pytest.mark.parametrize("model_class", MODELS)
 

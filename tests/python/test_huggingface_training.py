@@ -7,7 +7,9 @@ import torch
 from accelerate import Accelerator
 from transformers import LlamaForCausalLM, LlamaModel, Trainer, TrainerCallback, TrainingArguments
 
-from small_llama import LIGHTHOUSE_LAYERS, MODELS, TOKENS, VOCABULARY, Spy, ids, one_thread, plain, wrapped  # noqa: F401
+from small_llama import LIGHTHOUSE_LAYERS, MODELS, TOKENS, VOCABULARY, Spy, ids, plain, wrapped
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 both = pytest.mark.parametrize("model_class", MODELS)
 

@@ -22,8 +22,9 @@ from lighthouse.cli import main
 from lighthouse.huggingface.inspection import Choices, choices_in, choices_of
 from lighthouse.report import choice
 from lighthouse.training.model import new_model
-from small_llama import MODELS, SETTINGS, ids, one_thread, plain, wrapped  # noqa: F401
-from test_training_interrupted import small_disk  # noqa: F401
+from small_llama import MODELS, SETTINGS, ids, plain, wrapped
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CASES = [
     ("defaults", 300, {}),
@@ -235,7 +236,7 @@ def test_a_text_shorter_than_a_window(tmp_path, model_folder, monkeypatch, capsy
     assert "keeps of text.txt" in Path("inspected/choice.html").read_text()
 
 
-def test_a_full_disk(small_disk, model_folder, tmp_path, capsys):  # noqa: F811
+def test_a_full_disk(small_disk, model_folder, tmp_path, capsys):
     (tmp_path / "text.txt").write_text("some text " * 30)
     disk = small_disk(0.02)
     assert (

@@ -13,7 +13,8 @@ from lighthouse.speed import estimates as speed
 from lighthouse.speed import rates as kept_rates
 from lighthouse.speed.estimates import BUSY, ERROR, ERROR_FROM, SLICES, SQUARES, Checked, Curve, Layer, Rates, estimate
 from lighthouse.speed.rates import DAY, keep_check, rates_of, stale
-from small_llama import one_thread  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
 

@@ -9,8 +9,10 @@ import pytest
 
 from lighthouse.export.card import history_of_checkpoint, history_of_model
 from lighthouse.huggingface import LighthouseCallback, state
-from small_llama import TOKENS, one_thread, wrapped  # noqa: F401
+from small_llama import TOKENS, wrapped
 from test_huggingface_training import trainer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 STEP = 2 * TOKENS  # tokens of an optimizer step
 COUNTED = {"include_num_input_tokens_seen": "all"}

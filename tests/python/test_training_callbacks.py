@@ -20,8 +20,10 @@ from lighthouse.huggingface.switch import SwitchToDense
 from lighthouse.training import pretrain
 from lighthouse.training.callbacks import FirstNotFinite, PlainLines, Record, StopOnSignal, memory
 from lighthouse.training.result import DENSE, LIGHTHOUSE, NotFinite
-from small_llama import one_thread, wrapped  # noqa: F401
+from small_llama import wrapped
 from training_runs import CONTEXT, options, training, write_text
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_tensorboard_has_what_the_run_logs(tmp_path):

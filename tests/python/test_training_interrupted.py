@@ -27,8 +27,9 @@ from lighthouse.training import checkpoints, prepare, pretrain
 from lighthouse.training import run as run_module
 from lighthouse.training.callbacks import StopOnSignal
 from lighthouse.training.result import DiskFull, NotFinite
-from small_llama import one_thread  # noqa: F401
-from training_runs import CONTEXT, options, status, training, write_text
+from training_runs import CONTEXT, options, status, training
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 server = multiprocessing.get_context("forkserver")
 server.set_forkserver_preload(["lighthouse.training", "transformers.models.llama.modeling_llama", "pytest"])
@@ -39,11 +40,6 @@ EVERY = {"logging_steps": 2, "save_strategy": "steps", "save_steps": 3, "save_to
 
 # What a run of two steps leaves behind.
 WHOLE = {"checkpoint-2", "config.yaml", "model", "results.json", "run.json"}
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return write_text(tmp_path_factory.mktemp("text"))
 
 
 def start(do, text: Path, folder: Path, *, environment=None, **changes):
@@ -278,27 +274,6 @@ def test_two_processes_may_cut_for_longer_than_they_may_wait_for_each_other(tmp_
     folder = tmp_path / "run"
     ended = both(text, folder, cut_slowly, cut_slowly, ddp_timeout=8, max_steps=1)
     assert ended == [0, 0], said(folder) + said(folder, 1)
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A function that gives a folder whose filesystem has so many MB, from then on."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = []
-
-    def size(megabytes: float) -> Path:
-        option = f"size={int(megabytes * 1e6)}"
-        remount = ["-o", f"remount,{option}"] if mounted else ["-t", "tmpfs", "-o", option, "none"]
-        done = subprocess.run(["mount", *remount, str(folder)], capture_output=True, text=True)
-        if done.returncode != 0:
-            pytest.skip(f"no filesystem can be mounted here: {done.stderr.strip()}")
-        mounted.append(folder)
-        return folder
-
-    yield size
-    if mounted:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def megabytes(folder: Path) -> float:

@@ -18,7 +18,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from training_runs import CHECKPOINTING, write_text
+from training_runs import CHECKPOINTING
 
 DRIVER = """
 import os, sys
@@ -47,11 +47,6 @@ SMALL = (
     "pretrain --model nano --context 128 --held_out 2 --steps 4 --share 0.5 --eval_steps 2 --logging_steps 1 "
     "--pool_ratios 1/2 1/4 --select_topk 4 --use_cpu --save_steps 2 --report_to none --disable_tqdm true"
 ).split()
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return write_text(tmp_path_factory.mktemp("text"))
 
 
 def start(tmp_path, arguments, processes=2, **environment):

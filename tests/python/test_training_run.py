@@ -24,15 +24,11 @@ from lighthouse.training.model import new_model
 from lighthouse.training.result import TextFailed
 from lighthouse.training.resume import FREE_ON_RESUME, check_best, what_is_new
 from lighthouse.training.trainer import rows_to_evaluate
-from small_llama import one_thread  # noqa: F401
 from training_runs import CHECKPOINTING, CONTEXT, options, training, write_text
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TRAINERS = {f.name for f in fields(TrainingArguments)}
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return write_text(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture

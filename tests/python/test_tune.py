@@ -36,9 +36,10 @@ from lighthouse.training import RunFailed
 from lighthouse.training import run as run_module
 from lighthouse.training.callbacks import Record, StopOnSignal
 from lighthouse.training.result import HeldOut, Stopped
-from small_llama import one_thread  # noqa: F401
 from test_training_cache import change_the_middle, write_long
 from training_runs import options, status, training, write_text
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CONTEXT = 512
 server = multiprocessing.get_context("forkserver")
@@ -58,11 +59,6 @@ def count_few_steps(patch):
     patch.setattr(study_module, "LEAST_DENSE", 2)
     for module in (study_module, tune_module):
         patch.setattr(module, "TOLERANCE", float("inf"))
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return write_text(tmp_path_factory.mktemp("text"))
 
 
 def asked(text: Path, folder: Path, tuning: dict | None = None, steps: int = 4, **changes):

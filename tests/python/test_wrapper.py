@@ -23,7 +23,9 @@ from lighthouse.core.settings import LighthouseSettings
 from lighthouse.huggingface import WrappedModel
 from lighthouse.huggingface.class_swap import Swapped, swap, swapped_class, unswap
 from lighthouse.wrapper import unwrap
-from small_llama import LAYERS, LIGHTHOUSE_LAYERS, MODELS, SETTINGS, Spy, config, ids, one_thread, plain, wrapped  # noqa: F401
+from small_llama import LAYERS, LIGHTHOUSE_LAYERS, MODELS, SETTINGS, Spy, config, ids, plain, wrapped
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 both = pytest.mark.parametrize("model_class", MODELS)
 
