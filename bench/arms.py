@@ -12,7 +12,8 @@ loss, is dense. The same seed gives the same first weights and the same sequence
 
 Beside the held-out loss (nats a byte) and its parts by position in the context there is the copy gain: a passage of
 64 random letters and digits is planted, and again d bytes later, at the same place for every d; the gain is the loss on
-its first appearance less that on its second, the first eight bytes of both left out (at most ln 36 = 3.58).
+its first appearance less that on its second, the first eight bytes of both left out. Chance is ln 36 = 3.58 nats a
+byte; a gain above it says that the first appearance was foretold worse than by chance, as random letters are.
 
 The trap is what is compared with what: each arm at its own best learning rate and RoPE base, and long enough that dense
 attention has left the plateau it begins on. The model and its optimizer are those of `quality.py`.
