@@ -7,12 +7,10 @@ and before older checkpoints are removed. A folder is a whole checkpoint if it h
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,13 +18,21 @@ from time import monotonic, sleep
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
+from lighthouse.core.files import (  # noqa: F401 - also for those who have them from here
+    NO_SPACE,
+    PARTIAL,
+    REPLACED,
+    free_bytes,
+    remove,
+    sync,
+    sync_all,
+    write_whole,
+    write_whole_folder,
+)
 from lighthouse.huggingface.trainer_state import step_of
 
 MANIFEST = "manifest.json"
-PARTIAL = ".partial"  # ends the name of what is being written
-REPLACED = ".replaced"
 WORKERS_END = 10.0  # seconds
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
@@ -35,6 +41,9 @@ def alone_in(folder: Path) -> Iterator[None]:
 
     The system lets go of it when the process ends, however it does. Workers that load data may live on for some
     seconds, so it is waited for. Where the file system knows no locks nothing is held.
+
+    The folder itself is locked: `filelock` would leave a file in it, where there may be nothing yet, and without locks
+    of the system a mark that a killed process does not take away.
     """
     folder.mkdir(parents=True, exist_ok=True)
     handle, until = os.open(folder, os.O_RDONLY), monotonic() + WORKERS_END
@@ -62,10 +71,10 @@ def seal(checkpoint: Path) -> None:
     """Makes a written folder a whole checkpoint: its files go to the disk, then the manifest does."""
     files = {str(path.relative_to(checkpoint)): path for path in sorted(checkpoint.rglob("*")) if path.is_file()}
     files.pop(MANIFEST, None)
-    _to_disk(checkpoint)
+    sync_all(checkpoint)
     sizes = {name: path.stat().st_size for name, path in files.items()}
     write_whole(checkpoint / MANIFEST, json.dumps({"files": sizes}, indent=2) + "\n")
-    _sync(checkpoint.parent)
+    sync(checkpoint.parent)
 
 
 def fault_of(checkpoint: Path) -> str | None:
@@ -113,38 +122,6 @@ def rotate(folder: Path, limit: int | None, best: str | None) -> None:
     rotate_checkpoints(str(folder), save_total_limit=limit, best_model_checkpoint=best, use_mtime=False)
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Writes a file that is there as a whole, or as it was before. Text becomes UTF-8."""
-    partial = path.with_name(path.name + PARTIAL)
-    with open(partial, "wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    _sync(path.parent)
-
-
-def write_whole_folder(path: Path, write: Callable[[Path], None]) -> None:
-    """Has `write` fill a folder that then takes the place of `path`, as a whole.
-
-    A kill between the two renames leaves no folder of that name; nothing else is lost.
-    """
-    partial, replaced = path.with_name(path.name + PARTIAL), path.with_name(path.name + REPLACED)
-    remove(partial)
-    remove(replaced)
-    try:
-        write(partial)
-        _to_disk(partial)
-    except BaseException:
-        remove(partial)
-        raise
-    if path.exists():
-        os.rename(path, replaced)  # a folder with files in it cannot be renamed onto
-    os.rename(partial, path)
-    _sync(path.parent)
-    remove(replaced)
-
-
 def weights_in(folder: Path) -> str:
     """A digest of the folder's safetensors, by which it is known again."""
     digest = hashlib.blake2b(digest_size=16)
@@ -153,32 +130,3 @@ def weights_in(folder: Path) -> str:
             while part := file.read(2**24):
                 digest.update(part)
     return digest.hexdigest()
-
-
-def free_bytes(folder: Path) -> int:
-    """Free space where `folder` is, or will be."""
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
-    return shutil.disk_usage(there).free
-
-
-def remove(path: Path) -> None:
-    """A file or a folder, if it is there."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _to_disk(folder: Path) -> None:
-    """All files and folders below, and the folder itself."""
-    for path in folder.rglob("*"):
-        _sync(path)
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
