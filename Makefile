@@ -25,7 +25,7 @@ help:
 	@echo 'make test-long the Python tests that are long and rare (marked slow); make test-all: both'
 	@echo 'make demo      lighthouse compare: a small model trained dense and in two stages, and a report (3 to 7 minutes)'
 	@echo 'make bench     time the C++ functions and one attention layer against dense attention'
-	@echo 'make lint      clang-format, clang-tidy, ruff'
+	@echo 'make lint      clang-format, clang-tidy, ruff, mypy'
 	@echo 'make sanitize  C++ tests under Address-, UndefinedBehavior- and ThreadSanitizer'
 	@echo 'make native    build the native library and put it where the installed package looks for it'
 	@echo 'make clean     remove what was built; .venv stays'

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# clang-format, clang-tidy and ruff over the whole tree; a missing tool is named and skipped, a finding fails.
+# clang-format, clang-tidy, ruff and mypy over the whole tree; a missing tool is named and skipped, a finding fails.
 # Usage: lint.sh BUILD, a CMake folder with compile_commands.json.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -31,6 +31,7 @@ check clang-format clang-format format_cpp
 check clang-tidy clang-tidy tidy_cpp
 check "ruff check" ruff ruff check --quiet .
 check "ruff format" ruff ruff format --quiet --check .
+check mypy mypy mypy
 
 if [ ${#failed[@]} -gt 0 ]; then
   echo "findings: ${failed[*]}"
