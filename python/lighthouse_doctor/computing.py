@@ -51,8 +51,8 @@ def _backend_line(torch, backend, inputs, grad, exact, device) -> Line:
                 torch.cuda.synchronize(device)
         except Exception as error:
             reasons = " ".join(dict.fromkeys(str(warning.message).split(" (Triggered")[0] for warning in said))
-            found = f"does not run in {dtype}: {reasons or said_by(error)}"
-            return Line(f"sdpa {name}", NOTE, found, needed=False, device=device)
+            text = f"does not run in {dtype}: {reasons or said_by(error)}"
+            return Line(f"sdpa {name}", NOTE, text, needed=False, device=device)
     found, allowed = largest_error(results, exact), FACTOR * MOST
     if found <= allowed:
         text = f"forward and backward right in {dtype} (error {found:.1e}, allowed {allowed:.1e})"

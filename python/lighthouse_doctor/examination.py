@@ -109,16 +109,16 @@ def _in_one_process(names: list[str], seconds: float) -> Iterator[tuple[str, Lin
             clock.start()
             return clock
 
-        running, clock = names[0], watched()
+        assert process.stdout is not None
+        left, clock = list(names), watched()  # the first of them runs
         try:
             for said in process.stdout:
                 report = json.loads(said)
                 if report["line"] is not None:
-                    yield running, Line(**report["line"])
+                    yield left[0], Line(**report["line"])
                     continue
                 clock.cancel()
-                yield running, None
-                running = next(iter(names[names.index(running) + 1 :]), None)
+                yield left.pop(0), None
                 clock = watched()
             status = process.wait()
         finally:
@@ -126,8 +126,9 @@ def _in_one_process(names: list[str], seconds: float) -> Iterator[tuple[str, Lin
             process.kill()
             process.wait()
             process.stdout.close()
-        if status == 0 or running is None:
+        if status == 0 or not left:
             return
+        running = left[0]
         noise.seek(0)
         last = noise.read().decode(errors="replace").strip().splitlines()[-1:]
         why = f"gave no answer within {seconds:g} s" if late.is_set() else f"the process died: {_ending(status)}"

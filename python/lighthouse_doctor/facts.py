@@ -63,19 +63,19 @@ def train_requirements() -> list[tuple[str, str | None]] | None:
     except metadata.PackageNotFoundError:
         return None
     pattern = re.compile(r"([\w.-]+)\s*(?:>=\s*([\d.]+))?.*extra\s*==\s*['\"]train['\"]")
-    return [match.groups() for match in map(pattern.match, requirements) if match]
+    return [(match[1], match[2]) for match in map(pattern.match, requirements) if match]
 
 
 def free_memory() -> int:
     """Bytes that this process can still take: of the machine, and of its container."""
     fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     free = int(fields["MemAvailable"].split()[0]) * 1024
-    for folder, limit, used in (
+    for folder, *names in (
         ("/sys/fs/cgroup", "memory.max", "memory.current"),
         ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
     ):
         with contextlib.suppress(OSError, ValueError):  # not there, or "max"
-            limit, used = (int(Path(folder, name).read_text()) for name in (limit, used))
+            limit, used = (int(Path(folder, name).read_text()) for name in names)
             stat = dict(line.split() for line in Path(folder, "memory.stat").read_text().splitlines())
             free = min(free, limit - used + int(stat["inactive_file"]))  # cached files are given back
     return max(free, 0)
@@ -96,7 +96,10 @@ def said_by(error: BaseException) -> str:
 
 
 def numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.match(r"\d+(?:\.\d+)*", version)[0].split("."))
+    found = re.match(r"\d+(?:\.\d+)*", version)
+    if found is None:
+        raise ValueError(f"version={version!r}: it does not begin with a number")
+    return tuple(int(part) for part in found[0].split("."))
 
 
 def version_of(distribution: str) -> str | None:

@@ -32,14 +32,14 @@ class Line:
     def __str__(self) -> str:
         name = self.check if self.device is None else f"{self.check} {self.device}"
         width = max(60, min(shutil.get_terminal_size((120, 24)).columns, 120))
-        options = {"width": width, "break_long_words": False, "break_on_hyphens": False}
         indent = " " * 31
-        text = textwrap.fill(
-            self.found, initial_indent=f"{self.status:8}{name:23}", subsequent_indent=indent, **options
-        )
+        wrapper = textwrap.TextWrapper(width, f"{self.status:8}{name:23}", indent)
+        wrapper.break_long_words = wrapper.break_on_hyphens = False
+        text = wrapper.fill(self.found)
         if self.fix is None:
             return text
-        return text + "\n" + textwrap.fill(f"-> {self.fix}", initial_indent=indent, subsequent_indent=indent, **options)
+        wrapper.initial_indent = indent
+        return text + "\n" + wrapper.fill(f"-> {self.fix}")
 
 
 def can_train(lines: Iterable[Line]) -> bool:
@@ -57,7 +57,7 @@ def verdict(lines: Sequence[Line]) -> str:
     if stopping:
         names = dict.fromkeys(line.check for line in stopping)
         return f"Lighthouse cannot train here: {', '.join(names)} failed."
-    places = [line.device for line in lines if line.check == "self-test" and line.status == OK]
+    places = [line.device for line in lines if line.check == "self-test" and line.status == OK and line.device]
     text = f"Lighthouse can train here, on {' and '.join(places)}"
     if places == ["cpu"]:
         text += " alone, slowly"

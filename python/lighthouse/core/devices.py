@@ -80,7 +80,7 @@ def missing_for_capability(major: int, minor: int, built: tuple[str, ...] | None
     """
     built = architectures() if built is None else built
     for name in built:
-        number, letter, kind = re.fullmatch(r"(\d+)([af]?)(-real|-virtual)?", name).groups()
+        [(number, letter, kind)] = re.findall(r"^(\d+)([af]?)(-real|-virtual)?$", name)
         its_major, its_minor = divmod(int(number), 10)
         if (major, minor) == (its_major, its_minor):
             return None

@@ -65,9 +65,13 @@ class _Case(NamedTuple):
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         """Small ones of this case, which PyTorch can be asked about without those that matter."""
-        heads = (2, 1, 1) if self.grouped else (2, 2, 2)
-        options = {"dtype": self.dtype, "device": self.device, "requires_grad": self.gradient}
-        return tuple(torch.empty(1, count, 128, self.head_dim, **options) for count in heads)
+
+        def tensor(heads: int) -> Tensor:
+            shape = (1, heads, 128, self.head_dim)
+            return torch.empty(shape, dtype=self.dtype, device=self.device, requires_grad=self.gradient)
+
+        kv_heads = 1 if self.grouped else 2
+        return tensor(2), tensor(kv_heads), tensor(kv_heads)
 
 
 def _case(query: Tensor, grouped: bool, dropout_p: float) -> tuple:
@@ -99,10 +103,10 @@ def inner_backend(query: Tensor, key: Tensor, *, dropout_p: float = 0.0) -> SDPB
         dtype=autocast_dtype(query), gradient=case.gradient or (key.requires_grad and torch.is_grad_enabled())
     )
     backend = _backend(case, _allowed())
+    if backend == SDPBackend.MATH and case.grouped:
+        backend = _backend(case._replace(grouped=False), _allowed())
     if backend is None:
         raise ValueError(f"query is on {case.device}: PyTorch chooses a backend on a CPU or GPU that is there")
-    if backend == SDPBackend.MATH and case.grouped:
-        return _backend(case._replace(grouped=False), _allowed())
     return backend
 
 

@@ -95,8 +95,8 @@ def _gather_setup(ctx, inputs, output):
 
 
 def _gather_backward(ctx, *grads):
-    grads = [with_unit_stride(grad) for grad in grads]
-    grads = _in_backward(_OPERATORS.gather_backward, *grads, *ctx.saved_tensors, ctx.windows, *ctx.orders)
+    dense = [with_unit_stride(grad) for grad in grads]
+    grads = _in_backward(_OPERATORS.gather_backward, *dense, *ctx.saved_tensors, ctx.windows, *ctx.orders)
     return *grads, None, None, None, None
 
 
@@ -107,8 +107,8 @@ def _gather_backward_setup(ctx, inputs, output):
 
 
 def _gather_backward_backward(ctx, *grads):
-    grads = [with_unit_stride(grad) for grad in grads]
-    return *_OPERATORS.gather(*grads, *ctx.saved_tensors, ctx.windows, ctx.length), *[None] * 6
+    dense = [with_unit_stride(grad) for grad in grads]
+    return *_OPERATORS.gather(*dense, *ctx.saved_tensors, ctx.windows, ctx.length), *[None] * 6
 
 
 def _scatter_setup(ctx, inputs, output):

@@ -18,7 +18,7 @@ PARENTS_PER_STRATUM = 128
 class StratumKind(NamedTuple):
     """`count` strata that hold `entries` of the coarsest level and choose `budget` parents per level, each."""
 
-    count: int
+    count: int  # type: ignore[assignment]  # a tuple's method elsewhere
     entries: int
     budget: int
 

@@ -11,7 +11,7 @@ from lighthouse.core.method import Method
 class SubSequences(NamedTuple):
     """How the short sequences lie in an inner attention's tensors: `count` rows of `length` entries, each causal."""
 
-    count: int
+    count: int  # type: ignore[assignment]  # a tuple's method elsewhere
     length: int
 
 

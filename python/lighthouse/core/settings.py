@@ -63,7 +63,7 @@ class LighthouseSettings:
         """Raises `ValueError` where Lighthouse, with `dense_layers` as a number, has none of `layers` layers."""
         if layers < 1:
             raise ValueError("the model has no layers")
-        dense = self.dense_layers
+        dense = self._dense_at_each_end
         if 2 * dense >= layers:
             raise ValueError(
                 f"dense_layers={dense}: with {dense} dense layers at each end of {layers}, none is left to Lighthouse; "
@@ -72,7 +72,12 @@ class LighthouseSettings:
 
     def acts_in_layer(self, layer: int, layers: int) -> bool:
         """Whether `layer`, counted from 0, of `layers` layers is one of Lighthouse's and not a dense one."""
-        return self.dense_layers <= layer < layers - self.dense_layers
+        return self._dense_at_each_end <= layer < layers - self._dense_at_each_end
+
+    @property
+    def _dense_at_each_end(self) -> int:
+        assert self.dense_layers is not None, "the model is not known yet: for_layers makes it a number"
+        return self.dense_layers
 
     def least_tokens(self, device_type: str) -> int:
         """The length below which the model runs dense on such a device."""
