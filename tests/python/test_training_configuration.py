@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 
 from lighthouse.cli.pretrain import parse_run, run_parser
 from lighthouse.training import PretrainOptions, TrainingOptions, configuration
-from lighthouse.training.followed import check_followed
+from lighthouse.training.checks import check_followed
 from training_runs import CONTEXT
 from training_runs import training as training_options
 

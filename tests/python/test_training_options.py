@@ -12,14 +12,8 @@ from transformers import TrainingArguments
 from lighthouse.core.acting import acts, why_it_cannot_act
 from lighthouse.core.method import Method, plan
 from lighthouse.huggingface.processes import COUNTED_BY, strangers
-from lighthouse.training.followed import (
-    BY_ENVIRONMENT,
-    FOLLOWED,
-    NOTHING_DEPENDS_ON,
-    ONLY_WITH,
-    REFUSED,
-    check_followed,
-)
+from lighthouse.training.checks import BY_ENVIRONMENT, check_followed
+from lighthouse.training.depends import FREE_BETWEEN_RUNS, FREE_ON_RESUME, OPTIONS, ROWS
 from lighthouse.training.model import new_config
 from training_runs import CHECKPOINTING, options, training
 
@@ -31,16 +25,44 @@ def check(folder, **changes) -> None:
     check_followed(training(folder, **changes), CONFIG)
 
 
-def test_each_option_of_the_trainer_is_in_one_table():
-    tables = [FOLLOWED, NOTHING_DEPENDS_ON, set(REFUSED)]
-    assert TRAINERS <= set().union(*tables) and sum(map(len, tables)) == len(set().union(*tables))
-    assert ONLY_WITH.keys() <= FOLLOWED
+REFUSED = {name for name, option in OPTIONS.items() if option.refused}
+
+
+def test_each_option_of_the_trainer_is_in_the_table_once():
+    assert TRAINERS <= OPTIONS.keys() and len(ROWS) == len(OPTIONS)
+    assert all(option.only_with in OPTIONS for option in OPTIONS.values() if option.only_with)
+
+
+# An option, whether it may be another when a run goes on, and between runs that are compared.
+DEPENDS = [
+    ("learning_rate", False, False),
+    ("bf16", False, False),
+    ("data_seed", False, False),
+    ("model", False, False),  # and every other of our own
+    ("share", False, False),
+    ("an_option_of_a_later_version", False, False),
+    ("use_cache", False, False),  # refused
+    ("max_steps", True, False),
+    ("eval_steps", True, False),
+    (CHECKPOINTING, True, False),
+    ("dataloader_num_workers", True, False),
+    ("save_steps", True, True),
+    ("report_to", True, True),
+    ("per_device_eval_batch_size", True, True),
+    ("logging_nan_inf_filter", True, True),
+    ("num_train_epochs", True, True),  # refused, and of no run a setting
+]
+
+
+@pytest.mark.parametrize("name, on_resume, between_runs", DEPENDS, ids=[case[0] for case in DEPENDS])
+def test_what_may_be_another(name, on_resume, between_runs):
+    assert (name in FREE_ON_RESUME, name in FREE_BETWEEN_RUNS) == (on_resume, between_runs)
 
 
 CHANGED = {bool: lambda value: not value, int: lambda value: value + 1, float: lambda value: value + 1}
 
 
-@pytest.mark.parametrize("name", sorted(REFUSED.keys() & TRAINERS - {"include_for_metrics", "parallelism_config"}))
+@pytest.mark.parametrize("name", sorted(REFUSED & TRAINERS - {"include_for_metrics", "parallelism_config"}))
 def test_what_is_refused_is_refused_by_its_name(tmp_path, name):
     default = getattr(training(tmp_path), name)
     value = CHANGED.get(type(default), lambda value: "x")(default)
@@ -127,7 +149,7 @@ def test_a_warm_up_that_is_none_is_written_down_as_none(tmp_path):
 
 
 def test_an_option_of_a_later_version_is_said_not_to_be_known(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr("lighthouse.training.followed.FOLLOWED", FOLLOWED - {"torch_empty_cache_steps"})
+    monkeypatch.delitem(OPTIONS, "torch_empty_cache_steps")
     check(tmp_path, torch_empty_cache_steps=3)
     assert "torch_empty_cache_steps: an option not known here" in caplog.text
 

@@ -22,7 +22,7 @@ from lighthouse.training import PretrainResult, Refused, RunFailed, checkpoints,
 from lighthouse.training import run as run_module
 from lighthouse.training.model import new_model
 from lighthouse.training.result import TextFailed
-from lighthouse.training.resume import FREE_ON_RESUME, check_best, what_is_new
+from lighthouse.training.resume import check_best, what_is_new
 from lighthouse.training.trainer import rows_to_evaluate
 from training_runs import CHECKPOINTING, CONTEXT, options, training, write_text
 
@@ -554,18 +554,6 @@ def test_what_may_differ_in_the_last_digits_is_said():
         "Since this run began torch was 2.10, is 2.11: losses may differ in their last digits."
     ]
     assert what_is_new(earlier, earlier) == what_is_new({}, now) == []
-
-
-def test_each_option_that_may_change_is_one_of_the_trainers():
-    assert FREE_ON_RESUME - {f.name for f in fields(TrainingArguments)} <= {
-        "resume",
-        "gradient_checkpointing",
-        "gradient_checkpointing_kwargs",
-        "activation_checkpointing",
-        "activation_checkpointing_kwargs",
-        "trackio_bucket_id",
-        "trackio_static_space_id",
-    }
 
 
 def test_a_model_that_is_another_now_is_refused(saved, text, monkeypatch, tmp_path):

@@ -16,6 +16,7 @@ from lighthouse.core.method import Method
 from lighthouse.huggingface.trainer_state import STATE, best_checkpoint, step_of
 from lighthouse.training import checkpoints
 from lighthouse.training.callbacks import Record
+from lighthouse.training.depends import FREE_ON_RESUME, PLACES
 from lighthouse.training.options import TrainingOptions
 from lighthouse.training.result import RESULTS
 
@@ -32,38 +33,12 @@ FACTS = (
 # Of a run's settings, what may be another when it goes on, and is said.
 SAID = ("device_name", "versions")
 
-# Options that say where the text and its tokenizer lie: what these are is compared instead, by "text".
-PLACES = frozenset({"data", "dataset", "dataset_config", "tokenizer"})
-
 # Settings that are digests: what to say where they differ.
 DIGESTS = {
     "text": "the text, its order, its tokenizer or the way it is cut is another",
     "tokenizer_identity": "the tokenizer gives other ids",
     "rows": "the text is another, though its files are as long as they were",
 }
-
-# Options of the Trainer that may be others when a run goes on, since no loss depends on them. All that are not here,
-# those of later versions of Transformers too, must be as they were.
-FREE_ON_RESUME = frozenset(
-    # Where it goes on from and how far. More steps stretch the schedule of the learning rate, which is said.
-    "resume resume_from_checkpoint output_dir max_steps num_train_epochs "
-    # What is printed, logged, reported and published.
-    "logging_strategy logging_steps logging_first_step log_on_each_node logging_nan_inf_filter log_level "
-    "log_level_replica disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id "
-    "trackio_static_space_id include_num_input_tokens_seen skip_memory_metrics debug do_train do_eval do_predict "
-    "push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision "
-    # When the held-out loss is measured, in batches of which size, and when checkpoints are saved.
-    "eval_strategy eval_steps eval_delay eval_on_start eval_accumulation_steps eval_do_concat_batches "
-    "eval_use_gather_object prediction_loss_only include_for_metrics batch_eval_metrics per_device_eval_batch_size "
-    "save_strategy save_steps save_total_limit save_on_each_node load_best_model_at_end metric_for_best_model "
-    "greater_is_better "
-    # How rows are fetched, not which or in what order.
-    "dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor "
-    "dataloader_multiprocessing_context "
-    # Memory for time, or what is kept as the kind of device and the number of processes below.
-    "gradient_checkpointing gradient_checkpointing_kwargs activation_checkpointing activation_checkpointing_kwargs "
-    "torch_empty_cache_steps ddp_timeout local_rank use_cpu".split()
-)
 
 
 def what_is_there(training: TrainingOptions) -> tuple[dict | None, str | None]:

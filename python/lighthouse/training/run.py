@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -23,10 +22,7 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainerState,
-    get_scheduler,
 )
-from transformers.integrations import get_reporting_integration_callbacks
-from transformers.utils.generic import ExplicitEnum
 
 from lighthouse.core.devices import device_name
 from lighthouse.core.settings import LighthouseSettings
@@ -38,9 +34,9 @@ from lighthouse.text import data
 from lighthouse.text.documents import TextLost
 from lighthouse.training import checkpoints, configuration
 from lighthouse.training.callbacks import Record, StopOnSignal
-from lighthouse.training.followed import check_followed
+from lighthouse.training.checks import check_followed, check_together, memory_of
 from lighthouse.training.form import form_of, found_by, tokens_per_step
-from lighthouse.training.memory import MemoryEstimate, check_memory, estimate
+from lighthouse.training.memory import check_memory
 from lighthouse.training.model import check_head_dim, model_notes, model_of, new_config
 from lighthouse.training.options import WITHOUT_WARM_UP, PretrainOptions, TrainingOptions
 from lighthouse.training.result import (
@@ -66,12 +62,10 @@ from lighthouse.training.resume import (
     what_is_new,
     what_is_there,
 )
-from lighthouse.training.trainer import RunTrainer, checkpoint_bytes, gb, space_for, weight_bytes
+from lighthouse.training.space import check_space, space_for, weight_bytes
+from lighthouse.training.trainer import RunTrainer
 
 logger = logging.getLogger(__name__)
-
-# Where accelerate runs copies in place of shards, without a word.
-NOT_SHARDED_ON = frozenset({"cpu", "mps"})
 
 WHY_DENSE = (
     "The held-out loss is measured with dense attention, also while Lighthouse is on: which tokens Lighthouse keeps\n"
@@ -246,7 +240,7 @@ class Run:
             check_same_model(self.checkpoint, model)
         if self.finished:
             model = type(model).from_pretrained(self._last_or_best(), dtype=model.dtype)
-        self._check_space(model)
+        check_space(model, training, self.folder, finished=self.finished)
         # A dense run too is wrapped, with Lighthouse off: for the loss that holds no logits. What is asked for is done,
         # also where dense attention would be as fast: no limits here.
         settings = LighthouseSettings(options.method, options.dense_layers, min_tokens=0, max_share=1.0)
@@ -308,33 +302,6 @@ class Run:
         """Of a finished run, the checkpoint whose model is saved."""
         state = TrainerState.load_from_json(str(Path(self.checkpoint) / STATE))
         return str(best_checkpoint(state, self.training) or self.checkpoint)
-
-    def _check_space(self, model) -> None:
-        """Refuses a run that cannot save one checkpoint, and warns of one that cannot keep all it is to keep."""
-        training, free = self.training, checkpoints.free_bytes(self.folder)
-        if training.process_index != 0:
-            return
-        weights, one, saves = weight_bytes(model), 0, 0
-        if training.save_strategy != "no" and not self.finished:
-            one = checkpoint_bytes(model, training)
-            saves = 1
-            if training.save_strategy == "steps":
-                every = training.save_steps
-                every = every if every >= 1 else math.ceil(every * training.max_steps)
-                saves = math.ceil(training.max_steps / every)
-            if training.save_total_limit:
-                there = len(checkpoints.checkpoints_in(self.folder))
-                saves = max(1, min(saves, training.save_total_limit + 1 - there))  # one more while the oldest is there
-        if free < max(one, weights):
-            raise DiskFull(
-                f"output_dir={str(self.folder)!r}: a checkpoint needs about {gb(one)} and the model {gb(weights)}, "
-                f"and {gb(free)} are free there: make room, or take another output_dir"
-            )
-        if free < saves * one + weights:
-            logger.warning(
-                f"output_dir={str(self.folder)!r}: {saves} more checkpoints of about {gb(one)} and the model of "
-                f"{gb(weights)} will not fit into the {gb(free)} that are free: lower save_total_limit or make room"
-            )
 
     def _finish(self, trainer: RunTrainer, record: Record, keep_model: bool) -> PretrainResult:
         trainer.check_finite(weights=True)
@@ -424,7 +391,7 @@ def prepare(
             other settings than it began with.
     """
     options, training = options or PretrainOptions(), training or TrainingOptions()
-    _check_together(options, training)
+    check_together(options, training)
     if options.uses_lighthouse:
         check_head_dim(options.model, options.context, training.device.type)
     earlier, checkpoint = what_is_there(training)
@@ -434,11 +401,10 @@ def prepare(
     tokenizer = corpus.encoder.tokenizer if corpus else data.load_tokenizer(options.tokenizer)
     config = new_config(options.model, options.context, tokenizer)
     check_followed(training, config)
-    _check_parts(training)
     switch_step = options.lighthouse_steps(training.max_steps, tokens_per_step(options, training))
     if earlier is not None and options.switch.share is not None:
         switch_step = earlier["lighthouse_steps"]  # it stays where it was when the number of steps changes
-    check_memory(_memory(options, training, config, dense=switch_step < training.max_steps), training.device)
+    check_memory(memory_of(options, training, config, dense=switch_step < training.max_steps), training.device)
     corpus = corpus or data.find_corpus(options, **of_text, tokenizer=tokenizer)
     run = Run(options, training, corpus, switch_step, checkpoint)
     if earlier is not None:
@@ -452,75 +418,3 @@ def prepare(
                 "ask for as many or more"
             )
     return run
-
-
-def _check_together(options: PretrainOptions, training: TrainingOptions) -> None:
-    """Refuses of options that do not go together what would be done otherwise than asked for, without a word."""
-    device = training.device.type
-    if training.fsdp and (device in NOT_SHARDED_ON or training.world_size == 1):
-        raise ValueError(
-            f"fsdp with {training.world_size} process on a {device} device: shards are made by several processes on "
-            "accelerators (torchrun --nproc_per_node 8 -m lighthouse.cli pretrain ...); without --fsdp each process "
-            "holds a copy"
-        )
-    if options.stream and training.data_seed is not None:
-        raise ValueError(
-            f"data_seed={training.data_seed} with stream: the order of a stream follows from seed; leave it out"
-        )
-    strategy = getattr(training, "train_sampling_strategy", "random")
-    if options.stream and strategy != "random":
-        raise ValueError(
-            f"train_sampling_strategy={strategy!r} with stream: the order of a stream is by chance, another in each "
-            "pass; leave one of them out"
-        )
-    if options.stream and training.dataloader_num_workers > 1:
-        raise ValueError(
-            f"dataloader_num_workers={training.dataloader_num_workers} with stream: each would read all of the text; "
-            "one reads ahead"
-        )
-
-
-def _check_parts(training: TrainingOptions) -> None:
-    """The Trainer's own parts that it would make only when all else is ready: here, their packages and arguments."""
-    with _named("report_to", training.report_to):
-        for callback in get_reporting_integration_callbacks(training.report_to):
-            callback()
-    with _named("lr_scheduler_kwargs", training.lr_scheduler_kwargs):
-        optimizer = torch.optim.SGD([torch.zeros(1)], lr=training.learning_rate)
-        steps = {"num_warmup_steps": training.get_warmup_steps(training.max_steps)}
-        get_scheduler(
-            training.lr_scheduler_type,
-            optimizer,
-            **steps,
-            num_training_steps=training.max_steps,
-            scheduler_specific_kwargs=training.lr_scheduler_kwargs,
-        )
-
-
-@contextmanager
-def _named(name: str, value):
-    """Says of a fault which option it is of."""
-    try:
-        yield
-    except (ImportError, RuntimeError, TypeError, ValueError) as error:
-        value = value.value if isinstance(value, ExplicitEnum) else value
-        raise ValueError(f"{name}={value!r}: {error}") from error
-
-
-def _memory(options: PretrainOptions, training: TrainingOptions, config, *, dense: bool) -> MemoryEstimate:
-    """Of the larger of a run's stages, the dense one where there is one."""
-    settings = LighthouseSettings(options.method, options.dense_layers)
-    sharded = bool(training.fsdp) or training.deepspeed is not None
-    return estimate(
-        config,
-        options.context,
-        rows=training.per_device_train_batch_size,
-        bf16=training.bf16,
-        lighthouse=None if dense else settings,
-        gradient_checkpointing=training.gradient_checkpointing or getattr(training, "activation_checkpointing", False),
-        optimizer=training.optim.value if isinstance(training.optim, ExplicitEnum) else str(training.optim),
-        accumulation=training.gradient_accumulation_steps,
-        compiled=training.torch_compile or options.compile_layers,
-        logits=training.label_smoothing_factor != 0,
-        shards=training.world_size if sharded else 1,
-    )

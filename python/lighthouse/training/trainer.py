@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -17,7 +16,8 @@ from lighthouse.text import data
 from lighthouse.training import checkpoints
 from lighthouse.training.callbacks import FirstNotFinite, Lines, PlainLines, Record, StopOnSignal, memory
 from lighthouse.training.options import PretrainOptions, TrainingOptions
-from lighthouse.training.result import DiskFull, NotFinite, Stopped
+from lighthouse.training.result import NotFinite, Stopped
+from lighthouse.training.space import checkpoint_bytes, space_for
 
 
 class RunTrainer(Trainer):
@@ -232,34 +232,3 @@ class _OpenLoss(TrainerCallback, ExportableState):
         if saved is not None and state.global_step > 0:
             self.trainer._tr_loss += saved["attributes"]["sum"]
             self.trainer._globalstep_last_logged = saved["attributes"]["since"]
-
-
-@contextmanager
-def space_for(what: str, folder: Path, needed: int):
-    """Makes `DiskFull` of what a full disk raises. PyTorch's writer gives no error number: the free space tells."""
-    try:
-        yield
-    except Exception as error:
-        free = checkpoints.free_bytes(folder)
-        if getattr(error, "errno", None) in checkpoints.NO_SPACE or "os error 28" in str(error) or free < needed:
-            raise DiskFull(
-                f"output_dir={str(folder)!r} has no space for {what}: about {gb(needed)} are needed, {gb(free)} are "
-                "free now. What was half written is removed. Make room, or lower save_total_limit."
-            ) from error
-        raise
-
-
-def weight_bytes(model) -> int:
-    """What all weights take as they are."""
-    return sum(weight.numel() * weight.element_size() for weight in model.parameters())
-
-
-def checkpoint_bytes(model, training: TrainingOptions) -> int:
-    """About how large a checkpoint is: the weights, and of AdamW two numbers of 4 bytes for each."""
-    states = 8 if training.optim in ("adamw_torch", "adamw_torch_fused") else 0
-    return weight_bytes(model) + states * sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-
-
-def gb(size: int) -> str:
-    """A size for people."""
-    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"

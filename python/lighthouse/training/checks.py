@@ -1,7 +1,6 @@
-"""Which options of Transformers' Trainer a run follows, and what is refused because it would not be.
+"""What is refused of a run's options before any work, because it would not be done, or otherwise than asked for.
 
-Every field of `TrainingArguments` is in one of these tables. The trap is the option that the Trainer takes and that
-then does nothing, or something else than it says: it would be written down with the run as if it had been followed.
+What the text, the folder or the machine's memory do not allow is checked where these are known.
 """
 
 from __future__ import annotations
@@ -9,88 +8,25 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+from contextlib import contextmanager
 
-from transformers import Trainer, TrainingArguments
+import torch
+from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import SchedulerType
+from transformers.utils.generic import ExplicitEnum
 
+from lighthouse.core.settings import LighthouseSettings
 from lighthouse.training.configuration import changed
+from lighthouse.training.depends import NO_METRICS, OPTIONS
+from lighthouse.training.memory import MemoryEstimate, estimate
 from lighthouse.training.model import empty_model
-from lighthouse.training.options import WITHOUT_WARM_UP, TrainingOptions
+from lighthouse.training.options import WITHOUT_WARM_UP, PretrainOptions, TrainingOptions
 
 logger = logging.getLogger(__name__)
 
-# Options that a run follows.
-FOLLOWED = frozenset(
-    "output_dir per_device_train_batch_size max_steps learning_rate lr_scheduler_type lr_scheduler_kwargs "
-    "warmup_steps warmup_ratio optim optim_args optim_target_modules weight_decay adam_beta1 adam_beta2 adam_epsilon "
-    "gradient_accumulation_steps max_grad_norm label_smoothing_factor bf16 fp16 tf32 activation_checkpointing "
-    "activation_checkpointing_kwargs gradient_checkpointing gradient_checkpointing_kwargs torch_compile "
-    "torch_compile_backend torch_compile_mode neftune_noise_alpha torch_empty_cache_steps logging_strategy "
-    "logging_steps logging_first_step logging_dir log_on_each_node include_num_input_tokens_seen "
-    "include_tokens_per_second log_level log_level_replica disable_tqdm report_to run_name project trackio_space_id "
-    "trackio_bucket_id trackio_static_space_id eval_strategy eval_steps eval_delay per_device_eval_batch_size "
-    "eval_on_start eval_accumulation_steps save_strategy save_steps save_on_each_node save_total_limit push_to_hub "
-    "hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision load_best_model_at_end "
-    "metric_for_best_model greater_is_better full_determinism seed data_seed use_cpu accelerator_config "
-    "dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor "
-    "dataloader_multiprocessing_context train_sampling_strategy ddp_find_unused_parameters ddp_bucket_cap_mb "
-    "ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout fsdp fsdp_config deepspeed debug "
-    "skip_memory_metrics resume_from_checkpoint".split()
-)
-
-# Options that nothing depends on here: rows are of one length and steps whole, all of the held-out loss is kept and no
-# other prediction, a loss that is not finite ends the run, and which process this is comes from the launcher.
-NOTHING_DEPENDS_ON = frozenset(
-    "average_tokens_across_devices dataloader_drop_last remove_unused_columns logging_nan_inf_filter "
-    "prediction_loss_only eval_do_concat_batches eval_use_gather_object do_train do_eval local_rank "
-    "save_safetensors".split()
-)
-
-_NO_METRICS = "the held-out loss is the one metric of a run"
-_ONE_PRECISION = "the held-out loss is measured in the precision of training, and the weights stay in float32"
-
-# Options that must stay as they are by default, and why.
-REFUSED = {
-    "auto_find_batch_size": "the steps' tokens would change within the run",
-    "batch_eval_metrics": _NO_METRICS,
-    "bf16_full_eval": _ONE_PRECISION,
-    "dataloader_in_order": "rows would come in an order by chance, and a resumed run would be another",
-    "do_predict": "there is nothing to predict here",
-    "enable_jit_checkpoint": "SIGTERM saves a checkpoint already, and in a way that resumes to the same losses",
-    "fp16_full_eval": _ONE_PRECISION,
-    "group_by_length": "all rows are one context long",
-    "ignore_data_skip": "a resumed run would begin the text again",
-    "include_for_metrics": _NO_METRICS,
-    "include_inputs_for_metrics": _NO_METRICS,
-    "jit_mode_eval": "the model that is trained is the one that is evaluated",
-    "label_names": "a batch has labels, and no others",
-    "length_column_name": "all rows are one context long",
-    "liger_kernel_config": "Liger's kernels are not used here",
-    "mp_parameters": "SageMaker's model parallelism is not supported",
-    "num_train_epochs": "max_steps (--steps) says how long a run is",
-    "overwrite_output_dir": "a folder that holds a run is never written over",
-    "parallelism_config": "a sequence is on one device: Lighthouse chooses among all of its tokens",
-    "past_index": "nothing is passed from one step to the next",
-    "restore_callback_states_from_checkpoint": "what a run keeps is restored already",
-    "save_only_model": "no run could go on from such checkpoints",
-    "use_cache": "with a key-value cache attention is dense, so training never has one",
-    "use_legacy_prediction_loop": "the held-out loss is measured in one way",
-    "use_liger_kernel": "it puts another forward in the place of the one that Lighthouse is in",
-}
-
-# Options that do something only where another is set.
-ONLY_WITH = {
-    "activation_checkpointing_kwargs": "activation_checkpointing",
-    "gradient_checkpointing_kwargs": "gradient_checkpointing",
-    "fsdp_config": "fsdp",
-    "metric_for_best_model": "load_best_model_at_end",
-    "greater_is_better": "load_best_model_at_end",
-    "hub_model_id": "push_to_hub",
-    "hub_private_repo": "push_to_hub",
-    "hub_revision": "push_to_hub",
-    "hub_strategy": "push_to_hub",
-    "hub_always_push": "push_to_hub",
-}
+# Where accelerate runs copies in place of shards, without a word.
+NOT_SHARDED_ON = frozenset({"cpu", "mps"})
 
 # What accelerate does by itself where a variable says so, as `accelerate launch` sets them, and the option for it.
 BY_ENVIRONMENT = {
@@ -103,25 +39,52 @@ SAMPLED = ("random", "sequential")
 COUNTED = ("all", "non_padding", "no")
 
 
+def check_together(options: PretrainOptions, training: TrainingOptions) -> None:
+    """Refuses of options that do not go together what would be done otherwise than asked for, without a word."""
+    device = training.device.type
+    if training.fsdp and (device in NOT_SHARDED_ON or training.world_size == 1):
+        raise ValueError(
+            f"fsdp with {training.world_size} process on a {device} device: shards are made by several processes on "
+            "accelerators (torchrun --nproc_per_node 8 -m lighthouse.cli pretrain ...); without --fsdp each process "
+            "holds a copy"
+        )
+    if options.stream and training.data_seed is not None:
+        raise ValueError(
+            f"data_seed={training.data_seed} with stream: the order of a stream follows from seed; leave it out"
+        )
+    strategy = getattr(training, "train_sampling_strategy", "random")
+    if options.stream and strategy != "random":
+        raise ValueError(
+            f"train_sampling_strategy={strategy!r} with stream: the order of a stream is by chance, another in each "
+            "pass; leave one of them out"
+        )
+    if options.stream and training.dataloader_num_workers > 1:
+        raise ValueError(
+            f"dataloader_num_workers={training.dataloader_num_workers} with stream: each would read all of the text; "
+            "one reads ahead"
+        )
+
+
 def check_followed(training: TrainingOptions, config) -> None:
     """Raises `ValueError` for an option that a run would not follow. `config` is the model's."""
-    known = FOLLOWED | NOTHING_DEPENDS_ON | REFUSED.keys()
     names = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
-    different = {name for name in names if changed(training, name)}
-    for name, why in REFUSED.items():
-        if name in different:
-            raise ValueError(f"{name}={getattr(training, name)!r}: {why}; leave it out")
-    for name, other in ONLY_WITH.items():
-        if name in different and not getattr(training, other, None):
+    different = {name: OPTIONS.get(name) for name in sorted(names) if changed(training, name)}
+    for name, option in different.items():
+        if option is not None and option.refused:
+            raise ValueError(f"{name}={getattr(training, name)!r}: {option.refused}; leave it out")
+    for name, option in different.items():
+        other = option and option.only_with
+        if other and not getattr(training, other, None):
             if other != "load_best_model_at_end" or not _needs_a_metric(training):
                 raise ValueError(f"{name}={getattr(training, name)!r}: nothing is done with it without {other}")
-    for name in sorted(different - known):
-        logger.warning(f"{name}: an option not known here; whether a run follows it was not looked at.")
+        if option is None:
+            logger.warning(f"{name}: an option not known here; whether a run follows it was not looked at.")
     _check_precision(training)
     _check_evaluation(training)
     _check_rows(training)
     _check_schedule(training)
     _check_optimizer(training, config)
+    _check_parts(training)
 
 
 def _check_precision(training: TrainingOptions) -> None:
@@ -152,7 +115,7 @@ def _needs_a_metric(training: TrainingOptions) -> bool:
 def _check_evaluation(training: TrainingOptions) -> None:
     metric = training.metric_for_best_model
     if metric is not None and metric.removeprefix("eval_") != "loss":
-        raise ValueError(f"metric_for_best_model={metric!r}: {_NO_METRICS}; leave it out, or take loss")
+        raise ValueError(f"metric_for_best_model={metric!r}: {NO_METRICS}; leave it out, or take loss")
     if training.greater_is_better:
         raise ValueError("greater_is_better=True: the best held-out loss is the smallest; leave it out")
     if training.push_to_hub and str(getattr(training.hub_strategy, "value", training.hub_strategy)) == "end":
@@ -234,3 +197,49 @@ def _same_without(option: str, given: str, keywords) -> bool:
         return given == keywords(**{option: None})
     except (RuntimeError, TypeError, ValueError):
         return False  # it cannot do without
+
+
+def _check_parts(training: TrainingOptions) -> None:
+    """The Trainer's own parts that it would make only when all else is ready: here, their packages and arguments."""
+    with _named("report_to", training.report_to):
+        for callback in get_reporting_integration_callbacks(training.report_to):
+            callback()
+    with _named("lr_scheduler_kwargs", training.lr_scheduler_kwargs):
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=training.learning_rate)
+        steps = {"num_warmup_steps": training.get_warmup_steps(training.max_steps)}
+        get_scheduler(
+            training.lr_scheduler_type,
+            optimizer,
+            **steps,
+            num_training_steps=training.max_steps,
+            scheduler_specific_kwargs=training.lr_scheduler_kwargs,
+        )
+
+
+@contextmanager
+def _named(name: str, value):
+    """Says of a fault which option it is of."""
+    try:
+        yield
+    except (ImportError, RuntimeError, TypeError, ValueError) as error:
+        value = value.value if isinstance(value, ExplicitEnum) else value
+        raise ValueError(f"{name}={value!r}: {error}") from error
+
+
+def memory_of(options: PretrainOptions, training: TrainingOptions, config, *, dense: bool) -> MemoryEstimate:
+    """Of the larger of a run's stages, the dense one where there is one."""
+    settings = LighthouseSettings(options.method, options.dense_layers)
+    sharded = bool(training.fsdp) or training.deepspeed is not None
+    return estimate(
+        config,
+        options.context,
+        rows=training.per_device_train_batch_size,
+        bf16=training.bf16,
+        lighthouse=None if dense else settings,
+        gradient_checkpointing=training.gradient_checkpointing or getattr(training, "activation_checkpointing", False),
+        optimizer=training.optim.value if isinstance(training.optim, ExplicitEnum) else str(training.optim),
+        accumulation=training.gradient_accumulation_steps,
+        compiled=training.torch_compile or options.compile_layers,
+        logits=training.label_smoothing_factor != 0,
+        shards=training.world_size if sharded else 1,
+    )

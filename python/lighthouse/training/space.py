@@ -1,0 +1,74 @@
+"""Whether the disk has space for what a run saves: its checkpoints and the model."""
+
+from __future__ import annotations
+
+import logging
+import math
+from contextlib import contextmanager
+from pathlib import Path
+
+from lighthouse.core.files import NO_SPACE, free_bytes
+from lighthouse.training.checkpoints import checkpoints_in
+from lighthouse.training.options import TrainingOptions
+from lighthouse.training.result import DiskFull
+
+logger = logging.getLogger(__name__)
+
+
+def check_space(model, training: TrainingOptions, folder: Path, *, finished: bool) -> None:
+    """Refuses a run that cannot save one checkpoint, and warns of one that cannot keep all it is to keep."""
+    free = free_bytes(folder)
+    if training.process_index != 0:
+        return
+    weights, one, saves = weight_bytes(model), 0, 0
+    if training.save_strategy != "no" and not finished:
+        one = checkpoint_bytes(model, training)
+        saves = 1
+        if training.save_strategy == "steps":
+            every = training.save_steps
+            every = every if every >= 1 else math.ceil(every * training.max_steps)
+            saves = math.ceil(training.max_steps / every)
+        if training.save_total_limit:
+            there = len(checkpoints_in(folder))
+            saves = max(1, min(saves, training.save_total_limit + 1 - there))  # one more while the oldest is there
+    if free < max(one, weights):
+        raise DiskFull(
+            f"output_dir={str(folder)!r}: a checkpoint needs about {gb(one)} and the model {gb(weights)}, "
+            f"and {gb(free)} are free there: make room, or take another output_dir"
+        )
+    if free < saves * one + weights:
+        logger.warning(
+            f"output_dir={str(folder)!r}: {saves} more checkpoints of about {gb(one)} and the model of "
+            f"{gb(weights)} will not fit into the {gb(free)} that are free: lower save_total_limit or make room"
+        )
+
+
+@contextmanager
+def space_for(what: str, folder: Path, needed: int):
+    """Makes `DiskFull` of what a full disk raises. PyTorch's writer gives no error number: the free space tells."""
+    try:
+        yield
+    except Exception as error:
+        free = free_bytes(folder)
+        if getattr(error, "errno", None) in NO_SPACE or "os error 28" in str(error) or free < needed:
+            raise DiskFull(
+                f"output_dir={str(folder)!r} has no space for {what}: about {gb(needed)} are needed, {gb(free)} are "
+                "free now. What was half written is removed. Make room, or lower save_total_limit."
+            ) from error
+        raise
+
+
+def weight_bytes(model) -> int:
+    """What all weights take as they are."""
+    return sum(weight.numel() * weight.element_size() for weight in model.parameters())
+
+
+def checkpoint_bytes(model, training: TrainingOptions) -> int:
+    """About how large a checkpoint is: the weights, and of AdamW two numbers of 4 bytes for each."""
+    states = 8 if training.optim in ("adamw_torch", "adamw_torch_fused") else 0
+    return weight_bytes(model) + states * sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+
+
+def gb(size: int) -> str:
+    """A size for people."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
