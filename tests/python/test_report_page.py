@@ -45,7 +45,7 @@ def test_text_is_text_in_the_page(page):
         "&lt;N&gt;",
     ):
         assert part in page.html(), part
-    assert 'alt="loss &quot;against&quot; time"' in page.html()
+    assert 'alt="loss &#34;against&#34; time"' in page.html()
 
 
 def test_a_failed_check_is_shown_as_failed(page):

@@ -19,7 +19,7 @@ ROOMS = {
     "training": {"core", "text", "huggingface"},
     "speed": {"core", "huggingface", "training"},
     "export": {"core", "text", "huggingface", "training"},
-    "report": {"core", "training", "export"},
+    "report": {"core", "huggingface", "training", "export"},
     "studies": {"core", "text", "huggingface", "training", "speed", "export", "report"},
     "cli": {"", "core", "text", "huggingface", "training", "speed", "export", "report", "studies"},
 }

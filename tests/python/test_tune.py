@@ -23,7 +23,9 @@ import yaml
 
 from lighthouse.cli import main
 from lighthouse.cli.pretrain import parse_run, run_parser
+from lighthouse.core.method import Method
 from lighthouse.report import studied as study_module
+from lighthouse.studies import storage as storage_module
 from lighthouse.report.studied import StudyResult, Trial, judged
 from lighthouse.report.study import nothing_known, of_the_given, page_of
 from lighthouse.studies import search
@@ -125,7 +127,8 @@ POINTLESS = [
 
 @pytest.mark.parametrize("windows, parents, why", [p[1:] for p in POINTLESS], ids=[p[0] for p in POINTLESS])
 def test_what_the_plan_shows_to_be_pointless(text, windows, parents, why):
-    found = space_of(text).pointless(Setting(windows, parents, 1e-3, 1))
+    method = Method([1 / window for window in windows], parents)
+    found = space_of(text).pointless(Setting(method, 1e-3, 1))
     assert found is None if why is None else why in found
 
 
@@ -134,7 +137,7 @@ def test_a_grid_has_the_given_setting_first_and_every_combination_once(text):
     points = space.grid(3, seed=0)
     assert points[0] == space.given
     assert len(points) == 2 * 3 * 3 * 3 == len({str(space.parameters(point)) for point in points})
-    assert {point.windows for point in points} == {(2,), (4,), (8,), (2, 4), (4, 16), (8, 64)}
+    assert {point.method.windows[1:] for point in points} == {(2,), (4,), (8,), (2, 4), (4, 16), (8, 64)}
     assert sorted({point.learning_rate for point in points}) == pytest.approx([1.8e-3, 2e-3, 2.2e-3])
     assert points != space.grid(3, seed=1) and points == space.grid(3, seed=0)
 
@@ -644,7 +647,7 @@ def test_a_killed_study_goes_on(text, tmp_path):
 
 
 def test_a_setting_that_always_ends_its_process_is_given_up(text, tmp_path, monkeypatch):
-    monkeypatch.setattr(tune_module, "INTERRUPTIONS", 2)
+    monkeypatch.setattr(storage_module, "INTERRUPTIONS", 2)
     before = run_module.RunTrainer.training_step
 
     def step(trainer, *args, **kwargs):
@@ -666,14 +669,14 @@ def test_a_trial_that_ends_while_it_is_looked_at_was_not_interrupted(text, tmp_p
     study = study_of(text, tmp_path, GRID)
     (tmp_path / "trials").mkdir()
     stored = study._open(StopOnSignal(), print, print)
-    trial, before = stored.ask(), tune_module.take_lock
+    trial, before = stored.ask(), storage_module.take_lock
 
     def lock(path):
         stored.tell(trial, 1.0)
         return before(path)
 
-    monkeypatch.setattr(tune_module, "take_lock", lock)
-    study._sweep(stored, print)
+    monkeypatch.setattr(storage_module, "take_lock", lock)
+    study.files.sweep(stored, print)
     states = [found.state for found in stored.get_trials()]
     assert states == [optuna.trial.TrialState.COMPLETE] + 3 * [optuna.trial.TrialState.WAITING]
 

@@ -16,7 +16,7 @@ from transformers.utils.logging import disable_progress_bar  # noqa: E402
 from lighthouse.cli.pretrain import parse_run, run_parser  # noqa: E402
 from lighthouse.cli.shared import check_folders, write_text  # noqa: E402
 from lighthouse.report.study import nothing_known, of_the_given  # noqa: E402
-from lighthouse.studies.tune import BEST, Study, TuneOptions, prepare_study  # noqa: E402
+from lighthouse.studies.tune import Study, TuneOptions, prepare_study  # noqa: E402
 from lighthouse.training import RunFailed, Stopped  # noqa: E402
 
 EXAMPLE = """\
@@ -78,7 +78,7 @@ def _run(study: Study, json_file: str | None) -> int:
         say(f"\nBest: trial {best.number}, {best.setting}: {best.loss:.4f}{than}")
         if given is None:
             say(of_the_given(result))
-        say(f"It as a run: lighthouse pretrain --config {study.folder / BEST} --steps N --output_dir FOLDER")
+        say(f"It as a run: lighthouse pretrain --config {study.files.best} --steps N --output_dir FOLDER")
     say(f"Report: {study.folder / 'report.html'}")
     return 0
 

@@ -14,9 +14,10 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median
 
+from lighthouse.core.files import write_whole
+from lighthouse.core.method import Method
 from lighthouse.export.export import Exported
 from lighthouse.export.plain import Inference
-from lighthouse.training.checkpoints import write_whole
 from lighthouse.training.result import HeldOut, PretrainResult, crossing, versions
 from lighthouse.training.resume import FREE_ON_RESUME, differences
 
@@ -260,6 +261,11 @@ class Comparison:
     def settings(self) -> dict:
         """Of the first two-stage run; the others' differ in the seed and the folder."""
         return self.pairs[0].two_stage.settings
+
+    @property
+    def method(self) -> Method:
+        """Of the two-stage runs."""
+        return Method.of(self.settings)
 
     def mean_loss(self, which: str) -> float:
         """Dense held-out loss of the models of the "baseline" or "two_stage" runs, over the seeds."""

@@ -9,13 +9,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import mean
 
-from lighthouse.core.method import plan
+from lighthouse.report.compared import Comparison, Pair, Stripped
 from lighthouse.report.page import Check, Page
 from lighthouse.report.picture import losses
-from lighthouse.report.table import minutes
+from lighthouse.report.table import minutes, speed
+from lighthouse.training.result import PretrainResult, Stage
 
 MIB = 2**20
 SLOWER = 1.2  # a stripped model that takes more than so many times a plain one's time is not a plain one
+
+# Settings in the table, before and after those of the method.
+OF_RUN = ("model", "context", "share", "switch_step")
+OF_TRAINING = (
+    "dense_layers max_steps learning_rate lr_scheduler_type warmup_steps max_grad_norm weight_decay bf16 processes"
+).split()
 
 WHY_DENSE = (
     "Every loss here is the held-out loss under dense attention, nats per token, also in the stage with Lighthouse; "
@@ -23,15 +30,15 @@ WHY_DENSE = (
 )
 
 
-def checklist(found) -> list[Check]:
+def checklist(found: Comparison) -> list[Check]:
     """What a user needs to know before shipping, each with its evidence."""
     return [_integrated(found), _faster(found), _as_good(found), _stripped(found), _card(found)]
 
 
-def _integrated(found) -> Check:
+def _integrated(found: Comparison) -> Check:
     settings, two_stage = found.settings, [pair.two_stage for pair in found.pairs]
     layers = found.layers - 2 * settings["dense_layers"]
-    sizes = plan(settings["context"], pool_ratios=settings["pool_ratios"], select_topk=settings["select_topk"])
+    sizes = found.method.plan(settings["context"])
     counted = [[stage.steps if stage else 0 for stage in (run.lighthouse, run.dense)] for run in two_stage]
     planned = [[run.switch_step, run.steps - run.switch_step] for run in two_stage]
     different = [f"{_seed(found, pair)}{what}" for pair in found.pairs for what in pair.differences]
@@ -59,14 +66,14 @@ def _integrated(found) -> Check:
     return Check("Wrapper integrated", passed, evidence)
 
 
-def _first_losses(found) -> str:
+def _first_losses(found: Comparison) -> str:
     first = [run.held_out[0] for pair in found.pairs for run in pair.runs]
     if any(point.step > 0 for point in first):
         return " (the loss before the first step was not measured)"
     return f" and loss before the first step ({', '.join(f'{point.loss:.4f}' for point in first[1::2])})"
 
 
-def _faster(found) -> Check:
+def _faster(found: Comparison) -> Check:
     verdicts, sentences = zip(*map(_faster_pair, found.pairs), strict=True)
     each = [
         f"{minutes(pair.two_stage.seconds)} against {minutes(pair.baseline.seconds)}"
@@ -87,7 +94,7 @@ def _faster(found) -> Check:
     return Check(f"Speed-up verified on {found.device}", passed, f"{evidence}. {' '.join(said)}")
 
 
-def _faster_pair(pair) -> tuple[bool | None, str]:
+def _faster_pair(pair: Pair) -> tuple[bool | None, str]:
     """Whether the two-stage run of a pair was faster, None where that is not known; and what the control shows."""
     control, lighthouse = pair.control, pair.two_stage.lighthouse
     if lighthouse is None or lighthouse.steps == 0:
@@ -109,7 +116,7 @@ def _faster_pair(pair) -> tuple[bool | None, str]:
     return True, shown
 
 
-def _as_good(found) -> Check:
+def _as_good(found: Comparison) -> Check:
     baseline, two_stage = found.mean_loss("baseline"), found.mean_loss("two_stage")
     over = f", means over {len(found.pairs)} seeds" if len(found.pairs) > 1 else ""
     lower = sum(pair.loss_difference <= 0 for pair in found.pairs)
@@ -151,7 +158,7 @@ def _as_good(found) -> Check:
     )
 
 
-def _of_best(pair) -> str:
+def _of_best(pair: Pair) -> str:
     """What the losses are where each run's best checkpoint was taken; a sentence."""
     baseline, two_stage = pair.runs
     return (
@@ -161,7 +168,7 @@ def _of_best(pair) -> str:
     )
 
 
-def _stripped(found) -> Check:
+def _stripped(found: Comparison) -> Check:
     what, stripped = "Stripped and inference benchmarked", found.stripped
     if stripped.failure is not None:
         return Check(what, False, _sentence(stripped.failure))
@@ -188,7 +195,7 @@ def _stripped(found) -> Check:
     )
 
 
-def _card(found) -> Check:
+def _card(found: Comparison) -> Check:
     stripped = found.stripped
     if stripped.exported is None:
         return Check("Model card updated", False, "There is no exported model.")
@@ -198,7 +205,7 @@ def _card(found) -> Check:
     return Check("Model card updated", not stripped.card_lacks, f"{evidence}.")
 
 
-def passing(pair) -> str:
+def passing(pair: Pair) -> str:
     """When the two-stage run of a pair has the baseline's final, or best, loss; a sentence."""
     baseline, two_stage = pair.baseline, pair.two_stage
     name = f"Seed {pair.seed}: the two-stage run"
@@ -218,7 +225,7 @@ def passing(pair) -> str:
     return f"{name} does not get to the baseline's {pair.which} {baseline.loss:.4f} within its steps; {ends}.{doubt}"
 
 
-def recovery(pair) -> str:
+def recovery(pair: Pair) -> str:
     """What the switch did to the dense held-out loss of a pair's two-stage run; a sentence."""
     found, switch = pair.recovery, pair.two_stage.switch_step
     if found is None:
@@ -239,7 +246,7 @@ def recovery(pair) -> str:
     )
 
 
-def page(found, checks: Sequence[Check] | None = None) -> Page:
+def page(found: Comparison, checks: Sequence[Check] | None = None) -> Page:
     """The report of a `Comparison`."""
     settings, checks = found.settings, checklist(found) if checks is None else checks
     steps, which = found.pairs[0].baseline.steps, found.pairs[0].which
@@ -286,8 +293,8 @@ def page(found, checks: Sequence[Check] | None = None) -> Page:
         [
             ("training time", [minutes(run.seconds) for run in runs]),
             ("device hours", [f"{run.device_hours:.4f}" for run in runs]),
-            ("tokens/s with Lighthouse", [_speed(run.lighthouse) for run in runs]),
-            ("tokens/s dense", [_speed(run.dense) for run in runs]),
+            ("tokens/s with Lighthouse", [speed(run.lighthouse) for run in runs]),
+            ("tokens/s dense", [speed(run.dense) for run in runs]),
             ("peak MiB with Lighthouse", [_mib(run.lighthouse) for run in runs]),
             ("peak MiB dense", [_mib(run.dense) for run in runs]),
         ],
@@ -305,24 +312,17 @@ def page(found, checks: Sequence[Check] | None = None) -> Page:
     _stripped_part(result, found.stripped)
 
     result.section("Settings")
-    result.table(
-        ("setting", "value"),
-        [
-            (f"`{name}`", _value(settings[name]))
-            for name in (
-                "model context share switch_step pool_ratios select_topk dense_layers max_steps learning_rate "
-                "lr_scheduler_type warmup_steps max_grad_norm weight_decay bf16 processes"
-            ).split()
-            if settings.get(name) is not None
-        ],
-    )
+    of_method = found.method.texts()
+    values = settings | of_method
+    names = [name for name in (*OF_RUN, *of_method, *OF_TRAINING) if values.get(name) is not None]
+    result.table(("setting", "value"), [(f"`{name}`", values[name]) for name in names])
     result.text(
         "All of them are in `config.yaml` of each run's folder, and every number of this page is in `results.json`."
     )
     return result
 
 
-def _stripped_part(result: Page, stripped) -> None:
+def _stripped_part(result: Page, stripped: Stripped) -> None:
     if stripped.failure is not None:
         result.text(_sentence(stripped.failure))
     if stripped.exported is None:
@@ -358,7 +358,7 @@ def _table(result: Page, columns: list[str], rows: list[tuple[str, list[str]]], 
     result.table(("", *columns), [(name, *values) for name, values in rows if any(values)], caption)
 
 
-def _of_memory(runs) -> str:
+def _of_memory(runs: Sequence[PretrainResult]) -> str:
     """What the peaks are of, and whether one may be held against another."""
     kinds = {run.settings["device"] for run in runs}
     if kinds == {"cuda"}:
@@ -372,25 +372,17 @@ def _of_memory(runs) -> str:
     return text
 
 
-def _seed(found, pair) -> str:
+def _seed(found: Comparison, pair: Pair) -> str:
     """Ahead of what is said of one pair of several."""
     return f"Seed {pair.seed}: " if len(found.pairs) > 1 else ""
 
 
-def _seeds(found) -> str:
+def _seeds(found: Comparison) -> str:
     return ", ".join(str(pair.seed) for pair in found.pairs)
 
 
-def _speed(stage) -> str:
-    return "" if stage is None else f"{stage.tokens_per_second:,.0f}"
-
-
-def _mib(stage) -> str:
+def _mib(stage: Stage | None) -> str:
     return "" if stage is None or stage.peak_memory is None else f"{stage.peak_memory / MIB:,.0f}"
-
-
-def _value(value) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _sentence(text: str) -> str:

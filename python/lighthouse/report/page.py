@@ -15,12 +15,15 @@ of about 5.5 x 3.8 inches, as `new_figure` gives it, letters stay readable there
 from __future__ import annotations
 
 import base64
-import html
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -50,64 +53,47 @@ class Page:
 
     def __init__(self, title: str, lead: str = ""):
         self.title = title
-        self._html: list[str] = []
+        self._parts: list[tuple[str, Any]] = []  # as templates/page.html.j2 takes them
         self._markdown: list[str] = [f"# {title}"]
         self._pictures: dict[str, bytes] = {}
         if lead:
             self.text(lead)
 
     def section(self, heading: str) -> None:
-        self._add(f"<h2>{_inline(heading)}</h2>", f"## {heading}")
+        self._add("section", heading, f"## {heading}")
 
     def text(self, text: str) -> None:
         """A paragraph."""
-        self._add(f"<p>{_inline(text)}</p>", text)
+        self._add("text", text, text)
 
     def code(self, text: str) -> None:
         """Lines as they are: a command, a file."""
         text = text.rstrip("\n")
-        self._add(f"<pre>{html.escape(text)}</pre>", f"```\n{text}\n```")
+        self._add("code", text, f"```\n{text}\n```")
 
-    def table(self, head: Sequence, rows: Sequence[Sequence], caption: str = "") -> None:
+    def table(self, head: Sequence[Any], rows: Sequence[Sequence[Any]], caption: str = "") -> None:
         """Cells are turned into text. The first column names the row, the others stand to the right."""
-        cells = [[str(cell) for cell in row] for row in rows]
-
-        def line(row, tag):
-            return "<tr>" + "".join(f"<{tag}>{_inline(cell)}</{tag}>" for cell in row) + "</tr>"
-
-        body = "".join(line(row, "td") for row in cells)
-        below = f'<p class="caption">{_inline(caption)}</p>' if caption else ""
-        table = f"<table><thead>{line(map(str, head), 'th')}</thead><tbody>{body}</tbody></table>"
         marks = ["---", *["---:"] * (len(head) - 1)]
-        lines = [_markdown_row(map(str, head)), _markdown_row(marks), *map(_markdown_row, cells)]
-        self._add(f'<div class="wide">{table}</div>{below}', "\n".join(lines) + (f"\n\n{caption}" if caption else ""))
+        lines = map(_markdown_row, (head, marks, *rows))
+        markdown = "\n".join(lines) + (f"\n\n{caption}" if caption else "")
+        self._add("table", {"head": head, "rows": rows, "caption": caption}, markdown)
 
     def figure(self, name: str, figure: Figure, alt: str) -> None:
         """A picture, `name.png` in Markdown; `alt` says what is seen, also below it."""
-        picture = _png(figure)
-        self._pictures[f"{name}.png"] = picture
-        source = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
-        self._add(
-            f'<figure><img alt="{html.escape(alt)}" src="{source}"><figcaption>{_inline(alt)}</figcaption></figure>',
-            f"![{alt}]({name}.png)",
-        )
+        picture = self._pictures[f"{name}.png"] = png_of(figure)
+        self._add("figure", {"alt": alt, "picture": base64.b64encode(picture).decode()}, f"![{alt}]({name}.png)")
 
     def checklist(self, checks: Sequence[Check]) -> None:
         """What holds is ticked; what does not, or could not be checked, is said to; the evidence stands behind each."""
         kind = {"": "passed", "failed": "failed", "not checked": "open"}
         heads = [check.what + (f": {check.verdict}" if check.verdict else "") for check in checks]
-        lines = [
-            f'<li class="{kind[check.verdict]}"><strong>{_inline(head)}</strong><br>{_inline(check.evidence)}</li>'
-            for head, check in zip(heads, checks, strict=True)
-        ]
-        marks = [
-            f"- [{'x' if check.passed else ' '}] **{head}**: {check.evidence}"
-            for head, check in zip(heads, checks, strict=True)
-        ]
-        self._add(f'<ul class="checks">{"".join(lines)}</ul>', "\n".join(marks))
+        shown = list(zip(checks, heads, strict=True))
+        lines = [{"kind": kind[check.verdict], "head": head, "evidence": check.evidence} for check, head in shown]
+        marks = [f"- [{'x' if check.passed else ' '}] **{head}**: {check.evidence}" for check, head in shown]
+        self._add("checklist", lines, "\n".join(marks))
 
     def html(self) -> str:
-        return _FRAME.format(title=html.escape(self.title), body="\n".join(self._html))
+        return render("page.html.j2", title=self.title, parts=self._parts)
 
     def markdown(self) -> str:
         return "\n\n".join(self._markdown) + "\n"
@@ -117,9 +103,22 @@ class Page:
         texts = {HTML: self.html(), MARKDOWN: self.markdown()}
         return {name: text.encode() for name, text in texts.items()} | self._pictures
 
-    def _add(self, as_html: str, as_markdown: str) -> None:
-        self._html.append(as_html)
-        self._markdown.append(as_markdown)
+    def _add(self, kind: str, part: Any, markdown: str) -> None:
+        self._parts.append((kind, part))
+        self._markdown.append(markdown)
+
+
+def render(template: str, **values: Any) -> str:
+    """A page of `templates`, with every value escaped."""
+    pages = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    pages.filters["inline"] = _inline
+    return pages.get_template(template).render(values) + "\n"
 
 
 def new_figure(inches: tuple[float, float] = INCHES) -> Figure:
@@ -129,48 +128,15 @@ def new_figure(inches: tuple[float, float] = INCHES) -> Figure:
     return figure
 
 
-def _png(figure: Figure) -> bytes:
+def png_of(figure: Figure) -> bytes:
     target = io.BytesIO()
     figure.savefig(target, format="png")
     return target.getvalue()
 
 
-def _inline(text: str) -> str:
-    return re.sub("`([^`]+)`", r"<code>\1</code>", html.escape(str(text)))
+def _inline(text: Any) -> Markup:
+    return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(str(text)))))
 
 
-def _markdown_row(cells) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
-
-
-_FRAME = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 74rem; margin: 1.5rem auto; padding: 0 1rem; color: #111827;
-  overflow-wrap: break-word }}
-h1 {{ font-size: 1.6rem; line-height: 1.25 }}
-h2 {{ font-size: 1.2rem; margin-top: 2rem; border-bottom: 1px solid #e5e7eb; padding-bottom: .2rem }}
-p {{ max-width: 46rem }}
-.wide {{ overflow-x: auto; margin: 1rem 0 .4rem }}
-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem }}
-th, td {{ padding: .25rem .7rem; border-bottom: 1px solid #e5e7eb; text-align: right; vertical-align: top }}
-th:first-child, td:first-child {{ text-align: left; padding-left: 0 }}
-figure {{ display: inline-block; width: min(100%, 35rem); margin: .5rem 1rem .5rem 0; vertical-align: top }}
-img {{ width: 100% }}
-figcaption, .caption {{ color: #4b5563; font-size: .92rem; margin-top: 0 }}
-pre {{ background: #f3f4f6; padding: .7rem; font-size: .85rem; white-space: pre-wrap; overflow-wrap: anywhere }}
-code {{ background: #f3f4f6; padding: 0 .2em; overflow-wrap: anywhere }}
-.checks {{ list-style: none; padding: 0; max-width: 46rem }}
-.checks li {{ position: relative; padding: .3rem 0 .3rem 2rem }}
-.checks li::before {{ position: absolute; left: .2rem; font-weight: bold; font-size: 1.2rem; line-height: 1.3 }}
-.passed::before {{ content: "\\2713"; color: #047857 }}
-.failed::before {{ content: "\\2717"; color: #b91c1c }}
-.failed strong {{ color: #b91c1c }}
-.open::before {{ content: "?"; color: #b45309 }}
-.open strong {{ color: #b45309 }}
-</style></head><body>
-<h1>{title}</h1>
-{body}
-</body></html>
-"""
+def _markdown_row(cells: Iterable[Any]) -> str:
+    return "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"

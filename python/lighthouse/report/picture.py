@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator
 
 from lighthouse.report.page import new_figure
 from lighthouse.report.table import minutes
+from lighthouse.training.result import HeldOut, PretrainResult
 
 COLOURS = ("#6b7280", "#d97706", "#2563eb", "#059669", "#9333ea")
 OF_RUN = {"dense": COLOURS[0], "two-stage": COLOURS[1]}
@@ -17,15 +19,17 @@ TICKS = (1, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14_400, 43_
 SHOWN_ABOVE = 1.0  # nats above the lowest loss: what is higher, at the very start, would flatten all the rest
 ABOVE_SWITCH = 0.3  # nats that are shown above the loss at the switch, however high that is
 
+Place = Callable[[PretrainResult, HeldOut], float]  # along the axis
 
-def losses(runs: Sequence, against: str) -> Figure:
+
+def losses(runs: Sequence[PretrainResult], against: str) -> Figure:
     """A picture of `PretrainResult`s, `against` "time" or "tokens". Runs of one name, of several seeds, look alike.
 
     A dotted line goes through the first run's final loss: the others pass it or they do not.
     """
     figure = new_figure()
     axes = figure.add_subplot()
-    place = {"time": lambda run, point: point.seconds, "tokens": lambda run, point: _tokens(run, point)}[against]
+    place: Place = {"time": lambda run, point: point.seconds, "tokens": lambda run, point: _tokens(run, point)}[against]
     named = set()
     for run in runs:
         _curve(axes, run, place, label=run.name not in named)
@@ -48,12 +52,17 @@ def losses(runs: Sequence, against: str) -> Figure:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: short(tokens)))
         axes.set_xlabel("tokens trained on")
     axes.set_ylabel("dense held-out loss, nats per token")
+    make_plain(axes)
+    axes.legend(frameon=False, loc="upper right")
+    return figure
+
+
+def make_plain(axes: Axes) -> None:
+    """A light grid, and no box around it."""
     axes.grid(color="#e5e7eb", linewidth=0.8)
     axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    axes.legend(frameon=False, loc="upper right")
-    return figure
 
 
 def short(number: float) -> str:
@@ -64,11 +73,11 @@ def short(number: float) -> str:
     return f"{number:.3g}"
 
 
-def _tokens(run, point) -> float:
+def _tokens(run: PretrainResult, point: HeldOut) -> float:
     return point.step * sum(stage.tokens for stage in run.stages.values()) / run.steps
 
 
-def _curve(axes, run, place, label: bool) -> None:
+def _curve(axes: Axes, run: PretrainResult, place: Place, label: bool) -> None:
     colour = OF_RUN[run.name]
     points = [(place(run, point), point.loss) for point in run.held_out]
     acted = run.switch_step and run.lighthouse is not None  # planned and done

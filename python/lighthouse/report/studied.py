@@ -12,10 +12,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
 
-from lighthouse.training.checkpoints import write_whole
+from lighthouse.core.files import write_whole
+from lighthouse.core.method import Method
 from lighthouse.training.result import DENSE, LIGHTHOUSE, RESULTS, HeldOut
 
-COMPLETE, UNEQUAL, PRUNED, FAILED, SKIPPED, INTERRUPTED, RUNNING, WAITING = (
+COMPLETE, UNEQUAL, PRUNED, FAILED, SKIPPED, INTERRUPTED, RUNNING, WAITING = STATES = (
     "complete",
     "not comparable",
     "pruned",
@@ -56,6 +57,13 @@ class Trial:
     seconds_per_step: dict[str, float] | None
     switch_step: int | None = None
     stages: dict[str, dict] = field(default_factory=dict)
+
+    @property
+    def texts(self) -> dict[str, str]:
+        """The setting's values by option name, as people read them."""
+        method = Method.of(self.options).texts()
+        others = {name: value for name, value in self.options.items() if name not in method}
+        return method | {name: f"{v:.4g}" if isinstance(v, float) else str(v) for name, v in others.items()}
 
 
 def too_few(steps: int, lighthouse: int) -> str | None:

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
+from lighthouse.training.result import PretrainResult, Stage
 
-def table(runs: Sequence, *, times_compare: bool = True) -> Table:
+
+def table(runs: Sequence[PretrainResult], *, times_compare: bool = True) -> Table:
     """A `rich` table of `PretrainResult`s, one a row; time and loss also relative to the first, the baseline.
 
     Times only where they compare.
@@ -27,7 +29,7 @@ def table(runs: Sequence, *, times_compare: bool = True) -> Table:
         loss = f"{run.loss:.4f}"
         if run is not baseline:
             loss += f" ({run.loss - baseline.loss:+.4f})"
-        result.add_row(run.name, time, _speed(run.lighthouse), _speed(run.dense), loss)
+        result.add_row(run.name, time, speed(run.lighthouse), speed(run.dense), loss)
     return result
 
 
@@ -39,5 +41,6 @@ def minutes(seconds: float) -> str:
     return f"{whole // 60}:{whole % 60:02d}"
 
 
-def _speed(stage) -> str:
+def speed(stage: Stage | None) -> str:
+    """Tokens per second; nothing where the stage has no step."""
     return "" if stage is None else f"{stage.tokens_per_second:,.0f}"

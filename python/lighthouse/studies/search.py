@@ -10,26 +10,23 @@ another name is never trained.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
+import operator
 import random
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from fractions import Fraction
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-from lighthouse.core.method import MAX_LEVELS, check_pool_ratios, check_select_topk, number, plan
-from lighthouse.core.plan import parents_per_level
+from optuna import Trial
+
+from lighthouse.core.method import DEFAULT, MAX_LEVELS, MAX_WINDOW, Method, number
 from lighthouse.core.settings import MAX_SHARE, LighthouseSettings
 from lighthouse.speed.estimates import LONG
+from lighthouse.studies.tune_options import RANGES, TuneOptions
 from lighthouse.training.options import PretrainOptions, TrainingOptions
 
-# What is searched, and the options that are its range.
-RANGES = {
-    "pool_ratios": ("levels", "level_ratio"),
-    "select_topk": ("topk",),
-    "learning_rate": ("rate_within",),
-    "batch": ("batch_up_to",),
-}
 LEVELS = (2, 5)  # the tokens are one
 LEVEL_RATIO = (1 / 10, 1 / 2)
 TOPK = (512, 4096)  # of `LONG` tokens or more
@@ -42,22 +39,17 @@ ROWS, ACCUMULATION = "per_device_train_batch_size", "gradient_accumulation_steps
 
 @dataclass(frozen=True)
 class Setting:
-    """One point of the search. `windows` are those of the levels above the tokens, `batch` is of `Space.batch_option`.
+    """One point of the search. `batch` is of `Space.batch_option`."""
 
-    `select_topk` is the number of parents, or as it was given.
-    """
-
-    windows: tuple[int, ...]
-    select_topk: int | float
+    method: Method
     learning_rate: float
     batch: int
 
     def __str__(self) -> str:
-        ratios = " ".join(f"1/{window}" for window in self.windows)
-        topk = self.select_topk if isinstance(self.select_topk, int) else Fraction(self.select_topk)
-        if isinstance(topk, Fraction):
-            topk = topk.limit_denominator(65_536)
-        return f"{ratios}  k {topk}  rate {self.learning_rate:.3g}  batch {self.batch}"
+        texts, usual = self.method.texts(), DEFAULT.texts()
+        ratios, parents = texts.pop("pool_ratios"), texts.pop("select_topk")
+        others = [f"{name} {text}" for name, text in texts.items() if text != usual[name]]
+        return "  ".join([ratios, f"k {parents}", *others, f"rate {self.learning_rate:.3g}", f"batch {self.batch}"])
 
 
 @dataclass(frozen=True)
@@ -77,12 +69,10 @@ class Space:
     notes: list[str] = field(default_factory=list)
 
     @classmethod
-    def of(cls, options: PretrainOptions, training: TrainingOptions, tuning) -> Space:
+    def of(cls, options: PretrainOptions, training: TrainingOptions, tuning: TuneOptions) -> Space:
         """Around the given options, as `TuneOptions` says. Raises `ValueError` where nothing is left to search."""
-        topk = check_select_topk(options.select_topk)
-        parents = parents_per_level(options.context, topk)
-        windows = check_pool_ratios(options.pool_ratios)
-        factors = [coarser // finer for finer, coarser in itertools.pairwise(windows)]
+        method, context = options.method, options.context
+        factors = factors_of(method)
         searched = [name for name in RANGES if name not in tuning.fixed]
         for name in tuning.fixed:
             for option in RANGES[name]:
@@ -96,7 +86,7 @@ class Space:
         if note:
             searched.remove("batch")
             notes.append(note)
-        scale = min(1.0, options.context / LONG)
+        scale = min(1.0, context / LONG)
         default_topk = tuple(max(1, round(scale * k)) for k in TOPK)
         if scale < 1 and tuning.topk is None and "select_topk" in searched:
             notes.append(
@@ -104,19 +94,19 @@ class Space:
                 f"shares of the tokens as {TOPK[0]:,} to {TOPK[1]:,} are there."
             )
         asked_topk = tuning.topk and [
-            parents_per_level(options.context, check_select_topk(number("topk", end))) for end in tuning.topk
+            replace(method, select_topk=number("topk", end)).parents(context) for end in tuning.topk
         ]
         within = RATE_WITHIN if tuning.rate_within is None else tuning.rate_within
         rate = training.learning_rate
         space = cls(
-            context=options.context,
+            context=context,
             device_type=training.device.type,
-            given=Setting(windows[1:], options.select_topk, rate, getattr(training, batch_option)),
+            given=Setting(method, rate, getattr(training, batch_option)),
             batch_option=batch_option,
             searched=tuple(searched),
-            levels=_range("levels", tuning.levels, LEVELS, [len(windows)]),
+            levels=_range("levels", tuning.levels, LEVELS, [len(method.windows)]),
             factors=_range("level_ratio", _factors(tuning.level_ratio), _factors(LEVEL_RATIO), factors, ratio=True),
-            topk=_range("topk", asked_topk, default_topk, [parents]),
+            topk=_range("topk", asked_topk, default_topk, [method.parents(context)]),
             rates=(rate * (1 - within), rate * (1 + within)),
             batches=batches,
             notes=notes,
@@ -147,38 +137,50 @@ class Space:
             lines.append(f"batch          {self.batch_option} {_span(*self.batches)}")
         return "\n".join([*lines, *self.notes])
 
-    def suggest(self, trial) -> Setting:
+    def suggest(self, trial: Trial) -> Setting:
         """The setting of an Optuna trial, whose parameters this asks for."""
-        windows, topk, rate, batch = (
-            self.given.windows,
-            self.given.select_topk,
-            self.given.learning_rate,
-            self.given.batch,
-        )
+        method, rate, batch = self.given.method, self.given.learning_rate, self.given.batch
         if "pool_ratios" in self.searched:
             levels = trial.suggest_int("levels", *self.levels)
-            steps = [trial.suggest_int(f"factor_{level}", *self.factors) for level in range(1, levels)]
-            windows = tuple(itertools.accumulate(steps, lambda finer, factor: finer * factor))
+            factors = [trial.suggest_int(f"factor_{level}", *self.factors) for level in range(1, levels)]
+            method = self._pooled(method, factors)
         if "select_topk" in self.searched:
-            parents = trial.suggest_int("select_topk", *self.topk, log=True)
-            topk = topk if parents == self.parents(self.given) else parents
+            method = self._choosing(method, trial.suggest_int("select_topk", *self.topk, log=True))
         if "learning_rate" in self.searched:
             rate = trial.suggest_float("learning_rate", *self.rates)
         if "batch" in self.searched:
             batch = trial.suggest_int("batch", *self.batches)
-        return Setting(windows, topk, rate, batch)
+        return Setting(method, rate, batch)
 
-    def parameters(self, setting: Setting) -> dict:
+    def _pooled(self, method: Method, factors: Sequence[int]) -> Method:
+        """With levels that each pool so many entries of the one below; as it was written where it is the given one."""
+        if list(factors) == factors_of(self.given.method):
+            return replace(method, pool_ratios=self.given.method.pool_ratios)
+        windows = itertools.accumulate(factors, operator.mul)
+        # Further ones no `Method` takes, nor has any text room for.
+        windows = itertools.takewhile(lambda window: window <= MAX_WINDOW, windows)
+        return replace(method, pool_ratios=tuple(1 / window for window in windows))
+
+    def _choosing(self, method: Method, parents: int) -> Method:
+        """With so many parents per level; as they were written where they are the given ones."""
+        given = self.given.method
+        return replace(method, select_topk=given.select_topk if parents == given.parents(self.context) else parents)
+
+    def parameters(self, setting: Setting) -> dict[str, Any]:
         """What `suggest` asks a trial for, where it is to be this setting."""
-        factors = [coarser // finer for finer, coarser in itertools.pairwise((1, *setting.windows))]
+        factors = factors_of(setting.method)
         all_of_them = {
             "pool_ratios": {"levels": len(factors) + 1}
             | {f"factor_{level}": factor for level, factor in enumerate(factors, 1)},
-            "select_topk": {"select_topk": self.parents(setting)},
+            "select_topk": {"select_topk": setting.method.parents(self.context)},
             "learning_rate": {"learning_rate": setting.learning_rate},
             "batch": {"batch": setting.batch},
         }
         return {name: value for part in self.searched for name, value in all_of_them[part].items()}
+
+    def values(self, setting: Setting) -> dict[str, Any]:
+        """The setting as options by name, as `with_values` and JSON take them."""
+        return setting.method.written() | {"learning_rate": setting.learning_rate, self.batch_option: setting.batch}
 
     def label(self, parameter: str) -> str:
         """A parameter's name for people."""
@@ -187,29 +189,21 @@ class Space:
             return f"pool_ratios: level {level - 1} to {level}"
         return {"levels": "pool_ratios: levels", "batch": self.batch_option}.get(parameter, parameter)
 
-    def parents(self, setting: Setting) -> int:
-        """Parents per level."""
-        return parents_per_level(self.context, check_select_topk(setting.select_topk))
-
     def grid(self, values: int, seed: int) -> list[Setting]:
         """The given setting, then all combinations of `values` of each range, in an order that `seed` decides.
 
         Every number of levels is tried, and the ratio from each level to the next is the same within a setting.
         """
-        windows, topk, rates, batches = (
-            [self.given.windows],
-            [self.given.select_topk],
-            [self.given.learning_rate],
-            [self.given.batch],
-        )
+        methods, rates, batches = [self.given.method], [self.given.learning_rate], [self.given.batch]
         if "pool_ratios" in self.searched:
-            windows = [
-                tuple(factor**level for level in range(1, levels))
+            methods = [
+                self._pooled(self.given.method, [factor] * (levels - 1))
                 for levels in range(self.levels[0], self.levels[1] + 1)
                 for factor in _spread(*self.factors, values, log=True)
             ]
         if "select_topk" in self.searched:
             topk = _spread(*self.topk, values, log=True)
+            methods = [self._choosing(method, parents) for method in methods for parents in topk]
         if "learning_rate" in self.searched:
             low, high = self.rates
             between = [low + (high - low) * i / (values - 1) for i in range(values)] if values > 1 else rates
@@ -217,7 +211,7 @@ class Space:
             rates = [rates[0] if math.isclose(rate, rates[0]) else rate for rate in between]
         if "batch" in self.searched:
             batches = _spread(*self.batches, values)
-        points = [Setting(*point) for point in itertools.product(windows, topk, rates, batches)]
+        points = [Setting(*point) for point in itertools.product(methods, rates, batches)]
         random.Random(seed).shuffle(points)
         first = self.parameters(self.given)
         return [self.given, *(point for point in points if self.parameters(point) != first)]
@@ -227,10 +221,9 @@ class Space:
 
         Dense attention, or about as slow; or more parents than there are entries, which is a smaller select_topk.
         """
-        ratios = tuple(1 / window for window in setting.windows)
-        its = plan(self.context, pool_ratios=ratios, select_topk=self.parents(setting))
+        its = setting.method.plan(self.context)
         coarsest = its.entries[-1]
-        if not ratios:
+        if not setting.method.pool_ratios:
             return "dense attention: pool_ratios is empty"
         if not coarsest:
             return f"dense attention: the coarsest window, {its.windows[-1]:,} tokens, is longer than the context"
@@ -264,21 +257,22 @@ class Space:
 
     def _corners(self) -> Iterator[Setting]:
         """Every combination of levels and ratios that the context has room for, with few and many parents."""
-        every = [self.given.windows]
+        every: Iterable[Sequence[int]] = [factors_of(self.given.method)]
         if "pool_ratios" in self.searched:
             low, high = self.factors
-            smallest = tuple(low**level for level in range(1, self.levels[0]))
             larger = (
-                tuple(itertools.accumulate(steps, lambda finer, factor: finer * factor))
+                factors
                 for levels in range(self.levels[0], self.levels[1] + 1)
-                for steps in itertools.product(range(low, high + 1), repeat=levels - 1)
-                if math.prod(steps) <= self.context
+                for factors in itertools.product(range(low, high + 1), repeat=levels - 1)
+                if math.prod(factors) <= self.context
             )
-            every = itertools.chain([smallest], larger)
-        topk = _spread(*self.topk, 3, log=True) if "select_topk" in self.searched else [self.given.select_topk]
-        for windows in every:  # one at a time: wide ranges have millions
+            every = itertools.chain([[low] * (self.levels[0] - 1)], larger)
+        searched = "select_topk" in self.searched
+        topk = _spread(*self.topk, 3, log=True) if searched else [self.given.method.parents(self.context)]
+        for factors in every:  # one at a time: wide ranges have millions
+            pooled = self._pooled(self.given.method, factors)
             for parents in topk:
-                yield Setting(windows, parents, self.given.learning_rate, self.given.batch)
+                yield replace(self.given, method=self._choosing(pooled, parents))
 
     def _ends(self) -> dict[str, tuple]:
         """The ends of what is searched."""
@@ -294,7 +288,22 @@ class Space:
         return {name: end for name, end in ends.items() if name in ("levels", "factors") or name in self.searched}
 
 
-def _batches(training: TrainingOptions, tuning, searched: bool) -> tuple[str, tuple[int, int], str | None]:
+def factors_of(method: Method) -> list[int]:
+    """How many entries of the level below each level pools."""
+    return [coarser // finer for finer, coarser in itertools.pairwise(method.windows)]
+
+
+def with_values(
+    options: PretrainOptions, training: TrainingOptions, values: Mapping[str, Any]
+) -> tuple[PretrainOptions, TrainingOptions]:
+    """The options of a run with a setting's (`Space.values`) in their place; these are copies."""
+    method, training = Method.of(values), copy.deepcopy(training)
+    for name in values.keys() - method.values().keys():
+        setattr(training, name, values[name])
+    return replace(options, **method.values()), training
+
+
+def _batches(training: TrainingOptions, tuning: TuneOptions, searched: bool) -> tuple[str, tuple[int, int], str | None]:
     """The option that is the batch, its range, and why it is left out, if it is."""
     up_to = BATCH_UP_TO if tuning.batch_up_to is None else tuning.batch_up_to
     options = {name: getattr(training, name) for name in (ROWS, ACCUMULATION)}

@@ -1,9 +1,8 @@
-"""What a trial of a study needs around its run: its judge, its clock, its log and the lock on it."""
+"""What a trial of a study needs around its run: its judge, its clock and its log."""
 
 from __future__ import annotations
 
 import copy
-import fcntl
 import logging
 import math
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ from time import perf_counter
 from typing import IO
 
 import optuna
+import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
@@ -112,8 +112,10 @@ class Timed(Exception):
 class StepClock(TrainerCallback):
     """The seconds of each step, its data included; waits for the device."""
 
-    def __init__(self, device):
-        self.device, self.seconds, self._mark = device, [], None
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.seconds: list[float] = []
+        self._mark = 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._mark = perf_counter()
@@ -127,19 +129,8 @@ class StepClock(TrainerCallback):
             raise Timed
 
 
-def take_lock(path: Path) -> IO | None:
-    """The file, open and locked as long as this process lives; None where another process has it."""
-    file = open(path, "a", encoding="utf-8")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        return None
-    return file
-
-
 @contextmanager
-def output_into(log: IO) -> Iterator[None]:
+def output_into(log: IO[str]) -> Iterator[None]:
     """All that is printed, logged and warned goes there."""
     root = logging.getLogger()
     before = root.handlers

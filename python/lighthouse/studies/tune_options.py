@@ -5,7 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from lighthouse.studies.search import RANGES
+# What is searched, and the options that are its range.
+RANGES = {
+    "pool_ratios": ("levels", "level_ratio"),
+    "select_topk": ("topk",),
+    "learning_rate": ("rate_within",),
+    "batch": ("batch_up_to",),
+}
 
 
 @dataclass(kw_only=True)
@@ -78,7 +84,7 @@ class TuneOptions:
         default=3, metadata={"help": "Values of each range in a grid; every number of levels is in it."}
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, choices in (
             ("sampler", ("tpe", "grid")),
             ("judge", ("time", "tokens")),

@@ -1,0 +1,191 @@
+"""A study's folder: its files, Optuna's database, and which trials still have a process.
+
+The trap is a dead process: Optuna leaves its trial "running" for ever. Each running trial's log is locked by its
+process, and the system takes the lock away with the process. A process that finds a running trial unlocked counts it as
+interrupted and queues its setting again.
+"""
+
+# Not by Optuna's heartbeat with its callback that retries: `ask` records none, so a killed trial would never be found;
+# with one, death is time that has passed: a study that goes on at once misses it, and a suspended process is
+# taken for dead.
+
+from __future__ import annotations
+
+import fcntl
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy import URL
+
+from lighthouse.report.studied import (
+    COMPLETE,
+    FAILED,
+    INTERRUPTED,
+    PRUNED,
+    RUNNING,
+    SKIPPED,
+    UNEQUAL,
+    WAITING,
+    Trial,
+)
+from lighthouse.studies.trial import Say
+from lighthouse.training import checkpoints
+from lighthouse.training.result import HeldOut
+
+INTERRUPTIONS = 3  # of one setting: a fourth process is not risked on it
+NAME = "lighthouse"
+FEWEST_FOR_IMPORTANCE = 4
+
+STATES = {
+    TrialState.COMPLETE: COMPLETE,
+    TrialState.PRUNED: PRUNED,
+    TrialState.RUNNING: RUNNING,
+    TrialState.WAITING: WAITING,
+}
+
+
+@dataclass(frozen=True)
+class StudyFolder:
+    """Where a study is kept, by any number of processes of one machine."""
+
+    path: Path
+
+    @property
+    def fixed(self) -> Path:
+        """What a process that shares the study must have alike."""
+        return self.path / "study.json"
+
+    @property
+    def configuration(self) -> Path:
+        """The study's options, as --config takes them."""
+        return self.path / "study.yaml"
+
+    @property
+    def database(self) -> Path:
+        return self.path / "study.db"
+
+    @property
+    def best(self) -> Path:
+        """The best setting, as --config of a run takes it."""
+        return self.path / "best.yaml"
+
+    @property
+    def trials(self) -> Path:
+        return self.path / "trials"
+
+    def log(self, number: int) -> Path:
+        """What a trial prints; without its suffix, the trial's own folder."""
+        return self.trials / f"{number:04}.log"
+
+    @contextmanager
+    def locked(self, say: Say = lambda line: None) -> Iterator[None]:
+        """One process at a time: it looks at what there is and adds to it."""
+        path = self.path / "lock"
+        file = take_lock(path)
+        if file is None:
+            say("Waiting for another process that is at the study's folder.")
+            file = open(path, "a", encoding="utf-8")
+        with file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def open(self, pruner: optuna.pruners.BasePruner) -> optuna.Study:
+        """The study in the database, which is made if it is not there."""
+        url = URL.create("sqlite", database=str(self.database)).render_as_string()
+        storage = optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 60}})
+        return optuna.create_study(
+            storage=storage, study_name=NAME, direction="minimize", pruner=pruner, load_if_exists=True
+        )
+
+    def sweep(self, study: optuna.Study, say: Say) -> None:
+        """Lines up again what processes that are no more were at."""
+        running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        left = {trial.number for trial in running if self._is_free(trial.number)}
+        # Read again: one may have ended, and given its lock back, since it was read.
+        for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            if trial.number not in left:
+                continue
+            attributes = trial.user_attrs
+            # Without a setting it was killed at its beginning, with a reason at its end. Told last: a kill between the
+            # two lines has its setting tried twice and not never.
+            if "parameters" in attributes and not {SKIPPED, FAILED, UNEQUAL} & attributes.keys():
+                checkpoints.remove(self.log(trial.number).with_suffix(""))
+                _line_up_again(study, trial, say)
+            study.tell(trial.number, state=TrialState.FAIL)
+
+    def _is_free(self, number: int) -> bool:
+        """Whether no process is at the trial."""
+        lock = take_lock(self.log(number))
+        if lock is not None:
+            lock.close()
+        return lock is not None
+
+
+def _line_up_again(study: optuna.Study, trial: FrozenTrial, say: Say) -> None:
+    attributes = trial.user_attrs
+    times = attributes.get("interruptions", 0) + 1
+    if times >= INTERRUPTIONS:
+        say(f"trial {trial.number}: interrupted {times} times by now, its setting is not tried again")
+        return
+    again = {name: attributes[name] for name in ("parameters", "given") if name in attributes}
+    study.enqueue_trial(attributes["parameters"], user_attrs={"interruptions": times, **again})
+    say(f"trial {trial.number}: was interrupted, its setting is tried again")
+
+
+def take_lock(path: Path) -> IO[str] | None:
+    """The file, open and locked as long as this process lives; None where another process has it."""
+    file = open(path, "a", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    return file
+
+
+def was_trained(trial: FrozenTrial) -> bool:
+    """Whether a trial counts: it was trained or is being trained, to whatever end but an interruption."""
+    return trial.state != TrialState.FAIL or bool({FAILED, UNEQUAL} & trial.user_attrs.keys())
+
+
+def trial_of(trial: FrozenTrial) -> Trial:
+    """A trial as the database has it, for results and reports."""
+    attributes = trial.user_attrs
+    state = STATES.get(trial.state)
+    if state is None:
+        state = next((end for end in (FAILED, UNEQUAL, SKIPPED) if end in attributes), INTERRUPTED)
+    return Trial(
+        number=trial.number,
+        state=state,
+        setting=attributes.get("setting", ""),
+        options=attributes.get("options", {}),
+        parameters=trial.params,
+        given=attributes.get("given", False),
+        why=attributes.get(state),
+        loss=trial.value if state == COMPLETE else None,
+        seconds=attributes.get("seconds"),
+        steps=attributes.get("steps"),
+        tokens=attributes.get("tokens"),
+        held_out=[HeldOut(**point) for point in attributes.get("held_out", [])],
+        seconds_per_step=attributes.get("seconds_per_step"),
+        switch_step=attributes.get("switch_step"),
+        stages=attributes.get("stages", {}),
+    )
+
+
+def importance(study: optuna.Study, trials: Sequence[Trial]) -> dict[str, float]:
+    """Each parameter's share in what makes a trial one of the best, by PED-ANOVA; empty for too few trials."""
+    complete = [trial.number for trial in trials if trial.state == COMPLETE]
+    if len(complete) < FEWEST_FOR_IMPORTANCE:
+        return {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        of_them = optuna.create_study(direction="minimize")
+        of_them.add_trials([study.get_trials(deepcopy=False)[number] for number in complete])
+        return optuna.importance.get_param_importances(of_them)
