@@ -22,7 +22,7 @@ from lighthouse.training import PretrainResult, Refused, RunFailed, checkpoints,
 from lighthouse.training import run as run_module
 from lighthouse.training.model import new_model
 from lighthouse.training.result import TextFailed
-from lighthouse.training.resume import check_best, what_is_new
+from lighthouse.training.resume import check_best, state_in, what_is_new
 from lighthouse.training.trainer import rows_to_evaluate
 from training_runs import CHECKPOINTING, CONTEXT, options, training, write_text
 
@@ -290,8 +290,7 @@ def test_a_best_checkpoint_that_is_not_there_is_not_taken_for_the_best(tmp_path,
     for there in (True, False):
         state["best_model_checkpoint"] = str(found if there else tmp_path / "moved" / "checkpoint-2")
         (found / "trainer_state.json").write_text(json.dumps(state))
-        loaded = run_module.TrainerState.load_from_json(str(found / "trainer_state.json"))
-        assert best_checkpoint(loaded, best) == (found if there else None)
+        assert best_checkpoint(state_in(found), best) == (found if there else None)
         if there:
             check_best(found, best)
     with pytest.raises(ValueError, match="best checkpoint so far was '.*moved/checkpoint-2', and it is not there"):

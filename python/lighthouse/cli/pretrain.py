@@ -97,14 +97,12 @@ def run_parser(
         help="YAML or JSON with options by the same names; what the command line says wins, and of several files the "
         "last. Every run writes its own, config.yaml, into its folder.",
     )
-    for action in parser._actions:
+    shown = field_names(*kinds, MethodOptions) | {"help", "help_all", "config"}
+    for action in configuration.actions_of(parser):
         if action.dest in WORD_OR_SWITCH:
             action.type = _word_or_switch
-    if not whole_help:
-        shown = field_names(*kinds, MethodOptions)
-        for action in parser._actions:
-            if action.dest not in shown and action not in general._group_actions:
-                action.help = argparse.SUPPRESS
+        if not whole_help and action.dest not in shown:
+            action.help = argparse.SUPPRESS
     return parser, general
 
 

@@ -3,6 +3,10 @@
 A file's values become the command line's defaults: both have the same names, types and errors, and the command line
 wins. The trap is YAML's own types: an unquoted `no` is false to it, 010 is 8 and 1.10 is 1.1. So a value is taken as it
 is written, and its option's type reads it.
+
+The command line is that of HfArgumentParser, Transformers' own for `TrainingArguments`. tyro takes a file's values as
+options that are made before the command line is read, so `__post_init__`, which joins processes, would run twice;
+jsonargparse has no second name of an option in a file, such as `steps`. Neither makes this file shorter.
 """
 
 from __future__ import annotations
@@ -84,9 +88,9 @@ def set_defaults(values: Mapping, parser: argparse.ArgumentParser, source: str) 
     """
     actions = {
         option[2:]: action
-        for action in parser._actions
+        for action in actions_of(parser)
         for option in action.option_strings
-        if option.startswith("--") and action.nargs != 0 and not isinstance(action, argparse._AppendAction)
+        if option.startswith("--") and action.nargs != 0 and action.dest != "config"
     }
     kinds = {}
     for options in getattr(parser, "dataclass_types", ()):
@@ -101,39 +105,47 @@ def set_defaults(values: Mapping, parser: argparse.ArgumentParser, source: str) 
             raise ValueError(f"{source}: {given[action.dest]!r} and {name!r} are one option; take one of them out")
         given[action.dest] = name
         try:
-            found = _converted(value, action, kinds.get(action.dest, {type(None)}), parser)
-        except argparse.ArgumentError as error:
-            raise ValueError(f"{source}: {name}: {error.message}") from None
+            found = _converted(value, action, kinds.get(action.dest, {type(None)}))
+        except ValueError as error:
+            raise ValueError(f"{source}: {name}: {error}") from None
         parser.set_defaults(**{action.dest: found})
 
 
-def _converted(value, action: argparse.Action, kinds: set, parser: argparse.ArgumentParser):
-    """The value of an option from what is written for it. Raises `argparse.ArgumentError`."""
+def actions_of(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    """The options of a parser, which argparse lists nowhere else."""
+    return parser._actions
+
+
+def _converted(value, action: argparse.Action, kinds: set):
+    """The value of an option from what is written for it. Raises `ValueError`."""
     many = action.nargs in ("+", "*")
     if value is None:
         if type(None) not in kinds:
             what = "it is null: a value is needed; leave it out for the default"
-            raise argparse.ArgumentError(action, what if action.default is None else f"{what}, {action.default!r}")
+            raise ValueError(what if action.default is None else f"{what}, {action.default!r}")
         return None
     if isinstance(value, Mapping):
         if dict not in kinds:
-            raise argparse.ArgumentError(action, "it is a mapping: one value is needed")
+            raise ValueError("it is a mapping: one value is needed")
         return dict(value)
     if isinstance(value, list):
         if not (many or list in kinds):
-            raise argparse.ArgumentError(action, "it is a list: one value is needed")
-        return [_one(item, action, parser) for item in value]
-    return [_one(value, action, parser)] if many else _one(value, action, parser)
+            raise ValueError("it is a list: one value is needed")
+        return [_one(item, action) for item in value]
+    return [_one(value, action)] if many else _one(value, action)
 
 
-def _one(text, action: argparse.Action, parser: argparse.ArgumentParser):
+def _one(text, action: argparse.Action):
     if not isinstance(text, str):
-        raise argparse.ArgumentError(action, f"{text!r} in a list: a value is needed")
+        raise ValueError(f"{text!r} in a list: a value is needed")
     if action.type is string_to_bool:
         text = {"on": "true", "off": "false"}.get(text.lower(), text)  # YAML's, and not the command line's
-    found = parser._get_value(action, text)
-    parser._check_value(action, found)
-    return found
+    reader = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    reader.add_argument("--value", type=action.type, choices=action.choices)
+    try:
+        return reader.parse_args([f"--value={text}"]).value
+    except argparse.ArgumentError as error:
+        raise ValueError(error.message) from None
 
 
 def kinds_of(options: type) -> dict[str, set]:

@@ -104,16 +104,26 @@ def _say(message: str) -> None:
     print(message, flush=True)
 
 
-def steps_in(checkpoint: str | Path) -> int:
-    """The optimizer steps that a checkpoint has behind it."""
-    return TrainerState.load_from_json(str(Path(checkpoint) / STATE)).global_step
+def state_in(checkpoint: str | Path) -> TrainerState:
+    """What the Trainer wrote of a run into a checkpoint."""
+    return TrainerState.load_from_json(str(Path(checkpoint) / STATE))
+
+
+def check_checkpoint(checkpoint: str | Path, training: TrainingOptions) -> None:
+    """Raises `ValueError` if the checkpoint is further than the run is to go, or its best one is not to be had."""
+    steps = state_in(checkpoint).global_step
+    if steps > training.max_steps:
+        raise ValueError(
+            f"max_steps={training.max_steps}: {str(checkpoint)!r} has {steps} steps already; ask for as many or more"
+        )
+    check_best(checkpoint, training)
 
 
 def check_best(checkpoint: str | Path, training: TrainingOptions) -> None:
     """Raises `ValueError` if the best checkpoint so far is not known, or not where the run left it."""
     if not training.load_best_model_at_end:
         return
-    state = TrainerState.load_from_json(str(Path(checkpoint) / STATE))
+    state = state_in(checkpoint)
     record = state.stateful_callbacks.get(Record.__name__, {}).get("attributes", {})
     points = [point for point in record.get("held_out", ()) if point["step"] > 0]
     lowest = min(points, key=lambda point: point["loss"], default=None)

@@ -17,48 +17,32 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from transformers import (
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainerCallback,
-    TrainerState,
-)
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from lighthouse.core.devices import device_name
 from lighthouse.core.settings import LighthouseSettings
 from lighthouse.huggingface import wrap
 from lighthouse.huggingface.steps import not_as_wished, not_ready
 from lighthouse.huggingface.switch import SwitchToDense
-from lighthouse.huggingface.trainer_state import STATE, best_checkpoint, step_of
+from lighthouse.huggingface.trainer_state import best_checkpoint, step_of
 from lighthouse.text import data
-from lighthouse.text.documents import TextLost
 from lighthouse.training import checkpoints, configuration
 from lighthouse.training.callbacks import Record, StopOnSignal
 from lighthouse.training.checks import check_followed, check_together, memory_of
+from lighthouse.training.ending import how_to_go_on, saying_how_to_go_on
 from lighthouse.training.form import form_of, found_by, tokens_per_step
 from lighthouse.training.memory import check_memory
 from lighthouse.training.model import check_head_dim, model_notes, model_of, new_config
 from lighthouse.training.options import WITHOUT_WARM_UP, PretrainOptions, TrainingOptions
-from lighthouse.training.result import (
-    RESULTS,
-    DiskFull,
-    HeldOut,
-    NotFinite,
-    PretrainResult,
-    Refused,
-    Stage,
-    Stopped,
-    TextFailed,
-    versions,
-)
+from lighthouse.training.result import RESULTS, DiskFull, HeldOut, PretrainResult, Refused, Stage, versions
 from lighthouse.training.resume import (
     FACTS,
     MODEL,
     SETTINGS,
-    check_best,
+    check_checkpoint,
     check_same,
     check_same_model,
-    steps_in,
+    state_in,
     what_is_new,
     what_is_there,
 )
@@ -96,7 +80,7 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether the checkpoint to go on from has all the steps, so that only the end is left to do."""
-        return self.checkpoint is not None and steps_in(self.checkpoint) == self.training.max_steps
+        return self.checkpoint is not None and state_in(self.checkpoint).global_step == self.training.max_steps
 
     @property
     def tokens_per_step(self) -> int:
@@ -119,7 +103,7 @@ class Run:
         lines = [str(self.corpus), *model_notes(options.model, options.context)]
         if self.checkpoint is not None:
             lines.append(f"Going on from {self.checkpoint}.")
-            planned = TrainerState.load_from_json(str(Path(self.checkpoint) / STATE)).max_steps
+            planned = state_in(self.checkpoint).max_steps
             if planned != steps:
                 what = "is the same" if self.training.lr_scheduler_type in WITHOUT_WARM_UP else "is now that of so many"
                 lines.append(f"max_steps was {planned:,}, is {steps:,}: the learning rate {what}.")
@@ -161,9 +145,9 @@ class Run:
         with ExitStack() as held:
             with self._begins(held):
                 trainer = self._trainer(record, stop, callbacks)
-            with self._ends(trainer):
+            with saying_how_to_go_on(trainer, self.folder):
                 if self.finished:
-                    trainer.state = TrainerState.load_from_json(str(Path(self.checkpoint) / STATE))
+                    trainer.state = state_in(self.checkpoint)
                     record.on_train_begin(self.training, trainer.state, trainer.control)
                 else:
                     with stop:
@@ -189,7 +173,7 @@ class Run:
             if main:
                 checkpoints.remove_unfinished(self.folder)
                 if self.checkpoint is not None:  # a kill may have come between a checkpoint and the removal of an older
-                    best = TrainerState.load_from_json(str(Path(self.checkpoint) / STATE)).best_model_checkpoint
+                    best = state_in(self.checkpoint).best_model_checkpoint
                     checkpoints.rotate(self.folder, self.training.save_total_limit, best)
                 self._write_settings()
         except Exception as error:
@@ -205,7 +189,9 @@ class Run:
             raise
         except KeyboardInterrupt:
             if main:
-                print(f"\nInterrupted ahead of the first step. {self._how_to_go_on()}", file=sys.stderr, flush=True)
+                print(
+                    f"\nInterrupted ahead of the first step. {how_to_go_on(self.folder)}", file=sys.stderr, flush=True
+                )
             raise
 
     def _take_folder(self, held: ExitStack) -> None:
@@ -264,43 +250,9 @@ class Run:
             stop=stop,
         )
 
-    @contextmanager
-    def _ends(self, trainer: Trainer):
-        """Says of a run that ends before its time where it can go on from."""
-        try:
-            yield
-        except BaseException as error:
-            with suppress(Exception):
-                trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)  # logs, the bar
-            main = trainer.is_world_process_zero()
-            if isinstance(error, NotFinite):
-                raise NotFinite(
-                    f"{error}. Nothing of it was saved. {self._how_to_go_on()} It meets the same rows again: with "
-                    "another learning_rate or max_grad_norm, or without these rows, it is another run, in another "
-                    "output_dir."
-                ) from None
-            if isinstance(error, TextLost):  # a worker's has its traceback in front
-                said = str(error).rpartition(f"{TextLost.__name__}: ")[2].strip()
-                how = f"{self._how_to_go_on()} It needs the text that the run began with."
-                raise TextFailed(f"{said.rstrip('.')}. {how}") from error
-            if isinstance(error, DiskFull):
-                raise DiskFull(f"{error} {self._how_to_go_on()}") from error.__cause__
-            if isinstance(error, OSError) and error.errno in checkpoints.NO_SPACE:  # of a log, say
-                raise DiskFull(f"{error}. {self._how_to_go_on()}") from error
-            if isinstance(error, (Stopped, KeyboardInterrupt)) and main:
-                what = error if isinstance(error, Stopped) else f"Interrupted behind step {trainer.state.global_step}."
-                print(f"\n{what} {self._how_to_go_on()}", file=sys.stderr, flush=True)
-            raise
-
-    def _how_to_go_on(self) -> str:
-        last = checkpoints.last_whole(self.folder)
-        if last is None:
-            return f"There is no whole checkpoint in {self.folder} yet: with --resume the same command begins again."
-        return f"The last whole checkpoint is {last}: the same command with --resume goes on from there."
-
     def _last_or_best(self) -> str:
         """Of a finished run, the checkpoint whose model is saved."""
-        state = TrainerState.load_from_json(str(Path(self.checkpoint) / STATE))
+        state = state_in(self.checkpoint)
         return str(best_checkpoint(state, self.training) or self.checkpoint)
 
     def _finish(self, trainer: RunTrainer, record: Record, keep_model: bool) -> PretrainResult:
@@ -411,10 +363,5 @@ def prepare(
         check_same(earlier, run.settings())
         run = replace(run, notes=tuple(what_is_new(earlier, run.settings())), earlier=earlier)
         if checkpoint is not None:
-            check_best(checkpoint, training)
-        if checkpoint is not None and steps_in(checkpoint) > training.max_steps:
-            raise ValueError(
-                f"max_steps={training.max_steps}: {checkpoint!r} has {steps_in(checkpoint)} steps already; "
-                "ask for as many or more"
-            )
+            check_checkpoint(checkpoint, training)
     return run
