@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, Lla
 
 from lighthouse.cli import main
 from lighthouse.core.method import Method
-from lighthouse.export import export as export_module
+from lighthouse.export import source as source_module
 from lighthouse.export.card import history_of_checkpoint
 from lighthouse.export.export import ExportFailed, export
 from lighthouse.huggingface import LighthouseCallback, state
@@ -174,7 +174,7 @@ def test_a_tokenizer_elsewhere_is_that_of_training_or_none(tmp_path):
 
     def found():
         history = history_of_checkpoint(checkpoint)
-        return export_module._tokenizer_of(checkpoint, history), history.doubts
+        return source_module.tokenizer_of(checkpoint, history), history.doubts
 
     tokenizer, doubts = found()
     assert tokenizer("the")["input_ids"][0] == 257 and not doubts
@@ -214,7 +214,7 @@ def test_a_run_that_has_gone_on_since_its_model_was_saved_is_said(run, tmp_path,
         shutil.copy(run / name, tmp_path)
     (tmp_path / "model").mkdir()
     later = shutil.copytree(run / "checkpoint-4", tmp_path / "checkpoint-9")
-    assert export_module._checkpoint_in(tmp_path) == tmp_path / "model"
+    assert source_module.checkpoint_in(tmp_path) == tmp_path / "model"
     assert f"gone on since its model was saved, after step 4; its last checkpoint: {later}" in caplog.text
 
 
@@ -333,7 +333,7 @@ def test_a_wrong_option_is_refused(places, monkeypatch, capsys, arguments, messa
 
 
 def test_a_run_not_at_its_end_gives_its_last_whole_checkpoint(places, caplog):
-    found = export_module._checkpoint_in(places / "damaged")
+    found = source_module.checkpoint_in(places / "damaged")
     assert found == places / "damaged" / "checkpoint-3" and "optimizer.pt is missing" in caplog.text
 
 
