@@ -21,9 +21,9 @@ namespace {
 constexpr int64_t kTokens = 32768, kHeads = 4, kHeadDim = 64;
 
 // A tensor without gaps, filled with small numbers.
-class Tensor {
+class Filled {
  public:
-  Tensor(DType dtype, int64_t length) : bytes_(static_cast<size_t>(kHeads * length * kHeadDim * size_of(dtype))) {
+  Filled(DType dtype, int64_t length) : bytes_(static_cast<size_t>(kHeads * length * kHeadDim * size_of(dtype))) {
     const std::array<int64_t, 4> sizes{1, kHeads, length, kHeadDim};
     view_ = {bytes_.data(), dtype, sizes, contiguous_strides(sizes)};
     uint32_t random = 1;
@@ -36,7 +36,9 @@ class Tensor {
       std::memcpy(bytes_.data() + i, &bits, static_cast<size_t>(size));
     }
   }
-  const View& view() const { return view_; }
+  operator View() const { return view_; }
+  operator ConstView() const { return view_; }
+  DType dtype() const { return view_.dtype; }
   double bytes() const { return static_cast<double>(bytes_.size()); }
   double at(int64_t i) const {
     uint32_t bits = 0;
@@ -50,7 +52,7 @@ class Tensor {
   View view_;
 };
 
-double dot(const Tensor& a, const Tensor& b) {
+double dot(const Filled& a, const Filled& b) {
   double sum = 0.0;
   for (int64_t i = 0; i < a.size(); ++i) sum += a.at(i) * b.at(i);
   return sum;
@@ -61,13 +63,14 @@ void check(bool holds, const char* what) {
 }
 
 struct Setup {
-  Plan plan = make_plan(1, kTokens, Pyramid::from_windows(std::array<int64_t, 3>{1, 4, 16}), TopK::share(1, 64));
-  Tensor query, key, value, grad_query, grad_key, grad_value;
-  Tensor query_sub, key_sub, value_sub;
+  Sequences sequences =
+      Sequences::of_rows(1, kTokens, {Pyramid::from_windows(std::array<int64_t, 3>{1, 4, 16}), TopK::share(1, 64)});
+  Filled query, key, value, grad_query, grad_key, grad_value;
+  Filled query_sub, key_sub, value_sub;
   std::vector<float> query_score = std::vector<float>(kHeads * kTokens), key_score = query_score;
   std::vector<uint8_t> mask = std::vector<uint8_t>(kHeads * kTokens);
   std::vector<int32_t> prefix = std::vector<int32_t>(kHeads * kTokens);
-  Selection selection{mask.data(), prefix.data(), kHeads};
+  Selection selection{sequences, kHeads, mask.data(), prefix.data()};
 
   explicit Setup(DType dtype)
       : query(dtype, kTokens),
@@ -76,31 +79,27 @@ struct Setup {
         grad_query(dtype, kTokens),
         grad_key(dtype, kTokens),
         grad_value(dtype, kTokens),
-        query_sub(dtype, plan.length()),
-        key_sub(dtype, plan.length()),
-        value_sub(dtype, plan.length()) {
+        query_sub(dtype, sequences.entries),
+        key_sub(dtype, sequences.entries),
+        value_sub(dtype, sequences.entries) {
     check_results(ThreadExecutor(1));
   }
 
   void score(const Executor& executor) {
-    cpu::score(query.view(), key.view(), query_score.data(), key_score.data(), executor);
+    cpu::run(ScoreArgs{query, key, query_score.data(), key_score.data()}, executor);
   }
   void select(const Executor& executor) {
-    cpu::select(plan, query_score.data(), key_score.data(), selection, executor);
+    cpu::run(SelectArgs{query_score.data(), key_score.data(), selection}, executor);
   }
   void gather(const Executor& executor) {
-    cpu::gather(plan.layout, query.view(), key.view(), value.view(), selection, query_sub.view(), key_sub.view(),
-                value_sub.view(), executor);
+    cpu::run(GatherArgs{query, key, value, selection, query_sub, key_sub, value_sub}, executor);
   }
   void gather_backward(const Executor& executor) {
-    cpu::gather_backward(plan.layout, query_sub.view(), key_sub.view(), value_sub.view(), selection, grad_query.view(),
-                         grad_key.view(), grad_value.view(), executor);
+    cpu::run(GatherBackwardArgs{query_sub, key_sub, value_sub, selection, grad_query, grad_key, grad_value}, executor);
   }
-  void scatter(const Executor& executor) {
-    cpu::scatter(plan.layout, query_sub.view(), selection, grad_query.view(), executor);
-  }
+  void scatter(const Executor& executor) { cpu::run(ScatterArgs{query_sub, selection, grad_query}, executor); }
   void scatter_backward(const Executor& executor) {
-    cpu::scatter_backward(plan.layout, query.view(), selection, query_sub.view(), executor);
+    cpu::run(ScatterBackwardArgs{query, selection, query_sub}, executor);
   }
 
   double whole() const { return query.bytes(); }
@@ -111,7 +110,7 @@ struct Setup {
  private:
   // <gather x, gather x> == <x, gather_backward gather x>, and so for scatter_backward: all linear, all adjoint.
   void check_results(const Executor& executor) {
-    const double tolerance = query.view().dtype == DType::float32 ? 1e-5 : 1e-2;
+    const double tolerance = query.dtype() == DType::float32 ? 1e-5 : 1e-2;
     const auto adjoint = [&](const char* what) {
       const double forth = dot(query_sub, query_sub);
       const double back = dot(query, grad_query);
@@ -122,7 +121,7 @@ struct Setup {
     for (int64_t d = 0; d < kHeadDim; ++d) square += query.at(d) * query.at(d);
     check(std::abs(query_score[0] - std::sqrt(square)) < 1e-4, "score");
     select(executor);
-    cpu::check_selection(plan.layout, selection, executor);
+    cpu::check_selection(selection, executor);
     gather(executor);
     gather_backward(executor);
     adjoint("gather, gather_backward");

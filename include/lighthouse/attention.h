@@ -1,4 +1,5 @@
-// The whole method on plain arrays: choose, attend within the sub-sequence by a function of the caller's, write back.
+// The whole method on the CPU, on plain arrays in host memory: choose, attend within the sub-sequence by a function of
+// the caller's, write back.
 #pragma once
 
 #include <functional>
@@ -7,17 +8,28 @@
 
 #include "lighthouse/cpu.h"
 
-namespace lighthouse {
+namespace lighthouse::cpu {
 
 // Plain causal attention on [batch, heads, entries, head_dim]; key and value may have fewer heads. What the two share
 // (log-sum-exp, say) is theirs to keep.
-struct InnerAttention {
-  std::function<void(const ConstView& query, const ConstView& key, const ConstView& value, const View& output)> forward;
-  std::function<void(const ConstView& query, const ConstView& key, const ConstView& value, const ConstView& output,
-                     const ConstView& grad_output, const View& grad_query, const View& grad_key,
-                     const View& grad_value)>
-      backward;
+struct InnerArgs {
+  ConstView query, key, value;
+  View output;
 };
+
+struct InnerBackwardArgs {
+  ConstView query, key, value, output, grad_output;
+  View grad_query, grad_key, grad_value;
+};
+
+struct InnerAttention {
+  std::function<void(const InnerArgs&)> forward;
+  std::function<void(const InnerBackwardArgs&)> backward;
+};
+
+// A causal attention to pass in: any dtype, one row of weights at a time, written to be plain, not fast.
+// scale 0 means 1/sqrt(head_dim).
+InnerAttention causal_attention(const Executor& executor, double scale = 0.0);
 
 // Scores of the caller's own in place of the norms: [rows, Hkv, tokens] float32 without gaps.
 struct Scores {
@@ -25,22 +37,26 @@ struct Scores {
   const float* key = nullptr;
 };
 
+// query and output [rows, Hq, tokens, D], key and value [rows, Hkv, tokens, D].
+struct AttentionArgs {
+  Sequences sequences;
+  ConstView query, key, value;
+  View output;
+  InnerAttention inner;
+  std::optional<Scores> scores = std::nullopt;
+};
+
+// The three gradients are filled in whatever strides they have.
+struct AttentionBackwardArgs {
+  ConstView grad_output;
+  View grad_query, grad_key, grad_value;
+};
+
 // What the backward needs: the sub-sequence's tensors, the mask and the prefix. Nothing as long as the input.
 class AttentionState;
 
-// query [rows, Hq, tokens, D], key and value [rows, Hkv, tokens, D], output like query. `executor` and what `inner`
-// refers to must outlive the state.
-std::shared_ptr<const AttentionState> attention_forward(const Plan& plan, const ConstView& query, const ConstView& key,
-                                                        const ConstView& value, const View& output,
-                                                        const InnerAttention& inner, const Executor& executor,
-                                                        std::optional<Scores> scores = std::nullopt);
+// `executor` and what `args.inner` refers to must outlive the state.
+std::shared_ptr<const AttentionState> attention_forward(const AttentionArgs& args, const Executor& executor);
+void attention_backward(const AttentionState& state, const AttentionBackwardArgs& args);
 
-// Fills the three gradients, in whatever strides they have.
-void attention_backward(const AttentionState& state, const ConstView& grad_output, const View& grad_query,
-                        const View& grad_key, const View& grad_value);
-
-// A causal attention for the CPU to pass in: any dtype, one row of weights at a time, written to be plain, not fast.
-// scale 0 means 1/sqrt(head_dim).
-InnerAttention causal_attention(const Executor& executor, double scale = 0.0);
-
-}  // namespace lighthouse
+}  // namespace lighthouse::cpu

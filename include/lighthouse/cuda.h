@@ -1,4 +1,4 @@
-// The four verbs of the method on a CUDA device, and the gradients of two of them: cpu.h on device memory.
+// The verbs on a CUDA device: cpu.h on device memory.
 //
 // Everything is enqueued on the caller's stream and device; nothing synchronises, allocates or uses atomics, so the
 // calls can be captured into a graph and give the same bits on every run. float32, bfloat16 and float16; head_dim a
@@ -8,40 +8,32 @@
 
 #include <cstdint>
 
-#include "lighthouse/plan.h"
-#include "lighthouse/selection.h"
-#include "lighthouse/view.h"
+#include "lighthouse/verbs.h"
 
 namespace lighthouse::cuda {
 
+inline constexpr int64_t kHeadDimStep = 8, kMaxHeadDim = 256;
+
 using Stream = void*;  // a cudaStream_t
 
-// Scratch memory of the caller's, at least as many bytes as the function of the same name with _workspace says.
+// Scratch memory of the caller's: at least workspace_bytes of the same arguments.
 struct Workspace {
   void* data = nullptr;
   int64_t bytes = 0;
 };
 
-void score(const ConstView& query, const ConstView& key, float* query_score, float* key_score, Stream stream);
+int64_t workspace_bytes(const SelectArgs& args);
+int64_t workspace_bytes(const GatherArgs& args);
+int64_t workspace_bytes(const ScatterBackwardArgs& args);
+constexpr int64_t workspace_bytes(const ScoreArgs&) { return 0; }
+constexpr int64_t workspace_bytes(const GatherBackwardArgs&) { return 0; }
+constexpr int64_t workspace_bytes(const ScatterArgs&) { return 0; }
 
-int64_t select_workspace(const Plan& plan, int64_t kv_heads);
-void select(const Plan& plan, const float* query_score, const float* key_score, const Selection& selection,
-            const Workspace& workspace, Stream stream);
-
-int64_t gather_workspace(const Layout& layout, const ConstView& query, const ConstView& key);
-void gather(const Layout& layout, const ConstView& query, const ConstView& key, const ConstView& value,
-            const ConstSelection& selection, const View& query_sub, const View& key_sub, const View& value_sub,
-            const Workspace& workspace, Stream stream);
-
-void gather_backward(const Layout& layout, const ConstView& grad_query_sub, const ConstView& grad_key_sub,
-                     const ConstView& grad_value_sub, const ConstSelection& selection, const View& grad_query,
-                     const View& grad_key, const View& grad_value, Stream stream);
-
-void scatter(const Layout& layout, const ConstView& output_sub, const ConstSelection& selection, const View& output,
-             Stream stream);
-
-int64_t scatter_backward_workspace(const Layout& layout, const ConstView& grad_output);
-void scatter_backward(const Layout& layout, const ConstView& grad_output, const ConstSelection& selection,
-                      const View& grad_output_sub, const Workspace& workspace, Stream stream);
+void run(const ScoreArgs& args, const Workspace& workspace, Stream stream);
+void run(const SelectArgs& args, const Workspace& workspace, Stream stream);
+void run(const GatherArgs& args, const Workspace& workspace, Stream stream);
+void run(const GatherBackwardArgs& args, const Workspace& workspace, Stream stream);
+void run(const ScatterArgs& args, const Workspace& workspace, Stream stream);
+void run(const ScatterBackwardArgs& args, const Workspace& workspace, Stream stream);
 
 }  // namespace lighthouse::cuda

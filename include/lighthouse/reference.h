@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "lighthouse/plan.h"
+#include "lighthouse/sequences.h"
 
 namespace lighthouse::reference {
 
@@ -23,19 +23,26 @@ struct Shape {
 };
 
 // Norms as float32, a group's maximum for the query.
-void score(const Plan& plan, const Shape& shape, const double* query, const double* key, float* query_score,
+void score(const Sequences& sequences, const Shape& shape, const double* query, const double* key, float* query_score,
            float* key_score);
 
-// The entries of one sequence in causal order, for one key-value head. Scores: [tokens] of that row and head.
-std::vector<Entry> select(const Plan& plan, const float* query_score, const float* key_score);
+// The entries of one sequence in causal order, for one key-value head. Scores: of its first token and on.
+std::vector<Entry> select(const Method& method, const Sequence& sequence, const float* query_score,
+                          const float* key_score);
 
-// Lighthouse attention with the choice made from the given scores; scale 0 means 1/sqrt(D).
-void attention(const Plan& plan, const Shape& shape, const double* query, const double* key, const double* value,
-               const float* query_score, const float* key_score, double scale, double* output);
+struct AttentionArgs {
+  Sequences sequences;
+  Shape shape;
+  const double *query, *key, *value;
+  const float *query_score, *key_score;
+  double scale = 0.0;  // 0 means 1/sqrt(D)
+};
+
+// Lighthouse attention with the choice made from the given scores.
+void attention(const AttentionArgs& args, double* output);
 
 // Its gradients, by the chain rule over the same loops.
-void attention_backward(const Plan& plan, const Shape& shape, const double* query, const double* key,
-                        const double* value, const float* query_score, const float* key_score, double scale,
-                        const double* grad_output, double* grad_query, double* grad_key, double* grad_value);
+void attention_backward(const AttentionArgs& args, const double* grad_output, double* grad_query, double* grad_key,
+                        double* grad_value);
 
 }  // namespace lighthouse::reference

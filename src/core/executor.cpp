@@ -1,3 +1,6 @@
+// Threads started for each call, each with one piece. What a piece throws is kept until all have ended: a thread that
+// an exception leaves ends the process.
+
 #include "lighthouse/executor.h"
 
 #include <algorithm>

@@ -1,3 +1,5 @@
+// Names and sizes of the element types. A new one is added here, in both `visit`s and to the rows.
+
 #include "lighthouse/view.h"
 
 namespace lighthouse {

@@ -1,3 +1,5 @@
+// Which instruction set is in use: asked of the CPU once, at the first call. All of them give the same bits.
+
 #include "cpu/rows.h"
 
 namespace lighthouse::cpu {

@@ -1,3 +1,5 @@
+// The row functions compiled for AVX2 (cmake sets the flags); nothing inline from outside may be called here.
+
 #include "cpu/rows_kernels.h"
 
 namespace lighthouse::cpu {

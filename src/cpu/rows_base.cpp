@@ -1,3 +1,5 @@
+// The row functions compiled for any CPU.
+
 #include "cpu/rows_kernels.h"
 
 namespace lighthouse::cpu {

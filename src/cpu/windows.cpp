@@ -1,3 +1,6 @@
+// The two walks over windows (windows.h): a piece of work is some whole coarsest windows of one head of one sequence.
+// Counted in units u = token + reach, so that no entry's sum and no token is shared between pieces.
+
 #include "cpu/windows.h"
 
 #include <algorithm>
@@ -10,13 +13,7 @@
 namespace lighthouse::cpu {
 namespace {
 
-constexpr int64_t kTokensPerBlock = 64;  // at least; enough to make a piece of work worth its start
-
-// Tokens that one piece of work covers, in units u = token + reach: whole coarsest windows, so that no entry's sum
-// and no token is shared between pieces.
-int64_t block_length(const Pyramid& pyramid) {
-  return rules::ceil_div(kTokensPerBlock, pyramid.coarsest()) * pyramid.coarsest();
-}
+constexpr int64_t kTokensPerWalk = 64;  // at least; enough to make a piece of work worth its start
 
 // Mask and prefix of one sequence and key-value head.
 struct Choice {
@@ -37,25 +34,25 @@ struct Choice {
 
 // The rows of one head of a view.
 template <class T>
-struct Rows {
+struct HeadRows {
   T* data;
   int64_t stride;
   T* operator[](int64_t row) const { return data + row * stride; }
 };
 
 template <class T>
-Rows<const T> rows_of(const ConstView& view, int64_t row, int64_t head, int64_t first) {
+HeadRows<const T> rows_of(const ConstView& view, int64_t row, int64_t head, int64_t first) {
   return {row_at<T>(view, row, head, first), view.strides[2]};
 }
 
 template <class T>
-Rows<T> rows_of(const View& view, int64_t row, int64_t head, int64_t first) {
+HeadRows<T> rows_of(const View& view, int64_t row, int64_t head, int64_t first) {
   return {row_at<T>(view, row, head, first), view.strides[2]};
 }
 
 template <class T>
-AccumulatorOf<T> divisor(WindowRule rule, int64_t window) {
-  return rule.weight == Weight::mean ? static_cast<AccumulatorOf<T>>(window) : 1;
+AccumulatorOf<T> divisor(rules::WindowRule rule, int64_t window) {
+  return rule.mean ? static_cast<AccumulatorOf<T>>(window) : 1;
 }
 
 // Sums the windows of one head within units [begin, end).
@@ -64,14 +61,14 @@ class WindowSummer {
   using A = AccumulatorOf<T>;
 
  public:
-  WindowSummer(const Pyramid& pyramid, WindowRule rule, int64_t head_dim)
+  WindowSummer(const Pyramid& pyramid, rules::WindowRule rule, int64_t head_dim)
       : pyramid_(pyramid),
         rule_(rule),
         n_(head_dim),
         piece_(pyramid.levels > 1 ? rules::piece_length(pyramid.windows[1], rules::kLongestSum) : 0),
         sums_(static_cast<size_t>(pyramid.levels * head_dim)) {}
 
-  void run(const Choice& choice, Rows<const T> tokens, Rows<T> entries, int64_t begin, int64_t end) {
+  void run(const Choice& choice, HeadRows<const T> tokens, HeadRows<T> entries, int64_t begin, int64_t end) {
     const int64_t shift = static_cast<int64_t>(rule_.reach);
     const int64_t step = pyramid_.levels > 1 ? pyramid_.windows[1] : end - begin;
     for (int64_t u = begin; u < end; u += step) {
@@ -98,7 +95,7 @@ class WindowSummer {
  private:
   A* sum(int level) { return sums_.data() + level * n_; }
 
-  void add_in_pieces(Rows<const T> tokens, int64_t first, int64_t last, int64_t shift) {
+  void add_in_pieces(HeadRows<const T> tokens, int64_t first, int64_t last, int64_t shift) {
     while (first < last) {
       const int64_t next = std::min(last, ((first + shift) / piece_ + 1) * piece_ - shift);
       row_.add_rows(sum(0), tokens[first], tokens.stride, next - first, n_);
@@ -109,7 +106,7 @@ class WindowSummer {
   }
 
   // Writes out and passes on every window that ends at unit `at`; at the last one also those cut short.
-  void finish_windows(const Choice& choice, Rows<T> entries, int64_t at, bool last) {
+  void finish_windows(const Choice& choice, HeadRows<T> entries, int64_t at, bool last) {
     for (int level = 1; level < pyramid_.levels; ++level) {
       const int64_t window = pyramid_.windows[level];
       if (at % window != 0 && !last) return;
@@ -123,7 +120,7 @@ class WindowSummer {
   }
 
   const Pyramid& pyramid_;
-  WindowRule rule_;
+  rules::WindowRule rule_;
   int64_t n_;
   int64_t piece_;        // of a window of level 1
   std::vector<A> sums_;  // [levels, head_dim]; the open window of each level, of 0 its piece; zero between runs
@@ -136,14 +133,14 @@ class WindowSpreader {
   using A = AccumulatorOf<T>;
 
  public:
-  WindowSpreader(const Pyramid& pyramid, WindowRule rule, int64_t head_dim)
+  WindowSpreader(const Pyramid& pyramid, rules::WindowRule rule, int64_t head_dim)
       : pyramid_(pyramid),
         rule_(rule),
         n_(head_dim),
         bases_(static_cast<size_t>((pyramid.levels + 1) * head_dim)),
         narrowed_(static_cast<size_t>(head_dim)) {}
 
-  void run(const Choice& choice, Rows<const T> entries, Rows<T> tokens, int64_t begin, int64_t end) {
+  void run(const Choice& choice, HeadRows<const T> entries, HeadRows<T> tokens, int64_t begin, int64_t end) {
     const int64_t shift = static_cast<int64_t>(rule_.reach);
     const int64_t first = std::max<int64_t>(0, begin - shift);
     const int64_t last = std::min(choice.tokens, end - shift);
@@ -167,7 +164,7 @@ class WindowSpreader {
  private:
   // base_[l] is the sum of what levels l and coarser give to this token; made anew from the coarsest level whose
   // window begins here.
-  void refresh(const Choice& choice, Rows<const T> entries, int64_t token, bool all) {
+  void refresh(const Choice& choice, HeadRows<const T> entries, int64_t token, bool all) {
     const int64_t u = token + static_cast<int64_t>(rule_.reach);
     int level = pyramid_.levels - 1;
     if (!all) {
@@ -188,7 +185,7 @@ class WindowSpreader {
   }
 
   const Pyramid& pyramid_;
-  WindowRule rule_;
+  rules::WindowRule rule_;
   int64_t n_;
   std::vector<A> bases_;     // [levels + 1, head_dim]; the last is zero
   std::vector<T> narrowed_;  // base_[1] in the stored type
@@ -196,65 +193,66 @@ class WindowSpreader {
   const RowFunctions<T>& row_ = rows().of<T>();
 };
 
-// Calls body(tensor, sequence, head, begin, end) for every block of every head of every tensor, in parallel.
-template <class Tensors, class Body>
-void for_each_block(const Layout& layout, WindowRule rule, const Tensors& tensors, const Executor& executor,
-                    const Body& body) {
-  const int64_t length = block_length(layout.pyramid);
-  const int64_t blocks = rules::ceil_div(layout.tokens + static_cast<int64_t>(rule.reach), length);
+// For a thread's part of the work calls body(for_each): for_each(work) calls work(pair, sequence, head, choice, begin,
+// end) for every piece of it.
+template <class Body>
+void for_each_piece(std::span<const Pair> pairs, const ConstSelection& selection, rules::Reach reach,
+                    const Executor& executor, const Body& body) {
+  const Sequences& sequences = selection.sequences;
+  const int64_t coarsest = sequences.method.pyramid.coarsest();
+  const int64_t length = rules::ceil_div(kTokensPerWalk, coarsest) * coarsest;
   int64_t heads = 0;
-  for (const auto& tensor : tensors) heads += tensor.tokens.heads();
-  const int64_t numbers = std::min(length, layout.tokens) * tensors[0].tokens.head_dim();
+  for (const Pair& pair : pairs) heads += pair.source.heads();
+  const Pieces pieces = sequences.pieces(
+      [&](int64_t index) { return rules::pieces_of(sequences.at(index).tokens, reach, length) * heads; });
+  const int64_t numbers = std::min(length, sequences.longest()) * pairs[0].source.head_dim();
   const int64_t grain = std::max<int64_t>(1, kNumbersPerPiece / numbers);
-  executor.parallel_for(0, layout.sequences() * heads * blocks, grain, [&](int64_t first, int64_t last) {
+  executor.parallel_for(0, pieces.total(), grain, [&](int64_t first, int64_t last) {
     body([&](const auto& work) {
       for (int64_t item = first; item < last; ++item) {
+        const auto [index, piece] = pieces.at(item);
+        const Sequence sequence = sequences.at(index);
         // Heads change fastest: rows of all heads of a token are often neighbours in memory.
-        const Sequence sequence = layout.sequence(item / (heads * blocks));
-        int64_t head = item % heads;
-        size_t tensor = 0;
-        while (head >= tensors[tensor].tokens.heads()) head -= tensors[tensor++].tokens.heads();
-        const int64_t begin = item / heads % blocks * length;
-        work(tensors[tensor], sequence, head, begin, begin + length);
+        int64_t head = piece % heads;
+        size_t which = 0;
+        while (head >= pairs[which].source.heads()) head -= pairs[which++].source.heads();
+        const int64_t group = pairs[which].source.heads() / selection.kv_heads;
+        const int64_t start = selection.start(sequence, head / group);
+        const int64_t begin = piece / heads * length;
+        work(pairs[which], sequence, head, Choice{selection.mask + start, selection.prefix + start, sequence.tokens},
+             begin, begin + length);
       }
     });
   });
 }
 
-Choice choice_of(const Layout& layout, const ConstSelection& selection, const Sequence& sequence, int64_t head,
-                 int64_t heads) {
-  const int64_t kv_head = head / (heads / selection.kv_heads);
-  const int64_t start = (sequence.row * selection.kv_heads + kv_head) * layout.tokens + sequence.token_offset;
-  return {selection.mask + start, selection.prefix + start, sequence.tokens};
-}
-
 }  // namespace
 
-void sum_windows(const Layout& layout, WindowRule rule, std::span<const TokensToEntries> tensors,
-                 const ConstSelection& selection, const Executor& executor) {
-  visit(tensors[0].tokens.dtype, [&](auto* type) {
+void sum_windows(std::span<const Pair> pairs, const ConstSelection& selection, rules::WindowRule rule,
+                 const Executor& executor) {
+  visit(pairs[0].source.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    for_each_block(layout, rule, tensors, executor, [&](const auto& each) {
-      WindowSummer<T> summer(layout.pyramid, rule, tensors[0].tokens.head_dim());
-      each([&](const TokensToEntries& tensor, const Sequence& sequence, int64_t head, int64_t begin, int64_t end) {
-        summer.run(choice_of(layout, selection, sequence, head, tensor.tokens.heads()),
-                   rows_of<T>(tensor.tokens, sequence.row, head, sequence.token_offset),
-                   rows_of<T>(tensor.entries, sequence.row, head, 0), begin, end);
+    for_each_piece(pairs, selection, rule.reach, executor, [&](const auto& for_each) {
+      WindowSummer<T> summer(selection.sequences.method.pyramid, rule, pairs[0].source.head_dim());
+      for_each([&](const Pair& pair, const Sequence& sequence, int64_t head, const Choice& choice, int64_t begin,
+                   int64_t end) {
+        summer.run(choice, rows_of<T>(pair.source, sequence.row, head, sequence.token_offset),
+                   rows_of<T>(pair.target, sequence.row, head, 0), begin, end);
       });
     });
   });
 }
 
-void spread_windows(const Layout& layout, WindowRule rule, std::span<const EntriesToTokens> tensors,
-                    const ConstSelection& selection, const Executor& executor) {
-  visit(tensors[0].tokens.dtype, [&](auto* type) {
+void spread_windows(std::span<const Pair> pairs, const ConstSelection& selection, rules::WindowRule rule,
+                    const Executor& executor) {
+  visit(pairs[0].source.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    for_each_block(layout, rule, tensors, executor, [&](const auto& each) {
-      WindowSpreader<T> spreader(layout.pyramid, rule, tensors[0].tokens.head_dim());
-      each([&](const EntriesToTokens& tensor, const Sequence& sequence, int64_t head, int64_t begin, int64_t end) {
-        spreader.run(choice_of(layout, selection, sequence, head, tensor.tokens.heads()),
-                     rows_of<T>(tensor.entries, sequence.row, head, 0),
-                     rows_of<T>(tensor.tokens, sequence.row, head, sequence.token_offset), begin, end);
+    for_each_piece(pairs, selection, rule.reach, executor, [&](const auto& for_each) {
+      WindowSpreader<T> spreader(selection.sequences.method.pyramid, rule, pairs[0].source.head_dim());
+      for_each([&](const Pair& pair, const Sequence& sequence, int64_t head, const Choice& choice, int64_t begin,
+                   int64_t end) {
+        spreader.run(choice, rows_of<T>(pair.source, sequence.row, head, 0),
+                     rows_of<T>(pair.target, sequence.row, head, sequence.token_offset), begin, end);
       });
     });
   });

@@ -14,7 +14,7 @@
 #include <type_traits>
 
 #include "core/require.h"
-#include "lighthouse/view.h"
+#include "lighthouse/cuda.h"
 #include "rules/strata.h"
 
 namespace lighthouse::cuda {
@@ -223,8 +223,8 @@ inline bool is_aligned(const ConstView& view) {
 }
 
 inline void check_head_dim(int64_t head_dim) {
-  require(head_dim % 8 == 0 && 8 <= head_dim && head_dim <= 256, "head_dim=", head_dim,
-          ": on a CUDA device a multiple of 8 up to 256 is needed");
+  require(head_dim % kHeadDimStep == 0 && kHeadDimStep <= head_dim && head_dim <= kMaxHeadDim, "head_dim=", head_dim,
+          ": on a CUDA device a multiple of ", kHeadDimStep, " up to ", kMaxHeadDim, " is needed");
 }
 
 // Calls function with the element type and the numbers per column that all the views' rows can be read in.

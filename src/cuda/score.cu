@@ -19,14 +19,14 @@ template <class T>
 constexpr int kColumn = 16 / sizeof(T);  // numbers of a row that a lane takes at once
 
 template <class T>
-struct Rows {
+struct RowsIn {
   const T* data;
   int64_t row, head, token;  // strides in elements
 };
 
 template <class T>
-struct Launch {
-  Rows<T> query, key;
+struct ScoreLaunch {
+  RowsIn<T> query, key;
   float* query_score;
   float* key_score;
   int64_t rows, kv_heads, tokens;
@@ -73,7 +73,7 @@ __device__ void norms(const T* first, int64_t step, int count, int columns, floa
 }
 
 template <class T, bool kAligned>
-__global__ void __launch_bounds__(kThreads) score_rows(const __grid_constant__ Launch<T> launch) {
+__global__ void __launch_bounds__(kThreads) score_rows(const __grid_constant__ ScoreLaunch<T> launch) {
   const int64_t head = blockIdx.x;
   const int64_t tokens_per_block = int64_t{blockDim.y} * kTokens;
   for (int64_t row = blockIdx.z; row < launch.rows; row += gridDim.z) {
@@ -107,20 +107,17 @@ __global__ void __launch_bounds__(kThreads) score_rows(const __grid_constant__ L
 
 }  // namespace
 
-void score(const ConstView& query, const ConstView& key, float* query_score, float* key_score, Stream stream) {
-  check_view("query", query, query);
-  check_view("key", key, query);
-  check_heads(query.heads(), key.heads());
-  check_sizes("key", key, query.batch(), key.heads(), query.tokens());
-  require(query_score != nullptr && key_score != nullptr, "scores have no data");
+void run(const ScoreArgs& args, const Workspace&, Stream stream) {
+  check(args);
+  const ConstView &query = args.query, &key = args.key;
   with_column(std::array{query, key}, [&]<class T, int kWidth>(T*, std::integral_constant<int, kWidth>) {
     const auto rows_of = [](const ConstView& view) {
-      return Rows<T>{static_cast<const T*>(view.data), view.strides[0], view.strides[1], view.strides[2]};
+      return RowsIn<T>{static_cast<const T*>(view.data), view.strides[0], view.strides[1], view.strides[2]};
     };
-    const Launch<T> launch{.query = rows_of(query),
+    const ScoreLaunch<T> launch{.query = rows_of(query),
                            .key = rows_of(key),
-                           .query_score = query_score,
-                           .key_score = key_score,
+                           .query_score = args.query_score,
+                           .key_score = args.key_score,
                            .rows = key.batch(),
                            .kv_heads = key.heads(),
                            .tokens = key.tokens(),

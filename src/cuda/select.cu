@@ -16,23 +16,18 @@ constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 constexpr int64_t kSharedCandidates = 2048;  // more than that are kept in the workspace
-constexpr int64_t kBytesPerCandidate = 12;   // two keys and a flag, and the next block's keys aligned
-constexpr int64_t kSharedTokens = 16384;     // whose mask is made in shared memory; of more, where it is returned
+constexpr int64_t kBytesPerCandidate = 12;   // two ranks and a flag, and the next block's ranks aligned
+constexpr int64_t kSharedTokens = 16384;     // whose mask is made in shared memory; larger strata make it in the output
 constexpr int kTokensPerThread = 8;          // whose places are counted together
 
-struct Launch {
-  Layout layout;
-  rules::Strata strata;
-  int64_t filled;  // strata that hold anything; one more block lays out the tail
-  int64_t kv_heads;
-  bool cover_start;
+struct SelectLaunch {
   const float* query_score;
   const float* key_score;
-  uint8_t* mask;
-  int32_t* prefix;
+  Selection selection;
+  Pieces pieces;       // a block each: for each head of a sequence the strata that hold anything, and the tail
   uint8_t* workspace;  // null: candidates are in shared memory
   int64_t capacity;    // candidates of one block
-  int64_t mask_bytes;  // of shared memory; 0: the mask is made where it is returned
+  int64_t mask_bytes;  // of shared memory; 0: the mask is made in the output
 };
 
 // Sums over the block. Two sets of slots take turns, so that one barrier per sum is enough.
@@ -111,32 +106,32 @@ class Counter {
 };
 
 struct Candidates {
-  uint32_t* query_keys;
-  uint32_t* key_keys;
+  uint32_t* query_ranks;
+  uint32_t* key_ranks;
   uint8_t* taken;
   int count;
 };
 
 // Takes the first `wanted` of the candidates not taken yet, in picking order.
-__device__ void pick(const uint32_t* keys, const Candidates& candidates, int wanted, Counter& counter) {
+__device__ void pick(const uint32_t* ranks, const Candidates& candidates, int wanted, Counter& counter) {
   if (wanted == 0) return;
   // Most often a thread has one candidate, and keeps it.
   const int mine = static_cast<int>(threadIdx.x);
   const bool open = mine < candidates.count && !candidates.taken[mine];
-  const uint32_t own = open ? keys[mine] : 0;
+  const uint32_t own = open ? ranks[mine] : 0;
   const auto for_each_open = [&](auto&& function) {
     if (open) function(own);
     for (int i = mine + kThreads; i < candidates.count; i += kThreads) {
-      if (!candidates.taken[i]) function(keys[i]);
+      if (!candidates.taken[i]) function(ranks[i]);
     }
   };
 
   // The highest threshold that enough candidates reach, two bits at a time. Scores are near one another: the bits that
   // all share are not searched.
   uint32_t all_of = ~0u, any_of = 0, common;
-  for_each_open([&](uint32_t key) {
-    all_of &= key;
-    any_of |= key;
+  for_each_open([&](uint32_t rank) {
+    all_of &= rank;
+    any_of |= rank;
   });
   const uint32_t differing = counter.differing(all_of, any_of, &common);
   int bits = 32 - __clz(static_cast<int>(differing));
@@ -144,9 +139,9 @@ __device__ void pick(const uint32_t* keys, const Candidates& candidates, int wan
   uint32_t threshold = bits == 32 ? 0 : common & ~((1u << bits) - 1u);
   for (int shift = bits - 2; shift >= 0; shift -= 2) {
     int reached[3] = {};
-    for_each_open([&](uint32_t key) {
+    for_each_open([&](uint32_t rank) {
 #pragma unroll
-      for (uint32_t i = 0; i < 3; ++i) reached[i] += key >= threshold + ((i + 1) << shift);
+      for (uint32_t i = 0; i < 3; ++i) reached[i] += rank >= threshold + ((i + 1) << shift);
     });
     counter.sums(reached);
     // Fewer reach a higher one.
@@ -157,33 +152,33 @@ __device__ void pick(const uint32_t* keys, const Candidates& candidates, int wan
 
   // All above it, and of those that equal it the first ones.
   int above = 0;
-  for_each_open([&](uint32_t key) { above += key > threshold; });
+  for_each_open([&](uint32_t rank) { above += rank > threshold; });
   int equal_wanted = wanted - counter.sum(above);
   for (int first = 0; first < candidates.count; first += kThreads) {
     const int i = first + mine;
     const bool still_open = i < candidates.count && !candidates.taken[i];
-    const bool equal = still_open && keys[i] == threshold;
+    const bool equal = still_open && ranks[i] == threshold;
     int equals;
     const int before = counter.before(equal, &equals);
-    if ((still_open && keys[i] > threshold) || (equal && before < equal_wanted)) candidates.taken[i] = 1;
+    if ((still_open && ranks[i] > threshold) || (equal && before < equal_wanted)) candidates.taken[i] = 1;
     equal_wanted -= equals;
   }
   __syncthreads();
 }
 
-// The largest score keys over a window of both kinds of scores.
-struct WindowKeys {
-  rules::ScoreKey query = 0, key = 0;
+// The largest ranks over a window of both kinds of scores.
+struct WindowRanks {
+  rules::Rank query = 0, key = 0;
 
   __device__ void take(float query_score, float key_score) {
-    query = max(query, rules::score_key(query_score));
-    key = max(key, rules::score_key(key_score));
+    query = max(query, rules::rank_of(query_score));
+    key = max(key, rules::rank_of(key_score));
   }
 };
 
 // In accesses of four scores where `by_four`: windows begin at multiples of 16 bytes.
-__device__ WindowKeys window_keys(const float* query_score, const float* key_score, int64_t window, bool by_four) {
-  WindowKeys largest;
+__device__ WindowRanks window_ranks(const float* query_score, const float* key_score, int64_t window, bool by_four) {
+  WindowRanks largest;
   if (by_four) {
 #pragma unroll 4
     for (int64_t i = 0; i < window; i += 4) {
@@ -249,35 +244,38 @@ __device__ void number_places(const uint8_t* made, uint8_t* mask, int32_t* prefi
   }
 }
 
-__global__ void __launch_bounds__(kThreads) select_stratum(const __grid_constant__ Launch launch) {
+__global__ void __launch_bounds__(kThreads) select_stratum(const __grid_constant__ SelectLaunch launch) {
   extern __shared__ __align__(16) uint8_t shared_memory[];  // the mask, then the candidates
   __shared__ int slots[Counter::kSlots];
   __shared__ int64_t parent_lists[2][rules::kParentsPerStratum];  // of the level above, and of this one
   Counter counter(slots);
 
-  const int64_t piece = int64_t{blockIdx.x} % (launch.filled + 1);
-  const int64_t row_and_head = int64_t{blockIdx.x} / (launch.filled + 1);
-  const Sequence sequence = launch.layout.sequence(row_and_head / launch.kv_heads);
-  const int64_t head = row_and_head % launch.kv_heads;
-  const int64_t start = (sequence.row * launch.kv_heads + head) * launch.layout.tokens + sequence.token_offset;
-  const Pyramid& pyramid = launch.layout.pyramid;
+  const Selection& selection = launch.selection;
+  const Method& method = selection.sequences.method;
+  const Pyramid& pyramid = method.pyramid;
+  const auto [index, piece] = launch.pieces.at(blockIdx.x);
+  const Sequence sequence = selection.sequences.at(index);
+  const Strata& strata = selection.sequences.strata(index);
+  const int64_t head = piece / (strata.filled + 1);
+  const int64_t which = piece - head * (strata.filled + 1);
+  const int64_t start = selection.start(sequence, head);
 
-  if (piece == launch.filled) {
-    const int64_t at = start + sequence.tokens - launch.strata.tail;
-    const int64_t place = sequence.entry_offset + launch.strata.tail_place();
-    for (int64_t i = threadIdx.x; i < launch.strata.tail; i += kThreads) {
-      launch.mask[at + i] = 1;
-      launch.prefix[at + i] = static_cast<int32_t>(place + i);
+  if (which == strata.filled) {
+    const int64_t at = start + sequence.tokens - strata.tail;
+    const int64_t place = sequence.entry_offset + rules::tail_place(strata);
+    for (int64_t i = threadIdx.x; i < strata.tail; i += kThreads) {
+      selection.mask[at + i] = 1;
+      selection.prefix[at + i] = static_cast<int32_t>(place + i);
     }
     return;
   }
 
-  const rules::Stratum stratum = launch.strata.at(piece);
+  const rules::Stratum stratum = rules::stratum_at(strata, which);
   const int64_t tokens = stratum.entries * pyramid.windows[pyramid.levels - 1];
   const int64_t at = start + stratum.first_entry * pyramid.windows[pyramid.levels - 1];
   const float* const query_score = launch.query_score + at;
   const float* const key_score = launch.key_score + at;
-  uint8_t* const mask = launch.mask_bytes > 0 ? shared_memory : launch.mask + at;
+  uint8_t* const mask = launch.mask_bytes > 0 ? shared_memory : selection.mask + at;
   const bool by_four = is_multiple(query_score, 16) && is_multiple(key_score, 16);
 
   uint8_t* memory = shared_memory + launch.mask_bytes;
@@ -302,12 +300,12 @@ __global__ void __launch_bounds__(kThreads) select_stratum(const __grid_constant
       uint8_t& byte = mask[rules::last_token(window, index)];
       byte = static_cast<uint8_t>(byte | 1u << level);
       if (choose) {
-        WindowKeys keys =
-            window_keys(query_score + index * window, key_score + index * window, window, by_four && window % 4 == 0);
-        if (launch.cover_start && stratum.first_entry == 0 && index == 0)
-          keys = {rules::kInfinityKey, rules::kInfinityKey};
-        candidates.query_keys[i] = rules::pick_key(keys.query);
-        candidates.key_keys[i] = rules::pick_key(keys.key);
+        WindowRanks ranks =
+            window_ranks(query_score + index * window, key_score + index * window, window, by_four && window % 4 == 0);
+        if (method.cover_start && stratum.first_entry == 0 && index == 0)
+          ranks = {rules::kInfinityRank, rules::kInfinityRank};
+        candidates.query_ranks[i] = rules::pick_rank(ranks.query);
+        candidates.key_ranks[i] = rules::pick_rank(ranks.key);
         candidates.taken[i] = 0;
       }
     }
@@ -315,8 +313,8 @@ __global__ void __launch_bounds__(kThreads) select_stratum(const __grid_constant
     if (level == 0) break;
     if (choose) {
       const int by_query = static_cast<int>(rules::parents_by_query(wanted));
-      pick(candidates.query_keys, candidates, by_query, counter);
-      pick(candidates.key_keys, candidates, wanted - by_query, counter);
+      pick(candidates.query_ranks, candidates, by_query, counter);
+      pick(candidates.key_ranks, candidates, wanted - by_query, counter);
     }
     // The parents, in order of their index.
     int64_t* next = parents == parent_lists[0] ? parent_lists[1] : parent_lists[0];
@@ -334,79 +332,63 @@ __global__ void __launch_bounds__(kThreads) select_stratum(const __grid_constant
     ratio = static_cast<int>(window / pyramid.windows[level - 1]);
     candidates.count = wanted * ratio;
   }
-  number_places(mask, launch.mask + at, launch.prefix + at, tokens, sequence.entry_offset + stratum.place, counter);
+  number_places(mask, selection.mask + at, selection.prefix + at, tokens, sequence.entry_offset + stratum.place, counter);
 }
 
-// The most candidates that any stratum has at any level where parents are chosen.
-int64_t most_candidates(const Plan& plan, const rules::Strata& strata) {
-  const Pyramid& pyramid = plan.layout.pyramid;
-  int64_t most = 1;
-  for (const auto& kind : strata.kinds) {
-    if (kind.count == 0) continue;
-    for (int level = 0; level < pyramid.levels; ++level) {
-      const int64_t chosen = rules::chosen_at_level(pyramid, kind.entries, kind.budget, level);
-      require(chosen <= 0x7FFFFFFF - kThreads, "a stratum of ", kind.entries,
-              " entries: choose more parents, select_topk is too small");
-      if (level > 0) most = std::max(most, chosen);
-    }
-  }
-  return rules::ceil_div(most, 4) * 4;
-}
-
-struct Shape {
-  rules::Strata strata;
-  int64_t filled, blocks, capacity;
+// What a launch needs besides its arguments.
+struct Sizing {
+  Pieces pieces;
+  int64_t capacity;
   bool fits;           // the candidates in shared memory
   int64_t mask_bytes;  // of shared memory
+  int64_t workspace_bytes() const { return fits ? 0 : pieces.total() * capacity * kBytesPerCandidate; }
 };
 
-Shape shape_of(const Plan& plan, int64_t kv_heads) {
-  const Layout& layout = plan.layout;
-  Shape shape{};
-  shape.strata = rules::make_strata(layout.pyramid, layout.tokens, plan.topk.parents(layout.tokens));
-  shape.filled = std::min(shape.strata.count, layout.tokens / layout.pyramid.coarsest());
-  shape.blocks = layout.sequences() * kv_heads * (shape.filled + 1);
-  shape.capacity = most_candidates(plan, shape.strata);
-  shape.fits = shape.capacity <= kSharedCandidates;
-  int64_t tokens = 0;
-  for (const auto& kind : shape.strata.kinds) {
-    if (kind.count > 0) tokens = std::max(tokens, kind.entries * layout.pyramid.coarsest());
-  }
-  shape.mask_bytes = tokens <= kSharedTokens ? rules::ceil_div(tokens, 16) * 16 : 0;
-  return shape;
+Sizing sizing_of(const Selection& selection) {
+  const Pyramid& pyramid = selection.sequences.method.pyramid;
+  int64_t candidates = 1;  // the most that any stratum has at any level where parents are chosen
+  int64_t tokens = 0;      // of the largest stratum
+  const Pieces pieces = selection.sequences.pieces([&](int64_t index) {
+    const Strata& strata = selection.sequences.strata(index);
+    for (const auto& kind : strata.kinds) {
+      if (kind.count == 0) continue;
+      tokens = std::max(tokens, kind.entries * pyramid.coarsest());
+      for (int level = 0; level < pyramid.levels; ++level) {
+        const int64_t chosen = rules::chosen_at_level(pyramid, kind.entries, kind.budget, level);
+        require(chosen <= 0x7FFFFFFF - kThreads, "a stratum of ", kind.entries,
+                " entries: choose more parents, select_topk is too small");
+        if (level > 0) candidates = std::max(candidates, chosen);
+      }
+    }
+    return selection.kv_heads * (strata.filled + 1);
+  });
+  const int64_t capacity = rules::ceil_div(candidates, 4) * 4;
+  return {.pieces = pieces,
+          .capacity = capacity,
+          .fits = capacity <= kSharedCandidates,
+          .mask_bytes = tokens <= kSharedTokens ? rules::ceil_div(tokens, 16) * 16 : 0};
 }
-
-int64_t workspace_of(const Shape& shape) { return shape.fits ? 0 : shape.blocks * shape.capacity * kBytesPerCandidate; }
 
 }  // namespace
 
-int64_t select_workspace(const Plan& plan, int64_t kv_heads) { return workspace_of(shape_of(plan, kv_heads)); }
+int64_t workspace_bytes(const SelectArgs& args) { return sizing_of(args.selection).workspace_bytes(); }
 
-void select(const Plan& plan, const float* query_score, const float* key_score, const Selection& selection,
-            const Workspace& workspace, Stream stream) {
-  require(selection.kv_heads >= 1, "kv_heads=", selection.kv_heads, ": at least one is needed");
-  require(query_score != nullptr && key_score != nullptr, "scores have no data");
-  require(selection.mask != nullptr && selection.prefix != nullptr, "selection has no data");
-  const Shape shape = shape_of(plan, selection.kv_heads);
-  require(shape.blocks <= 0x7FFFFFFF, "select_topk makes ", shape.blocks, " strata: more than one launch can take");
-  const int64_t needed = workspace_of(shape);
+void run(const SelectArgs& args, const Workspace& workspace, Stream stream) {
+  check(args);
+  const Sizing sizing = sizing_of(args.selection);
+  const int64_t blocks = sizing.pieces.total(), needed = sizing.workspace_bytes();
+  require(blocks <= 0x7FFFFFFF, "select_topk makes ", blocks, " strata: more than one launch can take");
   require(workspace.bytes >= needed, "workspace of ", workspace.bytes, " bytes: ", needed, " are needed");
-  const Launch launch{.layout = plan.layout,
-                      .strata = shape.strata,
-                      .filled = shape.filled,
-                      .kv_heads = selection.kv_heads,
-                      .cover_start = plan.cover_start,
-                      .query_score = query_score,
-                      .key_score = key_score,
-                      .mask = selection.mask,
-                      .prefix = selection.prefix,
-                      .workspace = shape.fits ? nullptr : static_cast<uint8_t*>(workspace.data),
-                      .capacity = shape.capacity,
-                      .mask_bytes = shape.mask_bytes};
-  const auto shared_bytes =
-      static_cast<unsigned>(shape.mask_bytes + (shape.fits ? shape.capacity * kBytesPerCandidate : 0));
-  select_stratum<<<static_cast<unsigned>(shape.blocks), kThreads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(
-      launch);
+  const SelectLaunch launch{.query_score = args.query_score,
+                            .key_score = args.key_score,
+                            .selection = args.selection,
+                            .pieces = sizing.pieces,
+                            .workspace = sizing.fits ? nullptr : static_cast<uint8_t*>(workspace.data),
+                            .capacity = sizing.capacity,
+                            .mask_bytes = sizing.mask_bytes};
+  const int64_t shared_bytes = sizing.mask_bytes + (sizing.fits ? sizing.capacity * kBytesPerCandidate : 0);
+  select_stratum<<<static_cast<unsigned>(blocks), kThreads, static_cast<size_t>(shared_bytes),
+                   static_cast<cudaStream_t>(stream)>>>(launch);
   check_launch("select");
 }
 

@@ -12,19 +12,19 @@ namespace {
 
 // Threads of a block: at least the columns of the longest row, 256 where a column is one number.
 constexpr int threads_of(int width) { return width == 1 ? 256 : 128; }
-constexpr int kTokensPerBlock = 512;    // at most: their choice is held in shared memory
+constexpr int kTokensHeld = 512;        // by a block at most: their choice is in shared memory
 constexpr int kRowsAhead = 4;           // loads in flight per thread
 constexpr int64_t kLongestSpread = 16;  // tokens that one thread writes
-static_assert(rules::kLongestPiece <= kTokensPerBlock, "a piece of a window is a unit");
+static_assert(rules::kLongestPiece <= kTokensHeld && rules::kLongestSum <= kTokensHeld, "a block holds a unit");
 
-// Blocks of 128 threads that a multiprocessor holds at least, which limits a thread's registers: every level's open sum
+// Minimum resident blocks of 128 threads per multiprocessor, which limits a thread's registers: every level's open sum
 // takes some.
 constexpr int blocks_that_sum(int levels) { return levels <= 2 ? 7 : levels == 3 ? 6 : 4; }
 constexpr int blocks_that_spread(int levels) { return levels <= 1 ? 8 : levels == 2 ? 6 : 4; }
 
-// One tensor of a launch; strides in elements.
+// A pair on the device; strides in elements.
 template <class T>
-struct Tensor {
+struct DevicePair {
   const T* source;
   T* target;
   int64_t source_row, source_head, source_token;
@@ -34,21 +34,18 @@ struct Tensor {
 };
 
 template <class T>
-struct Launch {
-  Tensor<T> tensors[kMaxTensors];
-  int heads;  // of all tensors together
-  Layout layout;
-  const uint8_t* mask;
-  const int32_t* prefix;
-  int64_t kv_heads;
+struct WindowsLaunch {
+  DevicePair<T> pairs[kMaxPairs];
+  int heads;  // of all pairs together
   rules::Reach reach;
   Divisor divisors[kMaxLevels];
-  int64_t units;  // of a sequence
-  int unit;       // tokens
+  Pieces units;
+  int unit;  // tokens
   int units_per_block;
   int inner;                // levels 1 to this one have windows that lie in one unit
   int windows[kMaxLevels];  // of the levels up to `inner`
-  float* sums;              // of each unit, [row, head, unit, head_dim]; null where no window is longer than a unit
+  float* sums;              // of each unit, [sequence, head, unit, head_dim]; null where no window is longer than a unit
+  ConstSelection selection;
 };
 
 // What a block needs to know of one of its tokens.
@@ -60,42 +57,42 @@ struct Token {
 
 template <class T>
 struct Block {
-  const Launch<T>& launch;
-  Tensor<T> tensor;
-  int head;         // of the tensor
-  int64_t sum_row;  // row and head among `sums`
+  const WindowsLaunch<T>& launch;
+  DevicePair<T> pair;
+  int head;           // of the pair
+  int64_t first_sum;  // of its sequence and head
   Sequence sequence;
   const uint8_t* mask;
   const int32_t* prefix;
 
-  __device__ Block(const Launch<T>& all, int64_t index) : launch(all), sequence(all.layout.sequence(index)) {
+  __device__ Block(const WindowsLaunch<T>& all, int64_t index)
+      : launch(all), sequence(all.selection.sequences.at(index)) {
     int which = 0;
     head = static_cast<int>(blockIdx.x);
-    while (head >= all.tensors[which].heads) head -= all.tensors[which++].heads;
-    tensor = all.tensors[which];
-    sum_row = index * all.heads + blockIdx.x;
-    const int64_t choice =
-        (sequence.row * all.kv_heads + head / tensor.group) * all.layout.tokens + sequence.token_offset;
-    mask = all.mask + choice;
-    prefix = all.prefix + choice;
+    while (head >= all.pairs[which].heads) head -= all.pairs[which++].heads;
+    pair = all.pairs[which];
+    first_sum = all.units.before(index) * all.heads + blockIdx.x * all.units.of(index);
+    const int64_t start = all.selection.start(sequence, head / pair.group);
+    mask = all.selection.mask + start;
+    prefix = all.selection.prefix + start;
   }
 
   // This thread's column of the first token, or of the first entry, of the row.
   template <int kWidth>
   __device__ const T* source(int64_t token_offset) const {
-    return tensor.source + sequence.row * tensor.source_row + head * tensor.source_head +
-           token_offset * tensor.source_token + threadIdx.x * kWidth;
+    return pair.source + sequence.row * pair.source_row + head * pair.source_head +
+           token_offset * pair.source_token + threadIdx.x * kWidth;
   }
   template <int kWidth>
   __device__ T* target(int64_t token_offset) const {
-    return tensor.target + sequence.row * tensor.target_row + head * tensor.target_head +
-           token_offset * tensor.target_token + threadIdx.x * kWidth;
+    return pair.target + sequence.row * pair.target_row + head * pair.target_head +
+           token_offset * pair.target_token + threadIdx.x * kWidth;
   }
 
   // The place of any entry, or -1 where it is not chosen.
   __device__ int64_t place(int level, int64_t index) const {
     if (index < 0) return -1;
-    const int64_t last = rules::last_token(launch.layout.pyramid.windows[level], index);
+    const int64_t last = rules::last_token(launch.selection.sequences.method.pyramid.windows[level], index);
     if (last >= sequence.tokens) return -1;
     const uint8_t bits = __ldg(mask + last);
     return rules::is_chosen(bits, level) ? rules::place(bits, __ldg(prefix + last), level) : -1;
@@ -119,15 +116,15 @@ struct Block {
 // kLevels: at least launch.inner.
 template <class T, int kWidth, int kLevels>
 __global__ void __launch_bounds__(threads_of(kWidth), blocks_that_sum(kLevels) * 128 / threads_of(kWidth))
-    sum_units(const __grid_constant__ Launch<T> launch) {
-  __shared__ Token tokens[kTokensPerBlock];
+    sum_units(const __grid_constant__ WindowsLaunch<T> launch) {
+  __shared__ Token tokens[kTokensHeld];
   const int shift = static_cast<int>(launch.reach);
   const bool at_end = launch.reach == rules::Reach::pooled;  // which token of a window holds its entry's choice
   const int own = threadIdx.y * launch.unit;                 // this thread's first token, among the block's
-  for (int64_t index = blockIdx.z; index < launch.layout.sequences(); index += gridDim.z) {
+  for (int64_t index = blockIdx.z; index < launch.selection.sequences.count(); index += gridDim.z) {
     const Block<T> block(launch, index);
     T* const target = block.template target<kWidth>(0);
-    for (int64_t unit = int64_t{blockIdx.y} * launch.units_per_block; unit < launch.units;
+    for (int64_t unit = int64_t{blockIdx.y} * launch.units_per_block; unit < launch.units.of(index);
          unit += int64_t{gridDim.y} * launch.units_per_block) {
       const int64_t first = unit * launch.unit - shift;
       block.read_choice(tokens, first, [&](int i, int64_t token) {
@@ -137,13 +134,13 @@ __global__ void __launch_bounds__(threads_of(kWidth), blocks_that_sum(kLevels) *
         while (edges < launch.inner && (i + 1) % launch.windows[edges + 1] == 0) ++edges;
         return edges;
       });
-      if (unit + threadIdx.y >= launch.units) continue;
+      if (unit + threadIdx.y >= launch.units.of(index)) continue;
 
       Sum<kWidth> open[kLevels + 1];  // of each level's window, as far as it has been read
       const auto close = [&](int level, int i) {
         const Token choice = tokens[at_end ? i : i - (i - own) % launch.windows[level]];
         if (rules::is_chosen(choice.mask, level)) {
-          store<T, kWidth>(target + rules::place(choice.mask, choice.prefix, level) * block.tensor.target_token,
+          store<T, kWidth>(target + rules::place(choice.mask, choice.prefix, level) * block.pair.target_token,
                            narrowed<T>(open[level] / launch.divisors[level]));
         }
       };
@@ -157,7 +154,7 @@ __global__ void __launch_bounds__(threads_of(kWidth), blocks_that_sum(kLevels) *
         for (int j = 0; j < kRowsAhead; ++j) {
           if (start + j < end) batch[j] = tokens[start + j];
           rows[j] = begin <= start + j && start + j < end ? load<T, kWidth>(row) : no_column<T, kWidth>();
-          row += block.tensor.source_token;
+          row += block.pair.source_token;
         }
 #pragma unroll
         for (int j = 0; j < kRowsAhead; ++j) {
@@ -165,7 +162,7 @@ __global__ void __launch_bounds__(threads_of(kWidth), blocks_that_sum(kLevels) *
           const Token token = batch[j];
           add(open[1], widened(rows[j]));
           if (rules::is_chosen(token.mask, 0)) {
-            store<T, kWidth>(target + rules::place(token.mask, token.prefix, 0) * block.tensor.target_token, rows[j]);
+            store<T, kWidth>(target + rules::place(token.mask, token.prefix, 0) * block.pair.target_token, rows[j]);
           }
           if (token.edges == 0) continue;
 #pragma unroll
@@ -181,7 +178,7 @@ __global__ void __launch_bounds__(threads_of(kWidth), blocks_that_sum(kLevels) *
       }
       if (launch.sums != nullptr) {
         float* const sums =
-            launch.sums + ((block.sum_row * launch.units + unit + threadIdx.y) * blockDim.x + threadIdx.x) * kWidth;
+            launch.sums + ((block.first_sum + unit + threadIdx.y) * blockDim.x + threadIdx.x) * kWidth;
 #pragma unroll
         for (int level = 1; level <= kLevels; ++level) {
           if (level == rules::larger(1, launch.inner)) {
@@ -197,18 +194,18 @@ __global__ void __launch_bounds__(threads_of(kWidth), blocks_that_sum(kLevels) *
 // A level with windows longer than a unit: each is the sum of those one level below, kept where its first unit was.
 template <class T, int kWidth>
 __global__ void __launch_bounds__(threads_of(kWidth))
-    sum_level(const __grid_constant__ Launch<T> launch, int level, int64_t units_per_child, int64_t children,
-              int64_t windows) {
-  for (int64_t index = blockIdx.z; index < launch.layout.sequences(); index += gridDim.z) {
+    sum_level(const __grid_constant__ WindowsLaunch<T> launch, int level, int64_t units_per_child, int64_t children,
+              const __grid_constant__ Pieces windows) {
+  for (int64_t index = blockIdx.z; index < launch.selection.sequences.count(); index += gridDim.z) {
     const Block<T> block(launch, index);
-    for (int64_t window = int64_t{blockIdx.y} * blockDim.y + threadIdx.y; window < windows;
+    for (int64_t window = int64_t{blockIdx.y} * blockDim.y + threadIdx.y; window < windows.of(index);
          window += int64_t{gridDim.y} * blockDim.y) {
       const int64_t first = window * children * units_per_child;
-      float* const sums = launch.sums + (block.sum_row * launch.units * blockDim.x + threadIdx.x) * kWidth;
+      float* const sums = launch.sums + (block.first_sum * blockDim.x + threadIdx.x) * kWidth;
       Sum<kWidth> sum;
       for (int64_t child = 0; child < children; ++child) {
         const int64_t unit = first + child * units_per_child;
-        if (unit >= launch.units) break;
+        if (unit >= launch.units.of(index)) break;
         Sum<kWidth> part;
 #pragma unroll
         for (int i = 0; i < kWidth; ++i) part.numbers[i] = sums[unit * blockDim.x * kWidth + i];
@@ -218,7 +215,7 @@ __global__ void __launch_bounds__(threads_of(kWidth))
       for (int i = 0; i < kWidth; ++i) sums[first * blockDim.x * kWidth + i] = sum.numbers[i];
       const int64_t place = block.place(level, window - static_cast<int>(launch.reach));
       if (place >= 0) {
-        store<T, kWidth>(block.template target<kWidth>(0) + place * block.tensor.target_token,
+        store<T, kWidth>(block.template target<kWidth>(0) + place * block.pair.target_token,
                          narrowed<T>(sum / launch.divisors[level]));
       }
     }
@@ -228,16 +225,16 @@ __global__ void __launch_bounds__(threads_of(kWidth))
 // kLevels: at least launch.inner.
 template <class T, int kWidth, int kLevels>
 __global__ void __launch_bounds__(threads_of(kWidth), blocks_that_spread(kLevels) * 128 / threads_of(kWidth))
-    spread_units(const __grid_constant__ Launch<T> launch) {
-  __shared__ Token tokens[kTokensPerBlock];
+    spread_units(const __grid_constant__ WindowsLaunch<T> launch) {
+  __shared__ Token tokens[kTokensHeld];
   const int shift = static_cast<int>(launch.reach);
   const bool at_end = launch.reach == rules::Reach::pooled;
   const int own = threadIdx.y * launch.unit;
-  const Pyramid& pyramid = launch.layout.pyramid;
-  for (int64_t index = blockIdx.z; index < launch.layout.sequences(); index += gridDim.z) {
+  const Pyramid& pyramid = launch.selection.sequences.method.pyramid;
+  for (int64_t index = blockIdx.z; index < launch.selection.sequences.count(); index += gridDim.z) {
     const Block<T> block(launch, index);
     const T* const source = block.template source<kWidth>(0);
-    for (int64_t unit = int64_t{blockIdx.y} * launch.units_per_block; unit < launch.units;
+    for (int64_t unit = int64_t{blockIdx.y} * launch.units_per_block; unit < launch.units.of(index);
          unit += int64_t{gridDim.y} * launch.units_per_block) {
       const int64_t first = unit * launch.unit - shift;
       block.read_choice(tokens, first, [&](int i, int64_t) {
@@ -245,10 +242,10 @@ __global__ void __launch_bounds__(threads_of(kWidth), blocks_that_spread(kLevels
         while (edges < launch.inner && i % launch.windows[edges + 1] == 0) ++edges;
         return edges;
       });
-      if (unit + threadIdx.y >= launch.units) continue;
+      if (unit + threadIdx.y >= launch.units.of(index)) continue;
 
       const auto entry = [&](const Token& choice, int level) {
-        return load<T, kWidth>(source + rules::place(choice.mask, choice.prefix, level) * block.tensor.source_token);
+        return load<T, kWidth>(source + rules::place(choice.mask, choice.prefix, level) * block.pair.source_token);
       };
       const int begin = rules::larger(own, -first);
       const int end = rules::smaller(own + launch.unit, block.sequence.tokens - first);
@@ -259,7 +256,7 @@ __global__ void __launch_bounds__(threads_of(kWidth), blocks_that_spread(kLevels
             block.place(level, rules::entry_reaching(launch.reach, pyramid.windows[level], first + begin));
         if (at >= 0) {
           add(above[kLevels + 1],
-              widened(load<T, kWidth>(source + at * block.tensor.source_token)) / launch.divisors[level]);
+              widened(load<T, kWidth>(source + at * block.pair.source_token)) / launch.divisors[level]);
         }
       }
 #pragma unroll
@@ -305,7 +302,7 @@ __global__ void __launch_bounds__(threads_of(kWidth), blocks_that_spread(kLevels
           } else if (begin <= start + j) {
             store<T, kWidth>(row, coarse);
           }
-          row += block.tensor.target_token;
+          row += block.pair.target_token;
         }
       }
     }
@@ -327,50 +324,48 @@ Cut cut_into_units(const Pyramid& pyramid, int64_t longest) {
   return {unit, unit == pyramid.windows[1] ? 1 : 0};
 }
 
-int64_t units_of(const Layout& layout, WindowRule rule, int64_t unit) {
-  return rules::ceil_div(layout.tokens + static_cast<int64_t>(rule.reach), unit);
+Pieces cut_by(const Sequences& sequences, rules::Reach reach, int64_t length) {
+  return sequences.pieces([&](int64_t index) { return rules::pieces_of(sequences.at(index).tokens, reach, length); });
 }
 
 template <class T, int kWidth>
-Launch<T> make_launch(const Layout& layout, WindowRule rule, const Cut& cut, const Pair* pairs, int count,
-                      const ConstSelection& selection) {
+WindowsLaunch<T> make_launch(std::span<const Pair> pairs, const ConstSelection& selection, rules::WindowRule rule,
+                             const Cut& cut) {
   const int64_t columns = pairs[0].source.head_dim() / kWidth;
-  Launch<T> launch{};
-  launch.layout = layout;
-  launch.mask = selection.mask;
-  launch.prefix = selection.prefix;
-  launch.kv_heads = selection.kv_heads;
+  const Pyramid& pyramid = selection.sequences.method.pyramid;
+  WindowsLaunch<T> launch{};
+  launch.selection = selection;
   launch.reach = rule.reach;
   launch.unit = static_cast<int>(cut.unit);
-  launch.units = units_of(layout, rule, cut.unit);
-  launch.units_per_block = static_cast<int>(std::min(threads_of(kWidth) / columns, kTokensPerBlock / cut.unit));
+  launch.units = cut_by(selection.sequences, rule.reach, cut.unit);
+  launch.units_per_block = static_cast<int>(std::min(threads_of(kWidth) / columns, kTokensHeld / cut.unit));
   launch.inner = cut.inner;
-  for (int level = 0; level < layout.pyramid.levels; ++level) {
-    const int64_t window = layout.pyramid.windows[static_cast<size_t>(level)];
+  for (int level = 0; level < pyramid.levels; ++level) {
+    const int64_t window = pyramid.windows[static_cast<size_t>(level)];
     if (level <= cut.inner) launch.windows[level] = static_cast<int>(window);
     if (rule.mean) launch.divisors[level] = divisor_of(window);
   }
-  for (int i = 0; i < count; ++i) {
+  for (size_t i = 0; i < pairs.size(); ++i) {
     const ConstView& source = pairs[i].source;
     const View& target = pairs[i].target;
-    launch.tensors[i] = {static_cast<const T*>(source.data),
-                         static_cast<T*>(target.data),
-                         source.strides[0],
-                         source.strides[1],
-                         source.strides[2],
-                         target.strides[0],
-                         target.strides[1],
-                         target.strides[2],
-                         static_cast<int>(source.heads()),
-                         static_cast<int>(source.heads() / selection.kv_heads)};
-    launch.heads += launch.tensors[i].heads;
+    launch.pairs[i] = {.source = static_cast<const T*>(source.data),
+                       .target = static_cast<T*>(target.data),
+                       .source_row = source.strides[0],
+                       .source_head = source.strides[1],
+                       .source_token = source.strides[2],
+                       .target_row = target.strides[0],
+                       .target_head = target.strides[1],
+                       .target_token = target.strides[2],
+                       .heads = static_cast<int>(source.heads()),
+                       .group = static_cast<int>(source.heads() / selection.kv_heads)};
+    launch.heads += launch.pairs[i].heads;
   }
   return launch;
 }
 
 template <class T>
-dim3 grid_of(const Launch<T>& launch) {
-  return grid_over(launch.heads, rules::ceil_div(launch.units, launch.units_per_block), launch.layout.sequences());
+dim3 grid_of(const WindowsLaunch<T>& launch, const Pieces& pieces, int64_t pieces_per_block) {
+  return grid_over(launch.heads, rules::ceil_div(pieces.most(), pieces_per_block), launch.selection.sequences.count());
 }
 
 // Calls function with the smallest of the compiled numbers of levels that holds `levels`. Each window is at least twice
@@ -385,59 +380,64 @@ void with_levels(int levels, const Function& function) {
   function(std::integral_constant<int, kLevels>());
 }
 
-std::vector<ConstView> views_of(const Pair* pairs, int count) {
+std::vector<ConstView> views_of(std::span<const Pair> pairs) {
   std::vector<ConstView> views;
-  for (int i = 0; i < count; ++i) views.insert(views.end(), {pairs[i].source, pairs[i].target});
+  for (const Pair& pair : pairs) views.insert(views.end(), {pair.source, pair.target});
   return views;
 }
 
 }  // namespace
 
-int64_t sum_workspace(const Layout& layout, WindowRule rule, int64_t heads, int64_t head_dim) {
-  const Cut cut = cut_into_units(layout.pyramid, rules::kLongestSum);
-  if (cut.inner + 1 >= layout.pyramid.levels) return 0;
-  return layout.rows * heads * units_of(layout, rule, cut.unit) * head_dim * static_cast<int64_t>(sizeof(float));
+int64_t sum_workspace(std::span<const Pair> pairs, const Sequences& sequences, rules::WindowRule rule) {
+  const Cut cut = cut_into_units(sequences.method.pyramid, rules::kLongestSum);
+  if (cut.inner + 1 >= sequences.method.pyramid.levels) return 0;
+  int64_t heads = 0;
+  for (const Pair& pair : pairs) heads += pair.source.heads();
+  const int64_t units = cut_by(sequences, rule.reach, cut.unit).total();
+  return units * heads * pairs[0].source.head_dim() * static_cast<int64_t>(sizeof(float));
 }
 
-void sum_windows(const Layout& layout, WindowRule rule, const Pair* pairs, int count, const ConstSelection& selection,
+void sum_windows(std::span<const Pair> pairs, const ConstSelection& selection, rules::WindowRule rule,
                  const Workspace& workspace, Stream stream) {
   const auto queue = static_cast<cudaStream_t>(stream);
-  const Pyramid& pyramid = layout.pyramid;
+  const Pyramid& pyramid = selection.sequences.method.pyramid;
   const Cut cut = cut_into_units(pyramid, rules::kLongestSum);
-  with_column(views_of(pairs, count), [&]<class T, int kWidth>(T*, std::integral_constant<int, kWidth>) {
+  with_column(views_of(pairs), [&]<class T, int kWidth>(T*, std::integral_constant<int, kWidth>) {
     const int64_t head_dim = pairs[0].source.head_dim();
-    auto launch = make_launch<T, kWidth>(layout, rule, cut, pairs, count, selection);
-    if (const int64_t needed = sum_workspace(layout, rule, launch.heads, head_dim); needed > 0) {
+    auto launch = make_launch<T, kWidth>(pairs, selection, rule, cut);
+    if (const int64_t needed = sum_workspace(pairs, selection.sequences, rule); needed > 0) {
       require(workspace.bytes >= needed, "workspace of ", workspace.bytes, " bytes: ", needed, " are needed");
       launch.sums = static_cast<float*>(workspace.data);
     }
     const dim3 threads(static_cast<unsigned>(head_dim / kWidth), static_cast<unsigned>(launch.units_per_block));
+    const dim3 grid = grid_of(launch, launch.units, launch.units_per_block);
     with_levels<rules::kLongestSum, 1, 2, 3, 6>(cut.inner, [&]<int kLevels>(std::integral_constant<int, kLevels>) {
-      sum_units<T, kWidth, kLevels><<<grid_of(launch), threads, 0, queue>>>(launch);
+      sum_units<T, kWidth, kLevels><<<grid, threads, 0, queue>>>(launch);
     });
     check_launch("sum_units");
     int64_t finer = cut.unit;
     for (int level = cut.inner + 1; level < pyramid.levels; ++level) {
       const int64_t window = pyramid.windows[static_cast<size_t>(level)];
-      const int64_t windows = units_of(layout, rule, window);
-      const dim3 grid = grid_over(launch.heads, rules::ceil_div(windows, threads.y), layout.sequences());
-      sum_level<T, kWidth><<<grid, threads, 0, queue>>>(launch, level, finer / cut.unit, window / finer, windows);
+      const Pieces windows = cut_by(selection.sequences, rule.reach, window);
+      sum_level<T, kWidth><<<grid_of(launch, windows, threads.y), threads, 0, queue>>>(launch, level, finer / cut.unit,
+                                                                                      window / finer, windows);
       check_launch("sum_level");
       finer = window;
     }
   });
 }
 
-void spread_windows(const Layout& layout, WindowRule rule, const Pair* pairs, int count,
-                    const ConstSelection& selection, Stream stream) {
+void spread_windows(std::span<const Pair> pairs, const ConstSelection& selection, rules::WindowRule rule,
+                    Stream stream) {
   const auto queue = static_cast<cudaStream_t>(stream);
-  const Cut cut = cut_into_units(layout.pyramid, kLongestSpread);
-  with_column(views_of(pairs, count), [&]<class T, int kWidth>(T*, std::integral_constant<int, kWidth>) {
+  const Cut cut = cut_into_units(selection.sequences.method.pyramid, kLongestSpread);
+  with_column(views_of(pairs), [&]<class T, int kWidth>(T*, std::integral_constant<int, kWidth>) {
     const int64_t columns = pairs[0].source.head_dim() / kWidth;
-    const auto launch = make_launch<T, kWidth>(layout, rule, cut, pairs, count, selection);
+    const auto launch = make_launch<T, kWidth>(pairs, selection, rule, cut);
     const dim3 threads(static_cast<unsigned>(columns), static_cast<unsigned>(launch.units_per_block));
+    const dim3 grid = grid_of(launch, launch.units, launch.units_per_block);
     with_levels<kLongestSpread, 1, 2, 4>(cut.inner, [&]<int kLevels>(std::integral_constant<int, kLevels>) {
-      spread_units<T, kWidth, kLevels><<<grid_of(launch), threads, 0, queue>>>(launch);
+      spread_units<T, kWidth, kLevels><<<grid, threads, 0, queue>>>(launch);
     });
     check_launch("spread_units");
   });

@@ -1,35 +1,24 @@
 // The two directions between tokens and chosen entries on the GPU; cpu/windows.h says what they are.
 #pragma once
 
+#include <span>
+
+#include "core/check.h"
 #include "cuda/device.cuh"
 #include "lighthouse/cuda.h"
 #include "rules/order.h"
 
 namespace lighthouse::cuda {
 
-struct WindowRule {
-  rules::Reach reach;
-  bool mean;  // divided by the window's full length
-};
+inline constexpr int kMaxPairs = 3;
 
-inline constexpr WindowRule kPooling{rules::Reach::pooled, true};
-inline constexpr WindowRule kWriteBack{rules::Reach::written, false};
-
-inline constexpr int kMaxTensors = 3;
-
-struct Pair {
-  ConstView source;
-  View target;
-};
-
-// Tokens to entries: every chosen entry of the target is the sum (or mean) of the source's tokens that it reaches.
-int64_t sum_workspace(const Layout& layout, WindowRule rule, int64_t heads, int64_t head_dim);
-void sum_windows(const Layout& layout, WindowRule rule, const Pair* pairs, int count, const ConstSelection& selection,
+// Tokens to entries.
+int64_t sum_workspace(std::span<const Pair> pairs, const Sequences& sequences, rules::WindowRule rule);
+void sum_windows(std::span<const Pair> pairs, const ConstSelection& selection, rules::WindowRule rule,
                  const Workspace& workspace, Stream stream);
 
-// Entries to tokens: every token of the target is the sum of the source's chosen entries that reach it, each (for a
-// mean) divided by its window's length.
-void spread_windows(const Layout& layout, WindowRule rule, const Pair* pairs, int count,
-                    const ConstSelection& selection, Stream stream);
+// Entries to tokens; for a mean each entry is divided by its window's length.
+void spread_windows(std::span<const Pair> pairs, const ConstSelection& selection, rules::WindowRule rule,
+                    Stream stream);
 
 }  // namespace lighthouse::cuda

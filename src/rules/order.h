@@ -24,6 +24,20 @@ LIGHTHOUSE_HOST_DEVICE inline int64_t place(uint8_t mask, int32_t prefix, int le
 // cut the tokens at multiples of w.
 enum class Reach : int { pooled = 0, written = 1 };
 
+// Which windows, and whether what is meant is their mean, over the full length, or their sum.
+struct WindowRule {
+  Reach reach;
+  bool mean;
+};
+
+inline constexpr WindowRule kPooling{Reach::pooled, true};
+inline constexpr WindowRule kWriteBack{Reach::written, false};
+
+// So many pieces of `length` hold a sequence counted in u.
+LIGHTHOUSE_HOST_DEVICE inline int64_t pieces_of(int64_t tokens, Reach reach, int64_t length) {
+  return ceil_div(tokens + static_cast<int64_t>(reach), length);
+}
+
 // The only entry of a level that token t is pooled into, or that writes to it; negative where there is none.
 LIGHTHOUSE_HOST_DEVICE inline int64_t entry_reaching(Reach reach, int64_t window, int64_t token) {
   const int64_t shift = static_cast<int64_t>(reach);

@@ -4,14 +4,14 @@
 #pragma once
 
 #include <cstdint>
+#include <iterator>
 
-#include "lighthouse/pyramid.h"
+#include "lighthouse/sequences.h"
 #include "rules/platform.h"
 
 namespace lighthouse::rules {
 
 inline constexpr int64_t kParentsPerStratum = 128;
-inline constexpr int kStratumKinds = 3;
 
 LIGHTHOUSE_HOST_DEVICE inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 LIGHTHOUSE_HOST_DEVICE inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -24,10 +24,30 @@ struct Stratum {
   int64_t place;        // of its first chosen entry, counted from the sequence's first
 };
 
+LIGHTHOUSE_HOST_DEVICE inline Stratum stratum_at(const Strata& strata, int64_t index) {
+  Stratum stratum{0, 0, 0, 0};
+  for (const Strata::Kind& kind : strata.kinds) {
+    const int64_t before = smaller(index, kind.count);
+    stratum.first_entry += before * kind.entries;
+    stratum.place += before * kind.length;
+    stratum.entries = kind.entries;
+    stratum.budget = kind.budget;
+    index -= before;
+    if (before < kind.count) break;
+  }
+  return stratum;
+}
+
+// The place of the tail's first token.
+LIGHTHOUSE_HOST_DEVICE inline int64_t tail_place(const Strata& strata) {
+  int64_t total = 0;
+  for (const Strata::Kind& kind : strata.kinds) total += kind.count * kind.length;
+  return total;
+}
+
 // Entries of `level` that a stratum puts into the sub-sequence: all of the coarsest, below that the children of
 // parents.
-LIGHTHOUSE_HOST_DEVICE inline int64_t chosen_at_level(const Pyramid& pyramid, int64_t coarsest_entries, int64_t budget,
-                                                      int level) {
+inline int64_t chosen_at_level(const Pyramid& pyramid, int64_t coarsest_entries, int64_t budget, int level) {
   int64_t chosen = coarsest_entries;
   for (int l = pyramid.levels - 1; l > level; --l) {
     chosen = smaller(budget, chosen) * (pyramid.windows[l] / pyramid.windows[l - 1]);
@@ -35,74 +55,34 @@ LIGHTHOUSE_HOST_DEVICE inline int64_t chosen_at_level(const Pyramid& pyramid, in
   return chosen;
 }
 
-LIGHTHOUSE_HOST_DEVICE inline int64_t chosen_in_stratum(const Pyramid& pyramid, int64_t coarsest_entries,
-                                                        int64_t budget) {
-  int64_t total = 0;
-  for (int level = 0; level < pyramid.levels; ++level) {
-    total += chosen_at_level(pyramid, coarsest_entries, budget, level);
-  }
+// The length of the sub-sequence, and how many of its entries are tokens.
+inline int64_t chosen_entries(const Strata& strata) { return tail_place(strata) + strata.tail; }
+
+inline int64_t chosen_tokens(const Pyramid& pyramid, const Strata& strata) {
+  int64_t total = strata.tail;
+  for (const auto& kind : strata.kinds) total += kind.count * chosen_at_level(pyramid, kind.entries, kind.budget, 0);
   return total;
 }
 
-struct Strata {
-  struct Kind {
-    int64_t count;    // strata of this kind
-    int64_t entries;  // of the coarsest level, each
-    int64_t budget;   // each
-    int64_t length;   // chosen entries, each
-  };
-  Kind kinds[kStratumKinds];
-  int64_t count;  // T
-  int64_t tail;   // tokens behind the last full coarsest window
-
-  LIGHTHOUSE_HOST_DEVICE Stratum at(int64_t index) const {
-    Stratum stratum{0, 0, 0, 0};
-    for (const Kind& kind : kinds) {
-      const int64_t before = smaller(index, kind.count);
-      stratum.first_entry += before * kind.entries;
-      stratum.place += before * kind.length;
-      stratum.entries = kind.entries;
-      stratum.budget = kind.budget;
-      index -= before;
-      if (before < kind.count) break;
-    }
-    return stratum;
-  }
-
-  // The place of the tail's first token.
-  LIGHTHOUSE_HOST_DEVICE int64_t tail_place() const {
-    int64_t total = 0;
-    for (const Kind& kind : kinds) total += kind.count * kind.length;
-    return total;
-  }
-
-  LIGHTHOUSE_HOST_DEVICE int64_t length() const { return tail_place() + tail; }
-
-  LIGHTHOUSE_HOST_DEVICE int64_t chosen_tokens(const Pyramid& pyramid) const {
-    int64_t total = tail;
-    for (const Kind& kind : kinds) total += kind.count * chosen_at_level(pyramid, kind.entries, kind.budget, 0);
-    return total;
-  }
-};
-
-LIGHTHOUSE_HOST_DEVICE inline Strata make_strata(const Pyramid& pyramid, int64_t tokens, int64_t parents) {
-  const int64_t coarsest_window = pyramid.windows[pyramid.levels - 1];
-  const int64_t coarsest_entries = tokens / coarsest_window;
+inline Strata make_strata(const Pyramid& pyramid, int64_t tokens, int64_t parents) {
+  const int64_t coarsest_entries = tokens / pyramid.coarsest();
   Strata strata{};
-  strata.tail = tokens - coarsest_entries * coarsest_window;
+  strata.tail = tokens - coarsest_entries * pyramid.coarsest();
   strata.count = larger(1, ceil_div(parents, kParentsPerStratum));
+  strata.filled = smaller(strata.count, coarsest_entries);
 
   const int64_t more_entries = coarsest_entries % strata.count;  // the first so many have one entry more
   const int64_t more_budget = parents % strata.count;            // and the first so many one parent more
-  const int64_t ends[kStratumKinds] = {smaller(more_entries, more_budget), larger(more_entries, more_budget),
-                                       strata.count};
+  const int64_t ends[] = {smaller(more_entries, more_budget), larger(more_entries, more_budget), strata.count};
   int64_t begin = 0;
-  for (int i = 0; i < kStratumKinds; ++i) {
+  for (size_t i = 0; i < std::size(ends); ++i) {
     Strata::Kind& kind = strata.kinds[i];
     kind.count = ends[i] - begin;
     kind.entries = coarsest_entries / strata.count + (begin < more_entries ? 1 : 0);
     kind.budget = parents / strata.count + (begin < more_budget ? 1 : 0);
-    kind.length = chosen_in_stratum(pyramid, kind.entries, kind.budget);
+    for (int level = 0; level < pyramid.levels; ++level) {
+      kind.length += chosen_at_level(pyramid, kind.entries, kind.budget, level);
+    }
     begin = ends[i];
   }
   return strata;

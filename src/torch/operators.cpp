@@ -7,18 +7,15 @@
 namespace lighthouse::bindings {
 namespace {
 
-Layout layout_of(const Tensor& mask, const std::vector<int64_t>& windows, int64_t length) {
-  require_choice_sizes("mask", mask);
-  return {Pyramid::from_windows(windows), mask.size(0), mask.size(2), length};
-}
-
+// The one place where a choice comes in, and is looked at where the device allows it.
 template <class Device>
-ConstSelection checked_selection(const Device& device, const Layout& layout, const Tensor& mask, const Tensor& prefix) {
+ConstSelection checked_selection(const Device& device, const Tensor& mask, const Tensor& prefix,
+                                 const std::vector<int64_t>& windows, int64_t length) {
   device.check("mask", mask);
   device.check("prefix", prefix);
-  const ConstSelection selection = selection_of(mask, prefix);
-  require(layout.rows >= 1 && layout.tokens >= 1, "mask is empty: every size must be at least 1");
-  device.check_selection(layout, selection);
+  const ConstSelection selection = selection_of(mask, prefix, windows, length);
+  require(mask.size(0) >= 1 && mask.size(2) >= 1, "mask is empty: every size must be at least 1");
+  device.check_selection(selection);
   return selection;
 }
 
@@ -43,8 +40,10 @@ std::tuple<Tensor, Tensor> score(Tensor query, Tensor key) {
   const Device device(query);
   const View query_view = view_of("query", query), key_view = view_on(device, "key", key);
   Tensor query_score = empty_scores(key), key_score = empty_scores(key);
-  device.score(query_view, key_view, static_cast<float*>(query_score.data_ptr()),
-               static_cast<float*>(key_score.data_ptr()));
+  device.run(ScoreArgs{.query = query_view,
+                       .key = key_view,
+                       .query_score = static_cast<float*>(query_score.data_ptr()),
+                       .key_score = static_cast<float*>(key_score.data_ptr())});
   return {query_score, key_score};
 }
 
@@ -56,13 +55,18 @@ std::tuple<Tensor, Tensor> select(Tensor query_score, Tensor key_score, std::vec
   require_same_sizes("query_score", query_score, "key_score", key_score);
   const auto* query_data = data_of<float>("query_score", query_score, ScalarType::Float, "float32");
   const auto* key_data = data_of<float>("key_score", key_score, ScalarType::Float, "float32");
-  const Plan plan = make_plan(query_score.size(0), query_score.size(2), Pyramid::from_windows(windows),
-                              topk_of(topk_numerator, topk_denominator), cover_start);
+  const Sequences sequences = Sequences::of_rows(query_score.size(0), query_score.size(2),
+                                                 {.pyramid = Pyramid::from_windows(windows),
+                                                  .topk = topk_of(topk_numerator, topk_denominator),
+                                                  .cover_start = cover_start});
   Tensor mask = torch::stable::new_empty(query_score, query_score.sizes(), ScalarType::Byte);
   Tensor prefix = torch::stable::new_empty(query_score, query_score.sizes(), ScalarType::Int);
-  device.select(
-      plan, query_data, key_data,
-      {static_cast<uint8_t*>(mask.data_ptr()), static_cast<int32_t*>(prefix.data_ptr()), query_score.size(1)});
+  device.run(SelectArgs{.query_score = query_data,
+                        .key_score = key_data,
+                        .selection = {.sequences = sequences,
+                                      .kv_heads = query_score.size(1),
+                                      .mask = static_cast<uint8_t*>(mask.data_ptr()),
+                                      .prefix = static_cast<int32_t*>(prefix.data_ptr())}});
   return {mask, prefix};
 }
 
@@ -72,13 +76,17 @@ std::tuple<Tensor, Tensor, Tensor> gather(Tensor query, Tensor key, Tensor value
   const Device device(query);
   const View query_view = view_of("query", query), key_view = view_on(device, "key", key),
              value_view = view_on(device, "value", value);
-  const Layout layout = layout_of(mask, windows, length);
-  const ConstSelection selection = checked_selection(device, layout, mask, prefix);
+  const ConstSelection selection = checked_selection(device, mask, prefix, windows, length);
   Tensor query_sub = empty_in_order(resized(query, length), kHeadsFirst, query);
   Tensor key_sub = empty_in_order(resized(key, length), kHeadsFirst, key);
   Tensor value_sub = empty_in_order(resized(value, length), kHeadsFirst, value);
-  device.gather(layout, query_view, key_view, value_view, selection, view_of("query_sub", query_sub),
-                view_of("key_sub", key_sub), view_of("value_sub", value_sub));
+  device.run(GatherArgs{.query = query_view,
+                        .key = key_view,
+                        .value = value_view,
+                        .selection = selection,
+                        .query_sub = view_of("query_sub", query_sub),
+                        .key_sub = view_of("key_sub", key_sub),
+                        .value_sub = view_of("value_sub", value_sub)});
   return {query_sub, key_sub, value_sub};
 }
 
@@ -91,16 +99,20 @@ std::tuple<Tensor, Tensor, Tensor> gather_backward(Tensor grad_query_sub, Tensor
   const View query_view = view_of("grad_query_sub", grad_query_sub),
              key_view = view_on(device, "grad_key_sub", grad_key_sub),
              value_view = view_on(device, "grad_value_sub", grad_value_sub);
-  const Layout layout = layout_of(mask, windows, query_view.tokens());
-  const ConstSelection selection = checked_selection(device, layout, mask, prefix);
+  const ConstSelection selection = checked_selection(device, mask, prefix, windows, query_view.tokens());
   const auto empty = [&](const Tensor& sub, const char* argument, const std::vector<int64_t>& order) {
-    return empty_in_order(resized(sub, layout.tokens), order_of(argument, order), sub);
+    return empty_in_order(resized(sub, mask.size(2)), order_of(argument, order), sub);
   };
   Tensor grad_query = empty(grad_query_sub, "query_order", query_order);
   Tensor grad_key = empty(grad_key_sub, "key_order", key_order);
   Tensor grad_value = empty(grad_value_sub, "value_order", value_order);
-  device.gather_backward(layout, query_view, key_view, value_view, selection, view_of("grad_query", grad_query),
-                         view_of("grad_key", grad_key), view_of("grad_value", grad_value));
+  device.run(GatherBackwardArgs{.grad_query_sub = query_view,
+                                .grad_key_sub = key_view,
+                                .grad_value_sub = value_view,
+                                .selection = selection,
+                                .grad_query = view_of("grad_query", grad_query),
+                                .grad_key = view_of("grad_key", grad_key),
+                                .grad_value = view_of("grad_value", grad_value)});
   return {grad_query, grad_key, grad_value};
 }
 
@@ -108,10 +120,9 @@ template <class Device>
 Tensor scatter(Tensor output_sub, Tensor mask, Tensor prefix, std::vector<int64_t> windows) {
   const Device device(output_sub);
   const View sub_view = view_of("output_sub", output_sub);
-  const Layout layout = layout_of(mask, windows, sub_view.tokens());
-  const ConstSelection selection = checked_selection(device, layout, mask, prefix);
-  Tensor output = empty_in_order(resized(output_sub, layout.tokens), kTokensFirst, output_sub);
-  device.scatter(layout, sub_view, selection, view_of("output", output));
+  const ConstSelection selection = checked_selection(device, mask, prefix, windows, sub_view.tokens());
+  Tensor output = empty_in_order(resized(output_sub, mask.size(2)), kTokensFirst, output_sub);
+  device.run(ScatterArgs{.output_sub = sub_view, .selection = selection, .output = view_of("output", output)});
   return output;
 }
 
@@ -120,10 +131,11 @@ Tensor scatter_backward(Tensor grad_output, Tensor mask, Tensor prefix, std::vec
                         std::vector<int64_t> order) {
   const Device device(grad_output);
   const View grad_view = view_of("grad_output", grad_output);
-  const Layout layout = layout_of(mask, windows, length);
-  const ConstSelection selection = checked_selection(device, layout, mask, prefix);
+  const ConstSelection selection = checked_selection(device, mask, prefix, windows, length);
   Tensor grad_output_sub = empty_in_order(resized(grad_output, length), order_of("order", order), grad_output);
-  device.scatter_backward(layout, grad_view, selection, view_of("grad_output_sub", grad_output_sub));
+  device.run(ScatterBackwardArgs{.grad_output = grad_view,
+                                 .selection = selection,
+                                 .grad_output_sub = view_of("grad_output_sub", grad_output_sub)});
   return grad_output_sub;
 }
 

@@ -16,7 +16,6 @@
 
 #include "core/require.h"
 #include "lighthouse/executor.h"
-#include "lighthouse/plan.h"
 #include "lighthouse/selection.h"
 #include "lighthouse/view.h"
 
@@ -71,11 +70,14 @@ inline void require_choice_sizes(const char* argument, const Tensor& tensor) {
   require(tensor.dim() == 3, argument, " has ", tensor.dim(), " dimensions: [batch, kv_heads, tokens] is needed");
 }
 
-inline ConstSelection selection_of(const Tensor& mask, const Tensor& prefix) {
-  require_same_sizes("mask", mask, "prefix", prefix);
+// A choice from outside, for sub-sequences of `length`.
+inline ConstSelection selection_of(const Tensor& mask, const Tensor& prefix, const std::vector<int64_t>& windows,
+                                   int64_t length) {
   require_choice_sizes("mask", mask);
-  return {data_of<uint8_t>("mask", mask, ScalarType::Byte, "uint8"),
-          data_of<int32_t>("prefix", prefix, ScalarType::Int, "int32"), mask.size(1)};
+  require_same_sizes("mask", mask, "prefix", prefix);
+  return {Sequences::of_choice(mask.size(0), mask.size(2), length, Pyramid::from_windows(windows)), mask.size(1),
+          data_of<uint8_t>("mask", mask, ScalarType::Byte, "uint8"),
+          data_of<int32_t>("prefix", prefix, ScalarType::Int, "int32")};
 }
 
 // The operators' two numbers: parents per level, or over a denominator a share of the tokens.

@@ -6,6 +6,14 @@
 namespace lighthouse::test {
 namespace {
 
+using cpu::attention_backward;
+using cpu::attention_forward;
+using cpu::causal_attention;
+using cpu::InnerArgs;
+using cpu::InnerAttention;
+using cpu::InnerBackwardArgs;
+using cpu::Scores;
+
 struct Inputs {
   Tensor query, key, value, grad_output;
 };
@@ -24,7 +32,7 @@ struct Scored {
 Scored scores_of(const Problem& problem, const Inputs& in) {
   const auto count = static_cast<size_t>(problem.rows * problem.kv_heads * problem.tokens);
   Scored scored{std::vector<float>(count), std::vector<float>(count)};
-  cpu::score(in.query, in.key, scored.query.data(), scored.key.data(), ThreadExecutor(1));
+  cpu::run(ScoreArgs{in.query, in.key, scored.query.data(), scored.key.data()}, ThreadExecutor(1));
   return scored;
 }
 
@@ -40,8 +48,9 @@ Outputs run(const Problem& problem, const Inputs& in, Memory memory, const Execu
               {dtype, problem.kv_sizes(), memory},
               {dtype, problem.kv_sizes(), memory}};
   const InnerAttention inner = causal_attention(executor, scale);
-  const auto state = attention_forward(problem.plan(), in.query, in.key, in.value, out.output, inner, executor, scores);
-  attention_backward(*state, in.grad_output, out.grad_query, out.grad_key, out.grad_value);
+  const auto state =
+      attention_forward({problem.sequences(), in.query, in.key, in.value, out.output, inner, scores}, executor);
+  attention_backward(*state, {in.grad_output, out.grad_query, out.grad_key, out.grad_value});
   return out;
 }
 
@@ -49,19 +58,19 @@ struct Result {
   Values output, grad_query, grad_key, grad_value;
 };
 
-Result empty_result(const Shape& shape, const Plan& plan) {
-  const int64_t size = plan.layout.rows * plan.layout.tokens * shape.head_dim;
+Result empty_result(const Shape& shape, const Sequences& sequences) {
+  const int64_t size = sequences.rows * sequences.tokens * shape.head_dim;
   const auto q = static_cast<size_t>(size * shape.query_heads), kv = static_cast<size_t>(size * shape.kv_heads);
   return {Values(q), Values(q), Values(kv), Values(kv)};
 }
 
-Result oracle(const Plan& plan, const Shape& shape, const Values& query, const Values& key, const Values& value,
-              const Values& grad_output, const Scores& scores, double scale) {
-  Result result = empty_result(shape, plan);
-  reference::attention(plan, shape, query.data(), key.data(), value.data(), scores.query, scores.key, scale,
-                       result.output.data());
-  reference::attention_backward(plan, shape, query.data(), key.data(), value.data(), scores.query, scores.key, scale,
-                                grad_output.data(), result.grad_query.data(), result.grad_key.data(),
+Result oracle(const Sequences& sequences, const Shape& shape, const Values& query, const Values& key,
+              const Values& value, const Values& grad_output, const Scores& scores, double scale) {
+  Result result = empty_result(shape, sequences);
+  const reference::AttentionArgs args{sequences,    shape,        query.data(), key.data(),
+                                      value.data(), scores.query, scores.key,   scale};
+  reference::attention(args, result.output.data());
+  reference::attention_backward(args, grad_output.data(), result.grad_query.data(), result.grad_key.data(),
                                 result.grad_value.data());
   return result;
 }
@@ -69,21 +78,20 @@ Result oracle(const Plan& plan, const Shape& shape, const Values& query, const V
 // The same in plain loops whose every tensor is rounded to the dtype: what the dtype costs.
 Result plain(const Problem& problem, DType dtype, const Values& query, const Values& key, const Values& value,
              const Values& grad_output, const Choice& choice) {
-  const Plan plan = problem.plan();
-  const Layout& layout = plan.layout;
+  const Sequences sequences = problem.sequences();
   const int64_t dim = problem.head_dim;
   const auto pooled = [&](const Values& x, int64_t heads) {
-    return rounded(dtype, plain_gather(layout, choice, heads, dim, x));
+    return rounded(dtype, plain_gather(choice, heads, dim, x));
   };
   const auto unpooled = [&](const Values& x, int64_t heads) {
-    return rounded(dtype, plain_gather_backward(layout, choice, heads, dim, rounded(dtype, x)));
+    return rounded(dtype, plain_gather_backward(choice, heads, dim, rounded(dtype, x)));
   };
-  const Values grad_sub = rounded(dtype, plain_scatter_backward(layout, choice, problem.query_heads, dim, grad_output));
-  const Plan dense = make_plan(problem.rows, plan.length(), pyramid({1}), TopK::count(1));
-  const std::vector<float> zeros(static_cast<size_t>(problem.rows * problem.kv_heads * plan.length()));
+  const Values grad_sub = rounded(dtype, plain_scatter_backward(choice, problem.query_heads, dim, grad_output));
+  const Sequences dense = sequences_of(problem.rows, sequences.entries, pyramid({1}), TopK::count(1));
+  const std::vector<float> zeros(static_cast<size_t>(problem.rows * problem.kv_heads * sequences.entries));
   const Result sub = oracle(dense, problem.shape(), pooled(query, problem.query_heads), pooled(key, problem.kv_heads),
                             pooled(value, problem.kv_heads), grad_sub, {zeros.data(), zeros.data()}, 0.0);
-  return {rounded(dtype, plain_scatter(layout, choice, problem.query_heads, dim, rounded(dtype, sub.output))),
+  return {rounded(dtype, plain_scatter(choice, problem.query_heads, dim, rounded(dtype, sub.output))),
           unpooled(sub.grad_query, problem.query_heads), unpooled(sub.grad_key, problem.kv_heads),
           unpooled(sub.grad_value, problem.kv_heads)};
 }
@@ -106,9 +114,9 @@ TEST_P(Attention, EqualsTheOracle) {
     const Outputs ours = run(problem, in, memory.second, executor);
     const Values query = in.query.values(), key = in.key.values(), value = in.value.values();
     const Values grad_output = in.grad_output.values();
-    const Result exact = oracle(problem.plan(), problem.shape(), query, key, value, grad_output, scores, 0.0);
+    const Result exact = oracle(problem.sequences(), problem.shape(), query, key, value, grad_output, scores, 0.0);
     const Result cost = plain(problem, dtype, query, key, value, grad_output,
-                              oracle_choice(problem.plan(), problem.kv_heads, scores.query, scores.key));
+                              oracle_choice(problem.sequences(), problem.kv_heads, scores.query, scores.key));
     expect_close(ours.output.values(), exact.output, cost.output, dtype);
     expect_close(ours.grad_query.values(), exact.grad_query, cost.grad_query, dtype);
     expect_close(ours.grad_key.values(), exact.grad_key, cost.grad_key, dtype);
@@ -145,7 +153,7 @@ TEST(AttentionScores, AreTheCallers) {
     SCOPED_TRACE(name(kind));
     const Scored scores{make_scores(kind, 2 * 2 * 203, random), make_scores(kind, 2 * 2 * 203, random)};
     const Outputs ours = run(kSome, in, Memory::packed, executor, scores);
-    const Result exact = oracle(kSome.plan(), kSome.shape(), in.query.values(), in.key.values(), in.value.values(),
+    const Result exact = oracle(kSome.sequences(), kSome.shape(), in.query.values(), in.key.values(), in.value.values(),
                                 in.grad_output.values(), scores, 0.0);
     expect_close(ours.output.values(), exact.output, DType::float64);
     expect_close(ours.grad_key.values(), exact.grad_key, DType::float64);
@@ -158,7 +166,7 @@ TEST(AttentionScale, IsTheCallers) {
   const Inputs in = random_inputs(kSome, DType::float64, Memory::packed, random);
   const Scored scores = scores_of(kSome, in);
   const Outputs ours = run(kSome, in, Memory::packed, executor, std::nullopt, 0.7);
-  const Result exact = oracle(kSome.plan(), kSome.shape(), in.query.values(), in.key.values(), in.value.values(),
+  const Result exact = oracle(kSome.sequences(), kSome.shape(), in.query.values(), in.key.values(), in.value.values(),
                               in.grad_output.values(), scores, 0.7);
   expect_close(ours.output.values(), exact.output, DType::float64);
   expect_close(ours.grad_query.values(), exact.grad_query, DType::float64);
@@ -187,20 +195,20 @@ TEST(AttentionState, NeedsNoInputs) {
   const Inputs in = random_inputs(kSome, DType::float32, Memory::packed, random);
   const Outputs expected = run(kSome, in, Memory::packed, executor);
   const Tensor output(DType::float32, kSome.query_sizes());
-  std::shared_ptr<const AttentionState> state;
+  std::shared_ptr<const cpu::AttentionState> state;
   {
     std::optional<Inputs> copies;
     copies.emplace(Inputs{{DType::float32, kSome.query_sizes(), Memory::packed, in.query.values()},
                           {DType::float32, kSome.kv_sizes(), Memory::packed, in.key.values()},
                           {DType::float32, kSome.kv_sizes(), Memory::packed, in.value.values()},
                           in.grad_output});
-    state = attention_forward(kSome.plan(), copies->query, copies->key, copies->value, output,
-                              causal_attention(executor), executor);
+    state = attention_forward(
+        {kSome.sequences(), copies->query, copies->key, copies->value, output, causal_attention(executor)}, executor);
   }
   const Tensor grad_query(DType::float32, kSome.query_sizes()), grad_key(DType::float32, kSome.kv_sizes()),
       grad_value(DType::float32, kSome.kv_sizes());
   for (int times = 0; times < 2; ++times) {
-    attention_backward(*state, in.grad_output, grad_query, grad_key, grad_value);
+    attention_backward(*state, {in.grad_output, grad_query, grad_key, grad_value});
     EXPECT_EQ(grad_query.bits(), expected.grad_query.bits());
     EXPECT_EQ(grad_key.bits(), expected.grad_key.bits());
     EXPECT_EQ(grad_value.bits(), expected.grad_value.bits());
@@ -214,23 +222,24 @@ TEST(InnerAttention, GetsTheSubSequence) {
   const Tensor output(DType::bfloat16, kSome.query_sizes());
   int calls = 0;
   InnerAttention inner;
-  inner.forward = [&](const ConstView& query, const ConstView& key, const ConstView& value, const View& out) {
+  inner.forward = [&](const InnerArgs& args) {
     ++calls;
-    EXPECT_EQ(query.sizes, kSome.query_sub_sizes());
-    EXPECT_EQ(key.sizes, kSome.kv_sub_sizes());
-    EXPECT_EQ(value.sizes, kSome.kv_sub_sizes());
-    EXPECT_EQ(out.sizes, kSome.query_sub_sizes());
-    EXPECT_EQ(query.dtype, DType::bfloat16);
-    EXPECT_EQ(out.dtype, DType::bfloat16);
-    causal_attention(executor).forward(query, key, value, out);
+    EXPECT_EQ(args.query.sizes, kSome.query_sub_sizes());
+    EXPECT_EQ(args.key.sizes, kSome.kv_sub_sizes());
+    EXPECT_EQ(args.value.sizes, kSome.kv_sub_sizes());
+    EXPECT_EQ(args.output.sizes, kSome.query_sub_sizes());
+    EXPECT_EQ(args.query.dtype, DType::bfloat16);
+    EXPECT_EQ(args.output.dtype, DType::bfloat16);
+    causal_attention(executor).forward(args);
   };
-  const auto state = attention_forward(kSome.plan(), in.query, in.key, in.value, output, inner, executor);
+  const auto state = attention_forward({kSome.sequences(), in.query, in.key, in.value, output, inner}, executor);
   EXPECT_EQ(calls, 1);
   EXPECT_EQ(output.bits(), run(kSome, in, Memory::packed, executor).output.bits());
   expect_refused(
       [&] {
-        attention_backward(*state, in.grad_output, Tensor(DType::bfloat16, kSome.query_sizes()),
-                           Tensor(DType::bfloat16, kSome.kv_sizes()), Tensor(DType::bfloat16, kSome.kv_sizes()));
+        attention_backward(*state,
+                           {in.grad_output, Tensor(DType::bfloat16, kSome.query_sizes()),
+                            Tensor(DType::bfloat16, kSome.kv_sizes()), Tensor(DType::bfloat16, kSome.kv_sizes())});
       },
       {"inner.backward"});
 }
@@ -241,17 +250,15 @@ TEST(InnerAttention, MayThrow) {
   const Inputs in = random_inputs(kSome, DType::float32, Memory::packed, random);
   const Tensor output(DType::float32, kSome.query_sizes());
   InnerAttention inner;
-  inner.forward = [](const ConstView&, const ConstView&, const ConstView&, const View&) {
-    throw std::runtime_error("not today");
-  };
-  EXPECT_THROW(attention_forward(kSome.plan(), in.query, in.key, in.value, output, inner, executor),
+  inner.forward = [](const InnerArgs&) { throw std::runtime_error("not today"); };
+  EXPECT_THROW(attention_forward({kSome.sequences(), in.query, in.key, in.value, output, inner}, executor),
                std::runtime_error);
 }
 
 // --- what is refused ------------------------------------------------------------------------------------------------
 
 struct Call {
-  Plan plan = kSome.plan();
+  Sequences sequences = kSome.sequences();
   Tensor q{DType::float32, kSome.query_sizes(), Memory::packed, Values(2 * 4 * 203 * 8, 1.0)};
   Tensor kv{DType::float32, kSome.kv_sizes(), Memory::packed, Values(2 * 2 * 203 * 8, 1.0)};
   Tensor out{DType::float32, kSome.query_sizes()}, grad_q{DType::float32, kSome.query_sizes()};
@@ -274,13 +281,14 @@ class ForwardRefuses : public testing::TestWithParam<RefusedCall> {};
 TEST_P(ForwardRefuses, BadInput) {
   Call c;
   const auto forward = c.inner.forward;
-  c.inner.forward = [&](const ConstView& query, const ConstView& key, const ConstView& value, const View& output) {
+  c.inner.forward = [&](const InnerArgs& args) {
     ++c.inner_calls;
-    forward(query, key, value, output);
+    forward(args);
   };
   GetParam().spoil(c);
-  expect_refused([&] { attention_forward(c.plan, c.query, c.key, c.value, c.output, c.inner, c.executor, c.scores); },
-                 GetParam().words);
+  expect_refused(
+      [&] { attention_forward({c.sequences, c.query, c.key, c.value, c.output, c.inner, c.scores}, c.executor); },
+      GetParam().words);
   EXPECT_EQ(c.inner_calls, 0);
 }
 
@@ -294,7 +302,7 @@ const RefusedCall kForwardRefusesCases[] = {
     {"value_of_another_head_dim", [](Call& c) { c.value.sizes[3] = 4; }, {"value", "head_dim 4"}},
     {"tokens_that_are_not_the_plans", [](Call& c) { c.query.sizes[2] = 202; }, {"query", "202", "203"}},
     {"rows_that_are_not_the_plans",
-     [](Call& c) { c.plan = make_plan(3, 203, pyramid({1, 4}), {}); },
+     [](Call& c) { c.sequences = sequences_of(3, 203, pyramid({1, 4}), {}); },
      {"query", "2", "3"}},
     {"output_of_another_shape", [](Call& c) { c.output.sizes[1] = 2; }, {"output"}},
     {"last_stride_of_two", [](Call& c) { c.value.strides[3] = 2; }, {"value", "stride 2"}},
@@ -310,14 +318,13 @@ class BackwardRefuses : public testing::TestWithParam<RefusedCall> {};
 TEST_P(BackwardRefuses, BadInput) {
   Call c;
   const auto backward = c.inner.backward;
-  c.inner.backward = [&](const ConstView& query, const ConstView& key, const ConstView& value, const ConstView& output,
-                         const ConstView& grad_output, const View& dq, const View& dk, const View& dv) {
+  c.inner.backward = [&](const InnerBackwardArgs& args) {
     ++c.inner_calls;
-    backward(query, key, value, output, grad_output, dq, dk, dv);
+    backward(args);
   };
-  const auto state = attention_forward(c.plan, c.query, c.key, c.value, c.output, c.inner, c.executor);
+  const auto state = attention_forward({c.sequences, c.query, c.key, c.value, c.output, c.inner}, c.executor);
   GetParam().spoil(c);
-  expect_refused([&] { attention_backward(*state, c.grad_output, c.grad_query, c.grad_key, c.grad_value); },
+  expect_refused([&] { attention_backward(*state, {c.grad_output, c.grad_query, c.grad_key, c.grad_value}); },
                  GetParam().words);
   EXPECT_EQ(c.inner_calls, 0);
 }

@@ -84,7 +84,6 @@ class Bits : public DeviceTable<Problem> {};
 TEST_P(Bits, AreThoseOfPlainFloatLoops) {
   Problem problem = row();
   problem.head_dim = device().head_dim(problem.head_dim);
-  const Layout layout = problem.plan().layout;
   Random random(31);
   const Choice choice = problem.random_choice(random);
   const PlainFloat plain(problem, choice);
@@ -102,13 +101,13 @@ TEST_P(Bits, AreThoseOfPlainFloatLoops) {
   const Tensor whole[] = {{DType::float32, problem.query_sizes()},
                           {DType::float32, problem.query_sizes()},
                           {DType::float32, problem.query_sizes()}};
-  device().gather(layout, x, x, x, choice, sub[0], sub[1], sub[2]);
+  device().run(GatherArgs{x, x, x, choice, sub[0], sub[1], sub[2]});
   EXPECT_EQ(floats(sub[0]), plain.to_entries(floats(x), 0)) << "gather";
-  device().scatter_backward(layout, x, choice, sub[1]);
+  device().run(ScatterBackwardArgs{x, choice, sub[1]});
   EXPECT_EQ(floats(sub[1]), plain.to_entries(floats(x), 1)) << "scatter_backward";
-  device().scatter(layout, y, choice, whole[0]);
+  device().run(ScatterArgs{y, choice, whole[0]});
   EXPECT_EQ(floats(whole[0]), plain.to_tokens(floats(y), 1)) << "scatter";
-  device().gather_backward(layout, y, y, y, choice, whole[0], whole[1], whole[2]);
+  device().run(GatherBackwardArgs{y, y, y, choice, whole[0], whole[1], whole[2]});
   EXPECT_EQ(floats(whole[2]), plain.to_tokens(floats(y), 0)) << "gather_backward";
 }
 

@@ -12,7 +12,8 @@ namespace lighthouse::test {
 
 class Chain {
  public:
-  Chain(const Problem& problem, DType dtype, Memory memory) : plan_(problem.plan()), dtype_(dtype), memory_(memory) {
+  Chain(const Problem& problem, DType dtype, Memory memory)
+      : sequences_(problem.sequences()), dtype_(dtype), memory_(memory) {
     const int64_t choices = problem.rows * problem.kv_heads * problem.tokens;
     kv_heads_ = problem.kv_heads;
     query_ = tensor("query", problem.query_sizes());
@@ -37,9 +38,10 @@ class Chain {
   int64_t input_bytes() const { return input_bytes_; }  // they come first
 
   int64_t workspace_bytes() const {
-    return std::max({cuda::select_workspace(plan_, kv_heads_),
-                     cuda::gather_workspace(plan_.layout, query_.view, key_.view),
-                     cuda::scatter_backward_workspace(plan_.layout, output_.view)});
+    std::byte somewhere{};
+    int64_t most = 0;
+    each_call(&somewhere, [&](const auto& args) { most = std::max(most, cuda::workspace_bytes(args)); });
+    return most;
   }
 
   // Host memory of inputs: whole numbers from -4 to 4, repeated after a length that no stride is a multiple of.
@@ -57,23 +59,7 @@ class Chain {
   }
 
   void run(const Device& device, std::byte* memory) const {
-    const auto at = [memory](const Piece& piece) {
-      View view = piece.view;
-      view.data = memory + piece.offset;
-      return view;
-    };
-    auto* const query_score = reinterpret_cast<float*>(memory + query_score_.offset);
-    auto* const key_score = reinterpret_cast<float*>(memory + key_score_.offset);
-    const Selection selection{reinterpret_cast<uint8_t*>(memory + mask_.offset),
-                              reinterpret_cast<int32_t*>(memory + prefix_.offset), kv_heads_};
-    const Layout& layout = plan_.layout;
-    device.score(at(query_), at(key_), query_score, key_score);
-    device.select(plan_, query_score, key_score, selection);
-    device.gather(layout, at(query_), at(key_), at(value_), selection, at(query_sub_), at(key_sub_), at(value_sub_));
-    device.scatter(layout, at(query_sub_), selection, at(output_));
-    device.scatter_backward(layout, at(output_), selection, at(grad_output_sub_));
-    device.gather_backward(layout, at(query_sub_), at(key_sub_), at(value_sub_), selection, at(grad_query_),
-                           at(grad_key_), at(grad_value_));
+    each_call(memory, [&](const auto& args) { device.run(args); });
   }
 
   // All that the CPU makes of the inputs.
@@ -103,6 +89,26 @@ class Chain {
     int64_t offset = 0;  // of the first element, in bytes
   };
 
+  template <class Function>
+  void each_call(std::byte* memory, const Function& function) const {
+    const auto at = [memory](const Piece& piece) {
+      View view = piece.view;
+      view.data = memory + piece.offset;
+      return view;
+    };
+    auto* const query_score = reinterpret_cast<float*>(memory + query_score_.offset);
+    auto* const key_score = reinterpret_cast<float*>(memory + key_score_.offset);
+    const Selection selection{sequences_, kv_heads_, reinterpret_cast<uint8_t*>(memory + mask_.offset),
+                              reinterpret_cast<int32_t*>(memory + prefix_.offset)};
+    function(ScoreArgs{at(query_), at(key_), query_score, key_score});
+    function(SelectArgs{query_score, key_score, selection});
+    function(GatherArgs{at(query_), at(key_), at(value_), selection, at(query_sub_), at(key_sub_), at(value_sub_)});
+    function(ScatterArgs{at(query_sub_), selection, at(output_)});
+    function(ScatterBackwardArgs{at(output_), selection, at(grad_output_sub_)});
+    function(GatherBackwardArgs{at(query_sub_), at(key_sub_), at(value_sub_), selection, at(grad_query_), at(grad_key_),
+                                at(grad_value_)});
+  }
+
   Piece array(const char* name, int64_t bytes) {
     const int64_t offset = bytes_;
     names_.emplace_back(offset, name);
@@ -118,7 +124,7 @@ class Chain {
     return piece;
   }
 
-  Plan plan_;
+  Sequences sequences_;
   DType dtype_;
   Memory memory_;
   int64_t kv_heads_ = 0, bytes_ = 0, input_bytes_ = 0;

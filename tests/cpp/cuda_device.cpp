@@ -30,9 +30,32 @@ class Loan {
     return static_cast<T*>(out(static_cast<void*>(host), count * static_cast<int64_t>(sizeof(T))));
   }
 
-  ConstSelection in(const Layout& layout, const ConstSelection& selection) {
-    const int64_t count = layout.rows * selection.kv_heads * layout.tokens;
-    return {in(selection.mask, count), in(selection.prefix, count), selection.kv_heads};
+  ConstSelection in(const ConstSelection& selection) {
+    const int64_t count = size_of(selection);
+    return {selection.sequences, selection.kv_heads, in(selection.mask, count), in(selection.prefix, count)};
+  }
+
+  ScoreArgs lend(const ScoreArgs& a) {
+    const int64_t count = a.key.batch() * a.key.heads() * a.key.tokens();
+    return {in(a.query), in(a.key), out(a.query_score, count), out(a.key_score, count)};
+  }
+  SelectArgs lend(const SelectArgs& a) {
+    const int64_t count = size_of(a.selection);
+    return {
+        in(a.query_score, count),
+        in(a.key_score, count),
+        {a.selection.sequences, a.selection.kv_heads, out(a.selection.mask, count), out(a.selection.prefix, count)}};
+  }
+  GatherArgs lend(const GatherArgs& a) {
+    return {in(a.query), in(a.key), in(a.value), in(a.selection), out(a.query_sub), out(a.key_sub), out(a.value_sub)};
+  }
+  GatherBackwardArgs lend(const GatherBackwardArgs& a) {
+    return {in(a.grad_query_sub), in(a.grad_key_sub), in(a.grad_value_sub), in(a.selection),
+            out(a.grad_query),    out(a.grad_key),    out(a.grad_value)};
+  }
+  ScatterArgs lend(const ScatterArgs& a) { return {in(a.output_sub), in(a.selection), out(a.output)}; }
+  ScatterBackwardArgs lend(const ScatterBackwardArgs& a) {
+    return {in(a.grad_output), in(a.selection), out(a.grad_output_sub)};
   }
 
   cuda::Workspace workspace(int64_t bytes) { return memory_.emplace_back(bytes); }
@@ -44,7 +67,7 @@ class Loan {
       check(cudaMemcpy(output.host, output.device, static_cast<size_t>(output.bytes), cudaMemcpyDefault));
     }
     for (const DeviceMemory& memory : memory_) {
-      EXPECT_TRUE(memory.guards_untouched()) << "written before or behind an output or the workspace";
+      EXPECT_TRUE(memory.guards_untouched()) << "written before or after an output or the workspace";
     }
   }
 
@@ -55,12 +78,15 @@ class Loan {
     int64_t bytes;
   };
 
+  static int64_t size_of(const ConstSelection& selection) {
+    return selection.sequences.rows * selection.kv_heads * selection.sequences.tokens;
+  }
   static int64_t span(const ConstView& view) {
     int64_t elements = 1;
     for (size_t i = 0; i < 4; ++i) {
       elements += (view.sizes[i] - 1) * view.strides[i];
     }
-    return elements * size_of(view.dtype);
+    return elements * lighthouse::size_of(view.dtype);
   }
 
   const DeviceMemory& copy(const void* host, int64_t bytes, int64_t guard) {
@@ -82,7 +108,7 @@ class Loan {
 
 class CudaDevice final : public Device {
  public:
-  CudaDevice() : Device("Cuda", kCudaDTypes, 8) {}
+  CudaDevice() : Device("Cuda", kCudaDTypes, cuda::kHeadDimStep) {}
 
   std::string missing() const override {
     int count = 0;
@@ -90,56 +116,14 @@ class CudaDevice final : public Device {
     return error == cudaSuccess && count > 0 ? "" : std::string("no CUDA device: ") + cudaGetErrorString(error);
   }
 
-  void score(const ConstView& query, const ConstView& key, float* query_score, float* key_score) const override {
-    Loan loan;
-    const int64_t count = key.batch() * key.heads() * key.tokens();
-    cuda::score(loan.in(query), loan.in(key), loan.out(query_score, count), loan.out(key_score, count), nullptr);
-    loan.finish();
-  }
-
-  void select(const Plan& plan, const float* query_score, const float* key_score,
-              const Selection& selection) const override {
-    Loan loan;
-    const int64_t count = plan.layout.rows * selection.kv_heads * plan.layout.tokens;
-    const Selection lent{loan.out(selection.mask, count), loan.out(selection.prefix, count), selection.kv_heads};
-    cuda::select(plan, loan.in(query_score, count), loan.in(key_score, count), lent,
-                 loan.workspace(cuda::select_workspace(plan, selection.kv_heads)), nullptr);
-    loan.finish();
-  }
-
-  void gather(const Layout& layout, const ConstView& query, const ConstView& key, const ConstView& value,
-              const ConstSelection& selection, const View& query_sub, const View& key_sub,
-              const View& value_sub) const override {
-    Loan loan;
-    cuda::gather(layout, loan.in(query), loan.in(key), loan.in(value), loan.in(layout, selection), loan.out(query_sub),
-                 loan.out(key_sub), loan.out(value_sub), loan.workspace(cuda::gather_workspace(layout, query, key)),
-                 nullptr);
-    loan.finish();
-  }
-
-  void gather_backward(const Layout& layout, const ConstView& grad_query_sub, const ConstView& grad_key_sub,
-                       const ConstView& grad_value_sub, const ConstSelection& selection, const View& grad_query,
-                       const View& grad_key, const View& grad_value) const override {
-    Loan loan;
-    cuda::gather_backward(layout, loan.in(grad_query_sub), loan.in(grad_key_sub), loan.in(grad_value_sub),
-                          loan.in(layout, selection), loan.out(grad_query), loan.out(grad_key), loan.out(grad_value),
-                          nullptr);
-    loan.finish();
-  }
-
-  void scatter(const Layout& layout, const ConstView& output_sub, const ConstSelection& selection,
-               const View& output) const override {
-    Loan loan;
-    cuda::scatter(layout, loan.in(output_sub), loan.in(layout, selection), loan.out(output), nullptr);
-    loan.finish();
-  }
-
-  void scatter_backward(const Layout& layout, const ConstView& grad_output, const ConstSelection& selection,
-                        const View& grad_output_sub) const override {
-    Loan loan;
-    cuda::scatter_backward(layout, loan.in(grad_output), loan.in(layout, selection), loan.out(grad_output_sub),
-                           loan.workspace(cuda::scatter_backward_workspace(layout, grad_output)), nullptr);
-    loan.finish();
+  void run(const AnyArgs& any) const override {
+    std::visit(
+        [](const auto& args) {
+          Loan loan;
+          cuda::run(loan.lend(args), loan.workspace(cuda::workspace_bytes(args)), nullptr);
+          loan.finish();
+        },
+        any);
   }
 };
 

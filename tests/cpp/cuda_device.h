@@ -15,12 +15,12 @@ inline void check(cudaError_t error) {
 }
 
 // Starts as poison. With a guard it can tell whether anything was written around it; without one, compute-sanitizer
-// sees every byte that is read behind it.
+// sees every byte that is read after it.
 class DeviceMemory {
  public:
   static constexpr int64_t kGuard = 256;
 
-  // `past` bytes behind an aligned address.
+  // `past` bytes after an aligned address.
   explicit DeviceMemory(int64_t bytes, int64_t guard = kGuard, int64_t past = 0)
       : bytes_(bytes), guard_(guard), past_(past) {
     check(cudaMalloc(&start_, static_cast<size_t>(std::max<int64_t>(whole(), 1))));
@@ -59,33 +59,10 @@ inline constexpr DType kCudaDTypes[] = {DType::float32, DType::bfloat16, DType::
 class CudaCalls final : public Device {
  public:
   CudaCalls(cudaStream_t stream, cuda::Workspace workspace)
-      : Device("Cuda", kCudaDTypes, 8), stream_(stream), workspace_(workspace) {}
+      : Device("Cuda", kCudaDTypes, cuda::kHeadDimStep), stream_(stream), workspace_(workspace) {}
 
-  void score(const ConstView& query, const ConstView& key, float* query_score, float* key_score) const override {
-    cuda::score(query, key, query_score, key_score, stream_);
-  }
-  void select(const Plan& plan, const float* query_score, const float* key_score,
-              const Selection& selection) const override {
-    cuda::select(plan, query_score, key_score, selection, workspace_, stream_);
-  }
-  void gather(const Layout& layout, const ConstView& query, const ConstView& key, const ConstView& value,
-              const ConstSelection& selection, const View& query_sub, const View& key_sub,
-              const View& value_sub) const override {
-    cuda::gather(layout, query, key, value, selection, query_sub, key_sub, value_sub, workspace_, stream_);
-  }
-  void gather_backward(const Layout& layout, const ConstView& grad_query_sub, const ConstView& grad_key_sub,
-                       const ConstView& grad_value_sub, const ConstSelection& selection, const View& grad_query,
-                       const View& grad_key, const View& grad_value) const override {
-    cuda::gather_backward(layout, grad_query_sub, grad_key_sub, grad_value_sub, selection, grad_query, grad_key,
-                          grad_value, stream_);
-  }
-  void scatter(const Layout& layout, const ConstView& output_sub, const ConstSelection& selection,
-               const View& output) const override {
-    cuda::scatter(layout, output_sub, selection, output, stream_);
-  }
-  void scatter_backward(const Layout& layout, const ConstView& grad_output, const ConstSelection& selection,
-                        const View& grad_output_sub) const override {
-    cuda::scatter_backward(layout, grad_output, selection, grad_output_sub, workspace_, stream_);
+  void run(const AnyArgs& any) const override {
+    std::visit([&](const auto& args) { cuda::run(args, workspace_, stream_); }, any);
   }
 
  private:

@@ -118,7 +118,7 @@ TEST_P(CudaSelect, ChoosesWhatTheCpuChooses) {
   const Choosing& c = GetParam();
   Random random(21);
   for (const bool cover_start : {true, false}) {
-    const Plan plan = make_plan(1, c.tokens, pyramid(c.windows), c.topk, cover_start);
+    const Sequences sequences = sequences_of(1, c.tokens, pyramid(c.windows), c.topk, cover_start);
     for (const ScoreKind kind : kScoreKinds) {
       SCOPED_TRACE(std::string(name(kind)) + (cover_start ? ", start covered" : ", start open"));
       const std::vector<float> query_score = make_scores(kind, c.kv_heads * c.tokens, random);
@@ -129,7 +129,8 @@ TEST_P(CudaSelect, ChoosesWhatTheCpuChooses) {
       for (size_t i = 0; i < 2; ++i) {
         masks[i].assign(query_score.size(), 0xff);
         prefixes[i].assign(query_score.size(), -1);
-        both[i]->select(plan, query_score.data(), key_score.data(), {masks[i].data(), prefixes[i].data(), c.kv_heads});
+        both[i]->run(SelectArgs{
+            query_score.data(), key_score.data(), {sequences, c.kv_heads, masks[i].data(), prefixes[i].data()}});
       }
       EXPECT_EQ(first_difference(masks[0], masks[1]), -1);
       EXPECT_EQ(first_difference(prefixes[0], prefixes[1]), -1);
@@ -159,18 +160,18 @@ INSTANTIATE_TEST_SUITE_P(Cases, CudaSelect, testing::ValuesIn(kChoosing), case_n
 // Calls all that take tensors, each of which must say `words`.
 void expect_all_refused(DType dtype, int64_t head_dim, const std::vector<std::string_view>& words) {
   const Problem problem{{}, 1, 1, 1, 40, head_dim, {1, 4, 16}, TopK::count(1)};
-  const Layout layout = problem.plan().layout;
+  const Sequences sequences = problem.sequences();
   const Tensor whole(dtype, problem.query_sizes()), sub(dtype, problem.query_sub_sizes());
   std::vector<uint8_t> mask(40, 1);
   std::vector<int32_t> prefix(40, 0);
   std::vector<float> score(40, 0.0F);
-  const Selection selection{mask.data(), prefix.data(), 1};
+  const Selection selection{sequences, 1, mask.data(), prefix.data()};
   const Device& device = cuda_calls();
-  expect_refused([&] { device.score(whole, whole, score.data(), score.data()); }, words);
-  expect_refused([&] { device.gather(layout, whole, whole, whole, selection, sub, sub, sub); }, words);
-  expect_refused([&] { device.gather_backward(layout, sub, sub, sub, selection, whole, whole, whole); }, words);
-  expect_refused([&] { device.scatter(layout, sub, selection, whole); }, words);
-  expect_refused([&] { device.scatter_backward(layout, whole, selection, sub); }, words);
+  expect_refused([&] { device.run(ScoreArgs{whole, whole, score.data(), score.data()}); }, words);
+  expect_refused([&] { device.run(GatherArgs{whole, whole, whole, selection, sub, sub, sub}); }, words);
+  expect_refused([&] { device.run(GatherBackwardArgs{sub, sub, sub, selection, whole, whole, whole}); }, words);
+  expect_refused([&] { device.run(ScatterArgs{sub, selection, whole}); }, words);
+  expect_refused([&] { device.run(ScatterBackwardArgs{whole, selection, sub}); }, words);
 }
 
 TEST(CudaRefuses, Float64) { expect_all_refused(DType::float64, 8, {"float64", "float32, bfloat16 or float16"}); }
@@ -183,7 +184,7 @@ TEST(CudaRefuses, AMachineWithoutADriver) {
   const Tensor whole(DType::bfloat16, {1, 1, 40, 8});
   std::vector<float> score(40, 0.0F);
   try {
-    cuda_calls().score(whole, whole, score.data(), score.data());
+    cuda_calls().run(ScoreArgs{whole, whole, score.data(), score.data()});
     FAIL() << "a kernel was launched without a driver";
   } catch (const std::runtime_error& error) {
     EXPECT_TRUE(std::string_view(error.what()).ends_with("update the driver")) << error.what();
@@ -198,26 +199,24 @@ TEST(CudaRefuses, HeadDimsThatDoNotFit) {
 
 TEST(CudaRefuses, AWorkspaceThatIsTooSmall) {
   const Problem problem{{}, 1, 2, 1, 4 * 2500, 8, {1, 4, 128}, TopK::count(1)};
-  const Plan plan = make_plan(1, problem.tokens, pyramid({1, 4}), TopK::count(1));
-  const Layout layout = problem.plan().layout;
   const Tensor query(DType::float32, problem.query_sizes()), key(DType::float32, problem.kv_sizes());
   const Tensor query_sub(DType::float32, problem.query_sub_sizes()), key_sub(DType::float32, problem.kv_sub_sizes());
   std::vector<uint8_t> mask(static_cast<size_t>(problem.tokens), 0);
   std::vector<int32_t> prefix(mask.size(), 0);
   std::vector<float> score(mask.size(), 0.0F);
-  const Selection selection{mask.data(), prefix.data(), 1};
-  const auto expect_short = [](int64_t needed, const std::function<void(const Device&)>& call) {
+  const auto selection = [&](const Sequences& sequences) {
+    return Selection{sequences, 1, mask.data(), prefix.data()};
+  };
+  const auto expect_short = [](const auto& args) {
+    const int64_t needed = cuda::workspace_bytes(args);
     ASSERT_GT(needed, 0);
-    expect_refused([&] { call(CudaCalls(nullptr, {nullptr, needed - 1})); },
+    expect_refused([&] { CudaCalls(nullptr, {nullptr, needed - 1}).run(args); },
                    {"workspace of " + std::to_string(needed - 1) + " bytes", std::to_string(needed) + " are needed"});
   };
-  expect_short(cuda::select_workspace(plan, 1),
-               [&](const Device& device) { device.select(plan, score.data(), score.data(), selection); });
-  expect_short(cuda::gather_workspace(layout, query, key), [&](const Device& device) {
-    device.gather(layout, query, key, key, selection, query_sub, key_sub, key_sub);
-  });
-  expect_short(cuda::scatter_backward_workspace(layout, query),
-               [&](const Device& device) { device.scatter_backward(layout, query, selection, query_sub); });
+  const Sequences many_candidates = sequences_of(1, problem.tokens, pyramid({1, 4}), TopK::count(1));
+  expect_short(SelectArgs{score.data(), score.data(), selection(many_candidates)});
+  expect_short(GatherArgs{query, key, key, selection(problem.sequences()), query_sub, key_sub, key_sub});
+  expect_short(ScatterBackwardArgs{query, selection(problem.sequences()), query_sub});
 }
 
 }  // namespace

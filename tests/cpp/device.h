@@ -3,12 +3,15 @@
 #pragma once
 
 #include <span>
+#include <variant>
 
 #include "support.h"
 
 namespace lighthouse::test {
 
-// The six functions on host memory, whatever computes them.
+using AnyArgs = std::variant<ScoreArgs, SelectArgs, GatherArgs, GatherBackwardArgs, ScatterArgs, ScatterBackwardArgs>;
+
+// The verbs on host memory, whatever computes them.
 class Device {
  public:
   Device(const char* name, std::span<const DType> dtypes, int64_t head_dims)
@@ -25,19 +28,7 @@ class Device {
   // Why nothing can run on it here; empty if it can.
   virtual std::string missing() const { return ""; }
 
-  virtual void score(const ConstView& query, const ConstView& key, float* query_score, float* key_score) const = 0;
-  virtual void select(const Plan& plan, const float* query_score, const float* key_score,
-                      const Selection& selection) const = 0;
-  virtual void gather(const Layout& layout, const ConstView& query, const ConstView& key, const ConstView& value,
-                      const ConstSelection& selection, const View& query_sub, const View& key_sub,
-                      const View& value_sub) const = 0;
-  virtual void gather_backward(const Layout& layout, const ConstView& grad_query_sub, const ConstView& grad_key_sub,
-                               const ConstView& grad_value_sub, const ConstSelection& selection, const View& grad_query,
-                               const View& grad_key, const View& grad_value) const = 0;
-  virtual void scatter(const Layout& layout, const ConstView& output_sub, const ConstSelection& selection,
-                       const View& output) const = 0;
-  virtual void scatter_backward(const Layout& layout, const ConstView& grad_output, const ConstSelection& selection,
-                                const View& grad_output_sub) const = 0;
+  virtual void run(const AnyArgs& args) const = 0;
 
  private:
   const char* name_;
@@ -49,31 +40,8 @@ class CpuDevice final : public Device {
  public:
   explicit CpuDevice(const Executor& executor) : Device("Cpu", kDTypes, 1), executor_(executor) {}
 
-  void score(const ConstView& query, const ConstView& key, float* query_score, float* key_score) const override {
-    cpu::score(query, key, query_score, key_score, executor_);
-  }
-  void select(const Plan& plan, const float* query_score, const float* key_score,
-              const Selection& selection) const override {
-    cpu::select(plan, query_score, key_score, selection, executor_);
-  }
-  void gather(const Layout& layout, const ConstView& query, const ConstView& key, const ConstView& value,
-              const ConstSelection& selection, const View& query_sub, const View& key_sub,
-              const View& value_sub) const override {
-    cpu::gather(layout, query, key, value, selection, query_sub, key_sub, value_sub, executor_);
-  }
-  void gather_backward(const Layout& layout, const ConstView& grad_query_sub, const ConstView& grad_key_sub,
-                       const ConstView& grad_value_sub, const ConstSelection& selection, const View& grad_query,
-                       const View& grad_key, const View& grad_value) const override {
-    cpu::gather_backward(layout, grad_query_sub, grad_key_sub, grad_value_sub, selection, grad_query, grad_key,
-                         grad_value, executor_);
-  }
-  void scatter(const Layout& layout, const ConstView& output_sub, const ConstSelection& selection,
-               const View& output) const override {
-    cpu::scatter(layout, output_sub, selection, output, executor_);
-  }
-  void scatter_backward(const Layout& layout, const ConstView& grad_output, const ConstSelection& selection,
-                        const View& grad_output_sub) const override {
-    cpu::scatter_backward(layout, grad_output, selection, grad_output_sub, executor_);
+  void run(const AnyArgs& any) const override {
+    std::visit([&](const auto& args) { cpu::run(args, executor_); }, any);
   }
 
  private:

@@ -2,8 +2,6 @@
 // sub-sequence (METHOD 1 and 3).
 #include "support.h"
 
-#include "lighthouse/plan.h"
-
 namespace lighthouse::test {
 namespace {
 
@@ -38,22 +36,22 @@ const Refused kSettingsRefusedCases[] = {
     {"share_above_one", [] { TopK::share(5, 4); }, {"select_topk=5/4", "at most 1"}},
     {"share_over_zero", [] { TopK::share(1, 0); }, {"select_topk=1/0", "denominator"}},
     {"share_over_too_many", [] { TopK::share(1, 65537); }, {"select_topk=1/65537", "65536"}},
-    {"no_rows", [] { make_plan(0, 8, pyramid({1, 2}), TopK::count(1)); }, {"rows=0", "at least one"}},
-    {"no_tokens", [] { make_plan(1, 0, pyramid({1, 2}), TopK::count(1)); }, {"tokens=0", "at least one"}},
-    {"negative_tokens", [] { make_plan(1, -8, pyramid({1}), TopK::count(1)); }, {"tokens=-8", "at least one"}},
+    {"no_rows", [] { sequences_of(0, 8, pyramid({1, 2}), TopK::count(1)); }, {"rows=0", "at least one"}},
+    {"no_tokens", [] { sequences_of(1, 0, pyramid({1, 2}), TopK::count(1)); }, {"tokens=0", "at least one"}},
+    {"negative_tokens", [] { sequences_of(1, -8, pyramid({1}), TopK::count(1)); }, {"tokens=-8", "at least one"}},
     {"more_entries_than_a_prefix_holds",
-     [] { make_plan(1, int64_t{1} << 31, pyramid({1}), TopK::count(1)); },
+     [] { sequences_of(1, int64_t{1} << 31, pyramid({1}), TopK::count(1)); },
      {"2147483648", "entries", "2^31 - 1"}},
     {"more_tokens_than_64_bits_count",
-     [] { make_plan(1, kMax, pyramid({1, 2}), TopK::share(1, 1)); },
+     [] { sequences_of(1, kMax, pyramid({1, 2}), TopK::share(1, 1)); },
      {"9223372036854775807", "tokens"}},
-    {"pyramid_made_by_hand", [] { make_plan(1, 8, raw_pyramid({1, 3, 4}, 3), TopK::count(1)); }, {"windows[2]=4"}},
-    {"pyramid_of_no_levels", [] { make_plan(1, 8, raw_pyramid({1}, 0), TopK::count(1)); }, {"windows"}},
-    {"pyramid_of_nine_levels", [] { make_plan(1, 8, raw_pyramid({1}, 9), TopK::count(1)); }, {"windows", "9"}},
-    {"pyramid_of_minus_one_levels", [] { make_plan(1, 8, raw_pyramid({1}, -1), TopK::count(1)); }, {"windows"}},
-    {"topk_made_by_hand", [] { make_plan(1, 8, pyramid({1}), TopK{0, 0}); }, {"select_topk=0"}},
-    {"share_made_by_hand", [] { make_plan(1, 8, pyramid({1}), TopK{3, 2}); }, {"select_topk=3/2"}},
-    {"share_over_less_than_zero", [] { make_plan(1, 8, pyramid({1}), TopK{1, -2}); }, {"select_topk=1/-2"}},
+    {"pyramid_made_by_hand", [] { sequences_of(1, 8, raw_pyramid({1, 3, 4}, 3), TopK::count(1)); }, {"windows[2]=4"}},
+    {"pyramid_of_no_levels", [] { sequences_of(1, 8, raw_pyramid({1}, 0), TopK::count(1)); }, {"windows"}},
+    {"pyramid_of_nine_levels", [] { sequences_of(1, 8, raw_pyramid({1}, 9), TopK::count(1)); }, {"windows", "9"}},
+    {"pyramid_of_minus_one_levels", [] { sequences_of(1, 8, raw_pyramid({1}, -1), TopK::count(1)); }, {"windows"}},
+    {"topk_made_by_hand", [] { sequences_of(1, 8, pyramid({1}), TopK{0, 0}); }, {"select_topk=0"}},
+    {"share_made_by_hand", [] { sequences_of(1, 8, pyramid({1}), TopK{3, 2}); }, {"select_topk=3/2"}},
+    {"share_over_less_than_zero", [] { sequences_of(1, 8, pyramid({1}), TopK{1, -2}); }, {"select_topk=1/-2"}},
 };
 
 INSTANTIATE_TEST_SUITE_P(Cases, SettingsRefused, testing::ValuesIn(kSettingsRefusedCases), case_name);
@@ -96,14 +94,13 @@ class PlanLength : public testing::TestWithParam<Length> {};
 TEST_P(PlanLength, IsTheFormula) {
   const Length& c = GetParam();
   for (const bool cover_start : {true, false}) {
-    const Plan plan = make_plan(3, c.tokens, pyramid(c.windows), c.topk, cover_start);
-    EXPECT_EQ(plan.length(), c.length);
-    EXPECT_EQ(plan.layout.entries, c.length);
-    EXPECT_EQ(plan.layout.tokens, c.tokens);
-    EXPECT_EQ(plan.layout.rows, 3);
-    EXPECT_EQ(plan.layout.sequences(), 3);
-    EXPECT_EQ(plan.cover_start, cover_start);
-    EXPECT_DOUBLE_EQ(plan.kept_share(), c.kept_tokens / static_cast<double>(c.tokens));
+    const Sequences sequences = sequences_of(3, c.tokens, pyramid(c.windows), c.topk, cover_start);
+    EXPECT_EQ(sequences.entries, c.length);
+    EXPECT_EQ(sequences.tokens, c.tokens);
+    EXPECT_EQ(sequences.rows, 3);
+    EXPECT_EQ(sequences.count(), 3);
+    EXPECT_EQ(sequences.method.cover_start, cover_start);
+    EXPECT_DOUBLE_EQ(sequences.kept_share(), c.kept_tokens / static_cast<double>(c.tokens));
   }
 }
 
@@ -133,7 +130,7 @@ const Length kPlanLengthCases[] = {
 INSTANTIATE_TEST_SUITE_P(Cases, PlanLength, testing::ValuesIn(kPlanLengthCases), case_name);
 
 TEST(PlanPrints, ItsSettingsReadably) {
-  const std::string text = make_plan(2, 4096, pyramid({1, 4, 16}), TopK::share(1, 64)).str();
+  const std::string text = sequences_of(2, 4096, pyramid({1, 4, 16}), TopK::share(1, 64)).str();
   for (const char* word : {"4096", "1, 4, 16", "1/64", "64"}) {
     EXPECT_NE(text.find(word), std::string::npos) << text;
   }
@@ -142,15 +139,15 @@ TEST(PlanPrints, ItsSettingsReadably) {
   EXPECT_EQ(TopK::count(12).str(), "12");
 }
 
-TEST(LayoutSequences, AreTheRows) {
-  const Plan plan = make_plan(3, 40, pyramid({1, 4}), TopK::count(2));
+TEST(Sequences, AreTheRows) {
+  const Sequences sequences = sequences_of(3, 40, pyramid({1, 4}), TopK::count(2));
   for (int64_t i = 0; i < 3; ++i) {
-    const Sequence sequence = plan.layout.sequence(i);
+    const Sequence sequence = sequences.at(i);
     EXPECT_EQ(sequence.row, i);
     EXPECT_EQ(sequence.token_offset, 0);
     EXPECT_EQ(sequence.tokens, 40);
     EXPECT_EQ(sequence.entry_offset, 0);
-    EXPECT_EQ(sequence.entries, plan.length());
+    EXPECT_EQ(sequence.entries, sequences.entries);
   }
 }
 

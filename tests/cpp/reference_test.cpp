@@ -51,15 +51,24 @@ Inputs random_inputs(const Problem& problem, Random& random) {
             {}};
   in.query_score.resize(static_cast<size_t>(problem.rows * problem.kv_heads * problem.tokens));
   in.key_score.resize(in.query_score.size());
-  reference::score(problem.plan(), problem.shape(), in.query.data(), in.key.data(), in.query_score.data(),
+  reference::score(problem.sequences(), problem.shape(), in.query.data(), in.key.data(), in.query_score.data(),
                    in.key_score.data());
   return in;
 }
 
+reference::AttentionArgs args_of(const Problem& problem, const Inputs& in) {
+  return {.sequences = problem.sequences(),
+          .shape = problem.shape(),
+          .query = in.query.data(),
+          .key = in.key.data(),
+          .value = in.value.data(),
+          .query_score = in.query_score.data(),
+          .key_score = in.key_score.data()};
+}
+
 Values attend(const Problem& problem, const Inputs& in) {
   Values output(in.query.size());
-  reference::attention(problem.plan(), problem.shape(), in.query.data(), in.key.data(), in.value.data(),
-                       in.query_score.data(), in.key_score.data(), 0.0, output.data());
+  reference::attention(args_of(problem, in), output.data());
   return output;
 }
 
@@ -89,9 +98,8 @@ TEST_P(ReferenceGradient, EqualsFiniteDifferences) {
   const Inputs in = random_inputs(problem, random);
   const Values grad_output = random_values(random, problem.query_sizes());
   Values grad_query(in.query.size()), grad_key(in.key.size()), grad_value(in.value.size());
-  reference::attention_backward(problem.plan(), problem.shape(), in.query.data(), in.key.data(), in.value.data(),
-                                in.query_score.data(), in.key_score.data(), 0.0, grad_output.data(), grad_query.data(),
-                                grad_key.data(), grad_value.data());
+  reference::attention_backward(args_of(problem, in), grad_output.data(), grad_query.data(), grad_key.data(),
+                                grad_value.data());
 
   const std::pair<Values Inputs::*, const Values*> arguments[] = {
       {&Inputs::query, &grad_query}, {&Inputs::key, &grad_key}, {&Inputs::value, &grad_value}};
@@ -126,28 +134,31 @@ INSTANTIATE_TEST_SUITE_P(Cases, ReferenceGradient, testing::ValuesIn(kReferenceG
 
 using Entries = std::vector<Entry>;
 
+Entries select_first(const Sequences& sequences, const float* query_score, const float* key_score) {
+  return reference::select(sequences.method, sequences.at(0), query_score, key_score);
+}
+
 // METHOD 3 by hand: 8 tokens, windows 1 and 2, two parents, which are entry 0 and the best by key of the others.
 TEST(ReferenceSelect, ChoosesByHand) {
-  const Plan plan = make_plan(1, 8, pyramid({1, 2}), TopK::count(2));
+  const Sequences sequences = sequences_of(1, 8, pyramid({1, 2}), TopK::count(2));
   const float query[] = {0, 0, 9, 0, 0, 0, 0, 0};
   const float key[] = {0, 0, 0, 0, 0, 0, 0, 5};
-  EXPECT_EQ(reference::select(plan, query, key),
+  EXPECT_EQ(select_first(sequences, query, key),
             (Entries{{0, 0}, {0, 1}, {1, 0}, {1, 1}, {1, 2}, {0, 6}, {0, 7}, {1, 3}}));
-  Plan open = plan;
-  open.cover_start = false;
-  EXPECT_EQ(reference::select(open, query, key),
-            (Entries{{1, 0}, {0, 2}, {0, 3}, {1, 1}, {1, 2}, {0, 6}, {0, 7}, {1, 3}}));
+  Sequences open = sequences;
+  open.method.cover_start = false;
+  EXPECT_EQ(select_first(open, query, key), (Entries{{1, 0}, {0, 2}, {0, 3}, {1, 1}, {1, 2}, {0, 6}, {0, 7}, {1, 3}}));
 }
 
 TEST(ReferenceSelect, PutsNanBehindMinusInfinityAndTheLowerIndexFirst) {
   constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
   constexpr float kInf = std::numeric_limits<float>::infinity();
-  const Plan plan = make_plan(1, 6, pyramid({1, 2}), TopK::count(1), false);
+  const Sequences sequences = sequences_of(1, 6, pyramid({1, 2}), TopK::count(1), false);
   const float none[] = {0, 0, 0, 0, 0, 0};
   const float nan_and_minus_infinity[] = {kNan, kInf, -kInf, -kInf, -kInf, -kInf};
-  EXPECT_EQ(reference::select(plan, none, nan_and_minus_infinity), (Entries{{1, 0}, {0, 2}, {0, 3}, {1, 1}, {1, 2}}));
+  EXPECT_EQ(select_first(sequences, none, nan_and_minus_infinity), (Entries{{1, 0}, {0, 2}, {0, 3}, {1, 1}, {1, 2}}));
   const float zeros[] = {-1, -1, -0.0F, -0.0F, 0, 0};
-  EXPECT_EQ(reference::select(plan, none, zeros), (Entries{{1, 0}, {0, 2}, {0, 3}, {1, 1}, {1, 2}}));
+  EXPECT_EQ(select_first(sequences, none, zeros), (Entries{{1, 0}, {0, 2}, {0, 3}, {1, 1}, {1, 2}}));
 }
 
 TEST(ReferenceScore, TakesTheGroupsMaximumAndKeepsNan) {
@@ -156,7 +167,7 @@ TEST(ReferenceScore, TakesTheGroupsMaximumAndKeepsNan) {
   const double query[] = {3, 4, 1, 0, nan, 0, /* second head */ 6, 8, 0, 0.5, 1, 1};
   const double key[] = {0, 2, -3, 0, 0, 0};
   float query_score[3], key_score[3];
-  reference::score(problem.plan(), problem.shape(), query, key, query_score, key_score);
+  reference::score(problem.sequences(), problem.shape(), query, key, query_score, key_score);
   EXPECT_EQ(query_score[0], 10.0F);
   EXPECT_EQ(query_score[1], 1.0F);
   EXPECT_TRUE(std::isnan(query_score[2]));

@@ -10,29 +10,30 @@ struct Selected {
   std::vector<int32_t> prefix;
 };
 
-Selected run_select(const Plan& plan, int64_t kv_heads, const std::vector<float>& query_score,
+Selected run_select(const Sequences& sequences, int64_t kv_heads, const std::vector<float>& query_score,
                     const std::vector<float>& key_score, const Device& device) {
   const size_t size = query_score.size();
   Selected result{std::vector<uint8_t>(size, 0xff), std::vector<int32_t>(size, -1)};  // poison
-  device.select(plan, query_score.data(), key_score.data(), {result.mask.data(), result.prefix.data(), kv_heads});
+  device.run(SelectArgs{
+      query_score.data(), key_score.data(), {sequences, kv_heads, result.mask.data(), result.prefix.data()}});
   return result;
 }
 
 // Puts each entry that the mask has where mask and prefix say; every place must be taken once.
-std::vector<Entry> entries_by_place(const Layout& layout, const uint8_t* mask, const int32_t* prefix) {
-  std::vector<Entry> entries(static_cast<size_t>(layout.entries), Entry{-1, -1});
-  for (int64_t t = 0; t < layout.tokens; ++t) {
+std::vector<Entry> entries_by_place(const Sequences& sequences, const uint8_t* mask, const int32_t* prefix) {
+  std::vector<Entry> entries(static_cast<size_t>(sequences.entries), Entry{-1, -1});
+  for (int64_t t = 0; t < sequences.tokens; ++t) {
     for (int level = 0; level < 8; ++level) {
       if ((mask[t] >> level & 1) == 0) {
         continue;
       }
       const int64_t place = prefix[t] + std::popcount(static_cast<unsigned>(mask[t]) & ((1U << level) - 1U));
-      if (level >= layout.pyramid.levels || place < 0 || place >= layout.entries ||
+      if (level >= sequences.method.pyramid.levels || place < 0 || place >= sequences.entries ||
           entries[static_cast<size_t>(place)].level >= 0) {
         ADD_FAILURE() << "token " << t << ", level " << level << ": place " << place;
         return entries;
       }
-      const int64_t width = layout.pyramid.windows[static_cast<size_t>(level)];
+      const int64_t width = sequences.method.pyramid.windows[static_cast<size_t>(level)];
       EXPECT_EQ((t + 1) % width, 0) << "no window of level " << level << " ends at token " << t;
       entries[static_cast<size_t>(place)] = {level, (t + 1) / width - 1};
     }
@@ -40,25 +41,25 @@ std::vector<Entry> entries_by_place(const Layout& layout, const uint8_t* mask, c
   return entries;
 }
 
-void expect_promises(const Plan& plan, const std::vector<Entry>& entries, const uint8_t* mask, const int32_t* prefix) {
-  const Layout& layout = plan.layout;
-  ASSERT_EQ(static_cast<int64_t>(entries.size()), plan.length());
-  // Places strictly increase with (last token, level), and so no entry sees a later token than those behind it.
+void expect_promises(const Sequences& sequences, const std::vector<Entry>& entries, const uint8_t* mask,
+                     const int32_t* prefix) {
+  ASSERT_EQ(static_cast<int64_t>(entries.size()), sequences.entries);
+  // Places strictly increase with (last token, level), and so no entry sees a later token than those after it.
   for (size_t i = 1; i < entries.size(); ++i) {
-    ASSERT_LT(std::pair(last_token(layout, entries[i - 1]), entries[i - 1].level),
-              std::pair(last_token(layout, entries[i]), entries[i].level))
+    ASSERT_LT(std::pair(last_token(sequences, entries[i - 1]), entries[i - 1].level),
+              std::pair(last_token(sequences, entries[i]), entries[i].level))
         << "place " << i;
   }
   int64_t sum = 0;
-  for (int64_t t = 0; t < layout.tokens; ++t) {
+  for (int64_t t = 0; t < sequences.tokens; ++t) {
     ASSERT_EQ(prefix[t], sum) << "token " << t;
     sum += std::popcount(static_cast<unsigned>(mask[t]));
   }
-  if (plan.cover_start) {
-    std::vector<bool> covered(static_cast<size_t>(layout.tokens), false);
+  if (sequences.method.cover_start) {
+    std::vector<bool> covered(static_cast<size_t>(sequences.tokens), false);
     for (const Entry& entry : entries) {
-      const int64_t last = last_token(layout, entry);
-      for (int64_t t = last; t < std::min(last + window(layout, entry), layout.tokens); ++t) {
+      const int64_t last = last_token(sequences, entry);
+      for (int64_t t = last; t < std::min(last + window(sequences, entry), sequences.tokens); ++t) {
         covered[static_cast<size_t>(t)] = true;
       }
     }
@@ -66,21 +67,22 @@ void expect_promises(const Plan& plan, const std::vector<Entry>& entries, const 
   }
 }
 
-void expect_oracle(const Plan& plan, int64_t kv_heads, const std::vector<float>& query_score,
+void expect_oracle(const Sequences& sequences, int64_t kv_heads, const std::vector<float>& query_score,
                    const std::vector<float>& key_score, const Device& device) {
-  const Selected selected = run_select(plan, kv_heads, query_score, key_score, device);
-  for (int64_t kv = 0; kv < plan.layout.rows * kv_heads; ++kv) {
-    SCOPED_TRACE("row and head " + std::to_string(kv));
-    const int64_t start = kv * plan.layout.tokens;
-    const std::vector<Entry> oracle = reference::select(plan, query_score.data() + start, key_score.data() + start);
+  const Selected selected = run_select(sequences, kv_heads, query_score, key_score, device);
+  each_sequence_and_head(sequences, kv_heads, [&](const Sequence& sequence, int64_t head) {
+    SCOPED_TRACE("row " + std::to_string(sequence.row) + ", head " + std::to_string(head));
+    const int64_t start = start_of(sequences, sequence, kv_heads, head);
+    const std::vector<Entry> oracle =
+        reference::select(sequences.method, sequence, query_score.data() + start, key_score.data() + start);
     const std::vector<Entry> ours =
-        entries_by_place(plan.layout, selected.mask.data() + start, selected.prefix.data() + start);
+        entries_by_place(sequences, selected.mask.data() + start, selected.prefix.data() + start);
     for (size_t i = 0; i < std::min(oracle.size(), ours.size()); ++i) {
       ASSERT_TRUE(oracle[i] == ours[i]) << "place " << i << ": level " << ours[i].level << " index " << ours[i].index
                                         << ", not level " << oracle[i].level << " index " << oracle[i].index;
     }
-    expect_promises(plan, oracle, selected.mask.data() + start, selected.prefix.data() + start);
-  }
+    expect_promises(sequences, oracle, selected.mask.data() + start, selected.prefix.data() + start);
+  });
 }
 
 struct Case : Named {
@@ -97,13 +99,13 @@ TEST_P(Select, EqualsTheOracleForAllKindsOfScores) {
   const Case& c = row();
   Random random(3);
   for (const bool cover_start : {true, false}) {
-    const Plan plan = make_plan(c.rows, c.tokens, pyramid(c.windows), c.topk, cover_start);
+    const Sequences sequences = sequences_of(c.rows, c.tokens, pyramid(c.windows), c.topk, cover_start);
     for (const ScoreKind kind : kScoreKinds) {
       SCOPED_TRACE(std::string(name(kind)) + (cover_start ? ", start covered" : ", start open"));
       const int64_t count = c.rows * c.kv_heads * c.tokens;
       const std::vector<float> query_score = make_scores(kind, count, random);
       const std::vector<float> key_score = make_scores(kind, count, random);
-      expect_oracle(plan, c.kv_heads, query_score, key_score, device());
+      expect_oracle(sequences, c.kv_heads, query_score, key_score, device());
     }
   }
 }
@@ -171,12 +173,12 @@ TEST_P(SelectOnDevice, EqualsTheOracleAtRandom) {
                                            : TopK::count(1 + random.below(random.below(2) == 0 ? 8 : 700));
     const int64_t rows = 1 + random.below(2);
     const int64_t kv_heads = 1 + random.below(2);
-    const Plan plan = make_plan(rows, tokens, pyramid(windows), topk, random.below(2) == 0);
+    const Sequences sequences = sequences_of(rows, tokens, pyramid(windows), topk, random.below(2) == 0);
     const auto kind = [&] { return kScoreKinds[static_cast<size_t>(random.below(std::size(kScoreKinds)))]; };
     const std::vector<float> query_score = make_scores(kind(), rows * kv_heads * tokens, random);
     const std::vector<float> key_score = make_scores(kind(), rows * kv_heads * tokens, random);
-    SCOPED_TRACE(plan.str());
-    expect_oracle(plan, kv_heads, query_score, key_score, device());
+    SCOPED_TRACE(sequences.str());
+    expect_oracle(sequences, kv_heads, query_score, key_score, device());
     if (testing::Test::HasFailure()) {
       break;
     }
@@ -185,12 +187,12 @@ TEST_P(SelectOnDevice, EqualsTheOracleAtRandom) {
 
 TEST(SelectThreads, HaveTheSameBits) {
   Random random(5);
-  const Plan plan = make_plan(2, 5003, pyramid({1, 4, 16}), TopK::count(300));
+  const Sequences sequences = sequences_of(2, 5003, pyramid({1, 4, 16}), TopK::count(300));
   const std::vector<float> query_score = make_scores(ScoreKind::few_values, int64_t{2} * 3 * 5003, random);
   const std::vector<float> key_score = make_scores(ScoreKind::random, int64_t{2} * 3 * 5003, random);
-  const Selected one = run_select(plan, 3, query_score, key_score, CpuDevice(ThreadExecutor(1)));
+  const Selected one = run_select(sequences, 3, query_score, key_score, CpuDevice(ThreadExecutor(1)));
   for (const auto& [name, executor] : executors()) {
-    const Selected other = run_select(plan, 3, query_score, key_score, CpuDevice(*executor));
+    const Selected other = run_select(sequences, 3, query_score, key_score, CpuDevice(*executor));
     EXPECT_EQ(one.mask, other.mask) << name;
     EXPECT_EQ(one.prefix, other.prefix) << name;
   }
@@ -199,14 +201,14 @@ TEST(SelectThreads, HaveTheSameBits) {
 // A token's choice depends on nothing but its own row and head.
 TEST_P(SelectOnDevice, KeepsRowsAndHeadsIndependent) {
   Random random(6);
-  const Plan plan = make_plan(2, 500, pyramid({1, 4, 16}), TopK::count(5));
+  const Sequences sequences = sequences_of(2, 500, pyramid({1, 4, 16}), TopK::count(5));
   const std::vector<float> query_score = make_scores(ScoreKind::random, 2 * 2 * 500, random);
   std::vector<float> key_score = make_scores(ScoreKind::random, 2 * 2 * 500, random);
-  const Selected before = run_select(plan, 2, query_score, key_score, device());
+  const Selected before = run_select(sequences, 2, query_score, key_score, device());
   for (size_t i = 1000; i < 1500; ++i) {
     key_score[i] = -key_score[i];  // row 1, head 0
   }
-  const Selected after = run_select(plan, 2, query_score, key_score, device());
+  const Selected after = run_select(sequences, 2, query_score, key_score, device());
   for (const auto& [first, last] : {std::pair<int64_t, int64_t>{0, 1000}, {1500, 2000}}) {
     EXPECT_TRUE(std::equal(before.mask.begin() + first, before.mask.begin() + last, after.mask.begin() + first));
   }
@@ -216,16 +218,14 @@ TEST_P(SelectOnDevice, KeepsRowsAndHeadsIndependent) {
 class CheckSelection : public testing::Test {
  protected:
   const ThreadExecutor executor{2};
-  const Plan plan = make_plan(2, 203, pyramid({1, 4, 16}), TopK::count(3));
+  const Sequences sequences = sequences_of(2, 203, pyramid({1, 4, 16}), TopK::count(3));
   Random random{7};
-  Choice choice = oracle_choice(plan, 2, make_scores(ScoreKind::random, 2 * 2 * 203, random),
+  Choice choice = oracle_choice(sequences, 2, make_scores(ScoreKind::random, 2 * 2 * 203, random),
                                 make_scores(ScoreKind::random, 2 * 2 * 203, random));
-  void expect_refused() const {
-    EXPECT_THROW(cpu::check_selection(plan.layout, choice, executor), std::invalid_argument);
-  }
+  void expect_refused() const { EXPECT_THROW(cpu::check_selection(choice, executor), std::invalid_argument); }
 };
 
-TEST_F(CheckSelection, TakesTheOraclesChoice) { EXPECT_NO_THROW(cpu::check_selection(plan.layout, choice, executor)); }
+TEST_F(CheckSelection, TakesTheOraclesChoice) { EXPECT_NO_THROW(cpu::check_selection(choice, executor)); }
 
 TEST_F(CheckSelection, RefusesAnEntryTooFew) {
   choice.mask[202] = 0;
@@ -254,11 +254,11 @@ TEST_F(CheckSelection, RefusesAPrefixOutOfRange) {
 }
 
 TEST_F(CheckSelection, RefusesNoArrays) {
-  EXPECT_THROW(cpu::check_selection(plan.layout, ConstSelection(nullptr, choice.prefix.data(), 2), executor),
+  EXPECT_THROW(cpu::check_selection(ConstSelection(sequences, 2, nullptr, choice.prefix.data()), executor),
                std::invalid_argument);
-  EXPECT_THROW(cpu::check_selection(plan.layout, ConstSelection(choice.mask.data(), nullptr, 2), executor),
+  EXPECT_THROW(cpu::check_selection(ConstSelection(sequences, 2, choice.mask.data(), nullptr), executor),
                std::invalid_argument);
-  EXPECT_THROW(cpu::check_selection(plan.layout, ConstSelection(choice.mask.data(), choice.prefix.data(), 0), executor),
+  EXPECT_THROW(cpu::check_selection(ConstSelection(sequences, 0, choice.mask.data(), choice.prefix.data()), executor),
                std::invalid_argument);
 }
 

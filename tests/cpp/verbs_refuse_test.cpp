@@ -7,17 +7,17 @@ namespace {
 // Arguments that are right until a case breaks one of them.
 struct Call {
   static constexpr DType kDType = DType::float32;
-  Layout layout = make_plan(2, 40, pyramid({1, 4, 16}), TopK::count(1)).layout;
+  Sequences sequences = sequences_of(2, 40, pyramid({1, 4, 16}), TopK::count(1));
   Tensor q{kDType, {2, 4, 40, 8}}, k{kDType, {2, 2, 40, 8}}, v{kDType, {2, 2, 40, 8}};
-  Tensor q_sub{kDType, {2, 4, layout.entries, 8}}, k_sub{kDType, {2, 2, layout.entries, 8}},
-      v_sub{kDType, {2, 2, layout.entries, 8}};
+  Tensor q_sub{kDType, {2, 4, sequences.entries, 8}}, k_sub{kDType, {2, 2, sequences.entries, 8}},
+      v_sub{kDType, {2, 2, sequences.entries, 8}};
   View query = q, key = k, value = v, query_sub = q_sub, key_sub = k_sub, value_sub = v_sub;
   std::vector<uint8_t> mask = std::vector<uint8_t>(2 * 2 * 40, 1);
   std::vector<int32_t> prefix = std::vector<int32_t>(2 * 2 * 40, 0);
   std::vector<float> query_score = std::vector<float>(2 * 2 * 40, 0), key_score = query_score;
   float* query_scores = query_score.data();
   float* key_scores = key_score.data();
-  Selection selection{mask.data(), prefix.data(), 2};
+  Selection selection{sequences, 2, mask.data(), prefix.data()};
 };
 
 struct RefusedCall : Named {
@@ -25,16 +25,16 @@ struct RefusedCall : Named {
   std::vector<std::string_view> words;
 };
 
-void score(const Device& device, const Call& c) { device.score(c.query, c.key, c.query_scores, c.key_scores); }
+void score(const Device& device, const Call& c) { device.run(ScoreArgs{c.query, c.key, c.query_scores, c.key_scores}); }
 void gather(const Device& device, const Call& c) {
-  device.gather(c.layout, c.query, c.key, c.value, c.selection, c.query_sub, c.key_sub, c.value_sub);
+  device.run(GatherArgs{c.query, c.key, c.value, c.selection, c.query_sub, c.key_sub, c.value_sub});
 }
 void gather_backward(const Device& device, const Call& c) {
-  device.gather_backward(c.layout, c.query_sub, c.key_sub, c.value_sub, c.selection, c.query, c.key, c.value);
+  device.run(GatherBackwardArgs{c.query_sub, c.key_sub, c.value_sub, c.selection, c.query, c.key, c.value});
 }
-void scatter(const Device& device, const Call& c) { device.scatter(c.layout, c.query_sub, c.selection, c.query); }
+void scatter(const Device& device, const Call& c) { device.run(ScatterArgs{c.query_sub, c.selection, c.query}); }
 void scatter_backward(const Device& device, const Call& c) {
-  device.scatter_backward(c.layout, c.query, c.selection, c.query_sub);
+  device.run(ScatterBackwardArgs{c.query, c.selection, c.query_sub});
 }
 
 void expect_call_refused(const OnDevice<RefusedCall>& on, void (*verb)(const Device&, const Call&)) {
@@ -134,10 +134,9 @@ INSTANTIATE_TEST_SUITE_P(Cases, WriteBackRefuses, on_each(refusing_devices(), kW
 class SelectRefuses : public DeviceTable<RefusedCall> {};
 
 TEST_P(SelectRefuses, BadInput) {
-  const Plan plan = make_plan(2, 40, pyramid({1, 4, 16}), TopK::count(1));
   Call call;
   row().spoil(call);
-  expect_refused([&] { device().select(plan, call.query_scores, call.key_scores, call.selection); }, row().words);
+  expect_refused([&] { device().run(SelectArgs{call.query_scores, call.key_scores, call.selection}); }, row().words);
 }
 
 const RefusedCall kSelectRefusesCases[] = {

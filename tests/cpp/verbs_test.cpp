@@ -46,23 +46,22 @@ class Verbs : public DeviceTable<Problem> {
 };
 
 TEST_P(Verbs, ScoreEqualsTheOracle) {
-  const Plan plan = problem().plan();
+  const Sequences sequences = problem().sequences();
   for (const Arguments& a : all_arguments(device())) {
     SCOPED_TRACE(describe(a));
     const Values query = rounded(a.dtype, random_values(random, problem().query_sizes()));
     const Values key = rounded(a.dtype, random_values(random, problem().kv_sizes()));
     const auto count = static_cast<size_t>(problem().rows * problem().kv_heads * problem().tokens);
     std::vector<float> query_score(count, kPoison), key_score(count, kPoison), exact_query(count), exact_key(count);
-    device().score(Tensor(a.dtype, problem().query_sizes(), a.inputs, query),
-                   Tensor(a.dtype, problem().kv_sizes(), a.inputs, key), query_score.data(), key_score.data());
-    reference::score(plan, problem().shape(), query.data(), key.data(), exact_query.data(), exact_key.data());
+    device().run(ScoreArgs{Tensor(a.dtype, problem().query_sizes(), a.inputs, query),
+                           Tensor(a.dtype, problem().kv_sizes(), a.inputs, key), query_score.data(), key_score.data()});
+    reference::score(sequences, problem().shape(), query.data(), key.data(), exact_query.data(), exact_key.data());
     expect_close(to_values(query_score), to_values(exact_query), DType::float32);
     expect_close(to_values(key_score), to_values(exact_key), DType::float32);
   }
 }
 
 TEST_P(Verbs, GatherEqualsPlainLoops) {
-  const Layout layout = problem().plan().layout;
   for (const Arguments& a : all_arguments(device())) {
     SCOPED_TRACE(describe(a));
     const Choice choice = problem().random_choice(random);
@@ -73,17 +72,15 @@ TEST_P(Verbs, GatherEqualsPlainLoops) {
       whole.emplace_back(a.dtype, sizes[i], a.inputs, random_values(random, sizes[i]));
       sub.emplace_back(a.dtype, sub_sizes[i], a.outputs);
     }
-    device().gather(layout, whole[0], whole[1], whole[2], choice, sub[0], sub[1], sub[2]);
+    device().run(GatherArgs{whole[0], whole[1], whole[2], choice, sub[0], sub[1], sub[2]});
     for (size_t i = 0; i < 3; ++i) {
-      expect_close(sub[i].values(), plain_gather(layout, choice, sizes[i][1], problem().head_dim, whole[i].values()),
-                   a.dtype);
+      expect_close(sub[i].values(), plain_gather(choice, sizes[i][1], problem().head_dim, whole[i].values()), a.dtype);
       EXPECT_TRUE(sub[i].gaps_untouched());
     }
   }
 }
 
 TEST_P(Verbs, GatherBackwardEqualsPlainLoops) {
-  const Layout layout = problem().plan().layout;
   for (const Arguments& a : all_arguments(device())) {
     SCOPED_TRACE(describe(a));
     const Choice choice = problem().random_choice(random);
@@ -94,48 +91,44 @@ TEST_P(Verbs, GatherBackwardEqualsPlainLoops) {
       whole.emplace_back(a.dtype, sizes[i], a.outputs);
       sub.emplace_back(a.dtype, sub_sizes[i], a.inputs, random_values(random, sub_sizes[i]));
     }
-    device().gather_backward(layout, sub[0], sub[1], sub[2], choice, whole[0], whole[1], whole[2]);
+    device().run(GatherBackwardArgs{sub[0], sub[1], sub[2], choice, whole[0], whole[1], whole[2]});
     for (size_t i = 0; i < 3; ++i) {
-      expect_close(whole[i].values(),
-                   plain_gather_backward(layout, choice, sizes[i][1], problem().head_dim, sub[i].values()), a.dtype);
+      expect_close(whole[i].values(), plain_gather_backward(choice, sizes[i][1], problem().head_dim, sub[i].values()),
+                   a.dtype);
       EXPECT_TRUE(whole[i].gaps_untouched());
     }
   }
 }
 
 TEST_P(Verbs, ScatterEqualsPlainLoops) {
-  const Layout layout = problem().plan().layout;
   for (const Arguments& a : all_arguments(device())) {
     SCOPED_TRACE(describe(a));
     const Choice choice = problem().random_choice(random);
     const Tensor sub(a.dtype, problem().query_sub_sizes(), a.inputs,
                      random_values(random, problem().query_sub_sizes()));
     const Tensor whole(a.dtype, problem().query_sizes(), a.outputs);
-    device().scatter(layout, sub, choice, whole);
-    expect_close(whole.values(), plain_scatter(layout, choice, problem().query_heads, problem().head_dim, sub.values()),
+    device().run(ScatterArgs{sub, choice, whole});
+    expect_close(whole.values(), plain_scatter(choice, problem().query_heads, problem().head_dim, sub.values()),
                  a.dtype);
     EXPECT_TRUE(whole.gaps_untouched());
   }
 }
 
 TEST_P(Verbs, ScatterBackwardEqualsPlainLoops) {
-  const Layout layout = problem().plan().layout;
   for (const Arguments& a : all_arguments(device())) {
     SCOPED_TRACE(describe(a));
     const Choice choice = problem().random_choice(random);
     const Tensor whole(a.dtype, problem().query_sizes(), a.inputs, random_values(random, problem().query_sizes()));
     const Tensor sub(a.dtype, problem().query_sub_sizes(), a.outputs);
-    device().scatter_backward(layout, whole, choice, sub);
+    device().run(ScatterBackwardArgs{whole, choice, sub});
     expect_close(sub.values(),
-                 plain_scatter_backward(layout, choice, problem().query_heads, problem().head_dim, whole.values()),
-                 a.dtype);
+                 plain_scatter_backward(choice, problem().query_heads, problem().head_dim, whole.values()), a.dtype);
     EXPECT_TRUE(sub.gaps_untouched());
   }
 }
 
 // <gather(x), y> == <x, gather_backward(y)>, and so for scatter: without any loop of the tests' own.
 TEST_P(Verbs, BackwardsAreAdjoint) {
-  const Layout layout = problem().plan().layout;
   const Choice choice = problem().random_choice(random);
   const DType dtype = device().widest();
   const auto make = [&](const Sizes& sizes, bool filled) {
@@ -153,13 +146,13 @@ TEST_P(Verbs, BackwardsAreAdjoint) {
   const Tensor y[] = {make(q_sub, true), make(kv_sub, true), make(kv_sub, true)};
   const Tensor gathered[] = {make(q_sub, false), make(kv_sub, false), make(kv_sub, false)};
   const Tensor spread[] = {make(q, false), make(kv, false), make(kv, false)};
-  device().gather(layout, x[0], x[1], x[2], choice, gathered[0], gathered[1], gathered[2]);
-  device().gather_backward(layout, y[0], y[1], y[2], choice, spread[0], spread[1], spread[2]);
+  device().run(GatherArgs{x[0], x[1], x[2], choice, gathered[0], gathered[1], gathered[2]});
+  device().run(GatherBackwardArgs{y[0], y[1], y[2], choice, spread[0], spread[1], spread[2]});
   for (int i = 0; i < 3; ++i) {
     expect_adjoint(gathered[i], y[i], x[i], spread[i]);
   }
-  device().scatter(layout, y[0], choice, spread[0]);
-  device().scatter_backward(layout, x[0], choice, gathered[0]);
+  device().run(ScatterArgs{y[0], choice, spread[0]});
+  device().run(ScatterBackwardArgs{x[0], choice, gathered[0]});
   expect_adjoint(gathered[0], y[0], x[0], spread[0]);
 }
 
@@ -168,7 +161,6 @@ std::vector<std::vector<std::byte>> run_all(const Problem& problem, const Choice
                                             const Device& device, Memory inputs = Memory::transposed,
                                             Memory outputs = Memory::packed) {
   Random random(12);
-  const Layout layout = problem.plan().layout;
   const auto in = [&](const Sizes& sizes) { return Tensor(dtype, sizes, inputs, random_values(random, sizes)); };
   const auto out = [&](const Sizes& sizes) { return Tensor(dtype, sizes, outputs); };
   const Sizes q = problem.query_sizes(), kv = problem.kv_sizes();
@@ -180,23 +172,23 @@ std::vector<std::vector<std::byte>> run_all(const Problem& problem, const Choice
     for (std::vector<float>& score : scores) {
       score.assign(static_cast<size_t>(problem.rows * problem.kv_heads * problem.tokens), kPoison);
     }
-    device.score(query, key, scores[0].data(), scores[1].data());
+    device.run(ScoreArgs{query, key, scores[0].data(), scores[1].data()});
     for (const std::vector<float>& score : scores) {
       const auto* bytes = reinterpret_cast<const std::byte*>(score.data());
       result.emplace_back(bytes, bytes + score.size() * sizeof(float));
     }
     const Tensor query_sub = out(q_sub), key_sub = out(kv_sub), value_sub = out(kv_sub);
-    device.gather(layout, query, key, value, choice, query_sub, key_sub, value_sub);
+    device.run(GatherArgs{query, key, value, choice, query_sub, key_sub, value_sub});
     result.insert(result.end(), {query_sub.bits(), key_sub.bits(), value_sub.bits()});
     const Tensor output_sub = out(q_sub);
-    device.scatter_backward(layout, query, choice, output_sub);
+    device.run(ScatterBackwardArgs{query, choice, output_sub});
     result.push_back(output_sub.bits());
   }
   const Tensor query_sub = in(q_sub), key_sub = in(kv_sub), value_sub = in(kv_sub);
   const Tensor query = out(q), key = out(kv), value = out(kv), output = out(q);
-  device.gather_backward(layout, query_sub, key_sub, value_sub, choice, query, key, value);
+  device.run(GatherBackwardArgs{query_sub, key_sub, value_sub, choice, query, key, value});
   result.insert(result.end(), {query.bits(), key.bits(), value.bits()});
-  device.scatter(layout, query_sub, choice, output);
+  device.run(ScatterArgs{query_sub, choice, output});
   result.push_back(output.bits());
   return result;
 }
@@ -271,8 +263,7 @@ TEST_P(VerbsOnDevice, EqualPlainLoopsWhereverTheEndCuts) {
     for (int64_t rest = 0; rest < windows.back(); ++rest) {
       const int64_t tokens = (1 + rest % 3) * windows.back() + rest;
       const Problem problem{{"cut"}, 1, 1, 1, tokens, dim, windows, TopK::count(2)};
-      SCOPED_TRACE(problem.plan().str());
-      const Layout layout = problem.plan().layout;
+      SCOPED_TRACE(problem.sequences().str());
       const Choice choice = problem.random_choice(random);
       const Tensor x(dtype, problem.query_sizes(), Memory::packed, random_values(random, problem.query_sizes()));
       const Tensor y(dtype, problem.query_sub_sizes(), Memory::packed,
@@ -281,14 +272,14 @@ TEST_P(VerbsOnDevice, EqualPlainLoopsWhereverTheEndCuts) {
           {dtype, problem.query_sub_sizes()}, {dtype, problem.query_sub_sizes()}, {dtype, problem.query_sub_sizes()}};
       const Tensor whole[] = {
           {dtype, problem.query_sizes()}, {dtype, problem.query_sizes()}, {dtype, problem.query_sizes()}};
-      device().gather(layout, x, x, x, choice, sub[0], sub[1], sub[2]);
-      expect_close(sub[0].values(), plain_gather(layout, choice, 1, dim, x.values()), dtype);
-      device().gather_backward(layout, y, y, y, choice, whole[0], whole[1], whole[2]);
-      expect_close(whole[0].values(), plain_gather_backward(layout, choice, 1, dim, y.values()), dtype);
-      device().scatter(layout, y, choice, whole[1]);
-      expect_close(whole[1].values(), plain_scatter(layout, choice, 1, dim, y.values()), dtype);
-      device().scatter_backward(layout, x, choice, sub[1]);
-      expect_close(sub[1].values(), plain_scatter_backward(layout, choice, 1, dim, x.values()), dtype);
+      device().run(GatherArgs{x, x, x, choice, sub[0], sub[1], sub[2]});
+      expect_close(sub[0].values(), plain_gather(choice, 1, dim, x.values()), dtype);
+      device().run(GatherBackwardArgs{y, y, y, choice, whole[0], whole[1], whole[2]});
+      expect_close(whole[0].values(), plain_gather_backward(choice, 1, dim, y.values()), dtype);
+      device().run(ScatterArgs{y, choice, whole[1]});
+      expect_close(whole[1].values(), plain_scatter(choice, 1, dim, y.values()), dtype);
+      device().run(ScatterBackwardArgs{x, choice, sub[1]});
+      expect_close(sub[1].values(), plain_scatter_backward(choice, 1, dim, x.values()), dtype);
       if (testing::Test::HasFailure()) {
         return;
       }
@@ -316,8 +307,7 @@ TEST_P(VerbsOnDevice, EqualPlainLoopsAtRandom) {
                           windows,
                           TopK::count(1 + random.below(40)),
                           random.below(2) == 0};
-    SCOPED_TRACE(problem.plan().str());
-    const Layout layout = problem.plan().layout;
+    SCOPED_TRACE(problem.sequences().str());
     const int64_t dim = problem.head_dim;
     const Choice choice = problem.random_choice(random);
     const auto in = [&](const Sizes& sizes) {
@@ -329,16 +319,16 @@ TEST_P(VerbsOnDevice, EqualPlainLoopsAtRandom) {
         kv_sub2(dtype, problem.kv_sub_sizes());
     const Tensor whole(dtype, problem.query_sizes()), kv_whole(dtype, problem.kv_sizes()),
         kv_whole2(dtype, problem.kv_sizes());
-    device().gather(layout, x, kv, kv, choice, sub, kv_sub, kv_sub2);
-    expect_close(sub.values(), plain_gather(layout, choice, heads, dim, x.values()), dtype);
-    expect_close(kv_sub2.values(), plain_gather(layout, choice, kv_heads, dim, kv.values()), dtype);
-    device().gather_backward(layout, y, kv_y, kv_y, choice, whole, kv_whole, kv_whole2);
-    expect_close(whole.values(), plain_gather_backward(layout, choice, heads, dim, y.values()), dtype);
-    expect_close(kv_whole.values(), plain_gather_backward(layout, choice, kv_heads, dim, kv_y.values()), dtype);
-    device().scatter(layout, y, choice, whole);
-    expect_close(whole.values(), plain_scatter(layout, choice, heads, dim, y.values()), dtype);
-    device().scatter_backward(layout, x, choice, sub);
-    expect_close(sub.values(), plain_scatter_backward(layout, choice, heads, dim, x.values()), dtype);
+    device().run(GatherArgs{x, kv, kv, choice, sub, kv_sub, kv_sub2});
+    expect_close(sub.values(), plain_gather(choice, heads, dim, x.values()), dtype);
+    expect_close(kv_sub2.values(), plain_gather(choice, kv_heads, dim, kv.values()), dtype);
+    device().run(GatherBackwardArgs{y, kv_y, kv_y, choice, whole, kv_whole, kv_whole2});
+    expect_close(whole.values(), plain_gather_backward(choice, heads, dim, y.values()), dtype);
+    expect_close(kv_whole.values(), plain_gather_backward(choice, kv_heads, dim, kv_y.values()), dtype);
+    device().run(ScatterArgs{y, choice, whole});
+    expect_close(whole.values(), plain_scatter(choice, heads, dim, y.values()), dtype);
+    device().run(ScatterBackwardArgs{x, choice, sub});
+    expect_close(sub.values(), plain_scatter_backward(choice, heads, dim, x.values()), dtype);
   }
 }
 
@@ -347,7 +337,7 @@ TEST_P(VerbsOnDevice, EqualPlainLoopsAtRandom) {
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 constexpr double kInf = std::numeric_limits<double>::infinity();
 
-// Rows of two numbers, with zeros behind them up to the device's head_dim.
+// Rows of two numbers, with zeros after them up to the device's head_dim.
 Values rows_of_two(const Device& device, const Values& numbers) {
   Values rows(numbers.size() / 2 * static_cast<size_t>(device.head_dim(2)), 0.0);
   for (size_t i = 0; i < numbers.size(); ++i) {
@@ -364,8 +354,8 @@ TEST_P(VerbsOnDevice, ScoreOddNumbersAsNanOrInfinity) {
         rows_of_two(device(), {kNan, 1, 0, -kInf, 3, 4, -0.0, 0, /* second head */ 1, 1, 0, kNan, 0, 0, 0, -0.0});
     const Values key = rows_of_two(device(), {0, kInf, kNan, kInf, -0.0, -0.0, 3, -4});
     float query_score[4], key_score[4];
-    device().score(Tensor(dtype, {1, 2, 4, dim}, Memory::packed, query),
-                   Tensor(dtype, {1, 1, 4, dim}, Memory::packed, key), query_score, key_score);
+    device().run(ScoreArgs{Tensor(dtype, {1, 2, 4, dim}, Memory::packed, query),
+                           Tensor(dtype, {1, 1, 4, dim}, Memory::packed, key), query_score, key_score});
     EXPECT_TRUE(std::isnan(query_score[0]));
     EXPECT_TRUE(std::isnan(query_score[1]));  // one head infinite, the other NaN
     EXPECT_EQ(query_score[2], 5.0F);
@@ -381,7 +371,6 @@ TEST_P(VerbsOnDevice, ScoreOddNumbersAsNanOrInfinity) {
 TEST_P(VerbsOnDevice, KeepOddNumbersInTheirWindows) {
   const int64_t dim = device().head_dim(4);
   const Problem problem{{}, 1, 2, 1, 333, dim, {1, 4, 16}, TopK::count(6)};
-  const Layout layout = problem.plan().layout;
   Random random(13);
   for (const DType dtype : device().dtypes()) {
     SCOPED_TRACE(lighthouse::name(dtype));
@@ -397,33 +386,33 @@ TEST_P(VerbsOnDevice, KeepOddNumbersInTheirWindows) {
     const Tensor query = sprinkled(problem.query_sizes()), key = sprinkled(problem.kv_sizes());
     const Tensor query_sub(dtype, problem.query_sub_sizes()), key_sub(dtype, problem.kv_sub_sizes());
     const Tensor value_sub(dtype, problem.kv_sub_sizes());
-    device().gather(layout, query, key, key, choice, query_sub, key_sub, value_sub);
-    expect_close(query_sub.values(), plain_gather(layout, choice, 2, dim, query.values()), dtype);
-    expect_close(key_sub.values(), plain_gather(layout, choice, 1, dim, key.values()), dtype);
-    device().scatter_backward(layout, query, choice, query_sub);
-    expect_close(query_sub.values(), plain_scatter_backward(layout, choice, 2, dim, query.values()), dtype);
+    device().run(GatherArgs{query, key, key, choice, query_sub, key_sub, value_sub});
+    expect_close(query_sub.values(), plain_gather(choice, 2, dim, query.values()), dtype);
+    expect_close(key_sub.values(), plain_gather(choice, 1, dim, key.values()), dtype);
+    device().run(ScatterBackwardArgs{query, choice, query_sub});
+    expect_close(query_sub.values(), plain_scatter_backward(choice, 2, dim, query.values()), dtype);
 
     const Tensor sub = sprinkled(problem.query_sub_sizes()), kv_sub = sprinkled(problem.kv_sub_sizes());
     const Tensor output(dtype, problem.query_sizes()), kv(dtype, problem.kv_sizes()), kv2(dtype, problem.kv_sizes());
-    device().scatter(layout, sub, choice, output);
-    expect_close(output.values(), plain_scatter(layout, choice, 2, dim, sub.values()), dtype);
-    device().gather_backward(layout, sub, kv_sub, kv_sub, choice, output, kv, kv2);
-    expect_close(output.values(), plain_gather_backward(layout, choice, 2, dim, sub.values()), dtype);
-    expect_close(kv2.values(), plain_gather_backward(layout, choice, 1, dim, kv_sub.values()), dtype);
+    device().run(ScatterArgs{sub, choice, output});
+    expect_close(output.values(), plain_scatter(choice, 2, dim, sub.values()), dtype);
+    device().run(GatherBackwardArgs{sub, kv_sub, kv_sub, choice, output, kv, kv2});
+    expect_close(output.values(), plain_gather_backward(choice, 2, dim, sub.values()), dtype);
+    expect_close(kv2.values(), plain_gather_backward(choice, 1, dim, kv_sub.values()), dtype);
   }
 }
 
 // Without cover_start the tokens that no entry reaches get zeros, not what was there.
 TEST_P(VerbsOnDevice, GiveUncoveredTokensZeros) {
   const int64_t dim = device().head_dim(2);
-  const Plan plan = make_plan(1, 64, pyramid({1, 4, 16}), TopK::count(1), false);
+  const Sequences sequences = sequences_of(1, 64, pyramid({1, 4, 16}), TopK::count(1), false);
   std::vector<float> score(64, 0.0F);
   score[40] = 1.0F;
-  const Choice choice = oracle_choice(plan, 1, score, score);
-  const Tensor sub(DType::float32, {1, 1, plan.length(), dim}, Memory::packed,
-                   Values(static_cast<size_t>(plan.length() * dim), 1.0));
+  const Choice choice = oracle_choice(sequences, 1, score, score);
+  const Tensor sub(DType::float32, {1, 1, sequences.entries, dim}, Memory::packed,
+                   Values(static_cast<size_t>(sequences.entries * dim), 1.0));
   const Tensor output(DType::float32, {1, 1, 64, dim});
-  device().scatter(plan.layout, sub, choice, output);
+  device().run(ScatterArgs{sub, choice, output});
   const Values values = output.values();
   const auto covered = values.begin() + 15 * dim;
   EXPECT_EQ(std::count(values.begin(), covered, 0.0), 15 * dim);
@@ -433,16 +422,16 @@ TEST_P(VerbsOnDevice, GiveUncoveredTokensZeros) {
 // Sums of many in float32, not in the dtype: bfloat16 alone would stop at 256.
 TEST_P(VerbsOnDevice, SumLongWindowsInFloat32) {
   const int64_t dim = device().head_dim(1);
-  const Plan plan = make_plan(1, 4096, pyramid({1, 2048}), TopK::count(1));
+  const Sequences sequences = sequences_of(1, 4096, pyramid({1, 2048}), TopK::count(1));
   const std::vector<float> score(4096, 0.0F);
-  const Choice choice = oracle_choice(plan, 1, score, score);
+  const Choice choice = oracle_choice(sequences, 1, score, score);
   for (const DType dtype : device().dtypes()) {
     const Tensor ones(dtype, {1, 1, 4096, dim}, Memory::packed, Values(static_cast<size_t>(4096 * dim), 1.0));
-    const Tensor sub(dtype, {1, 1, plan.length(), dim}), sub2(dtype, {1, 1, plan.length(), dim}),
-        sub3(dtype, {1, 1, plan.length(), dim});
-    device().gather(plan.layout, ones, ones, ones, choice, sub, sub2, sub3);
-    EXPECT_EQ(sub.values(), Values(static_cast<size_t>(plan.length() * dim), 1.0)) << lighthouse::name(dtype);
-    device().scatter_backward(plan.layout, ones, choice, sub);
+    const Tensor sub(dtype, {1, 1, sequences.entries, dim}), sub2(dtype, {1, 1, sequences.entries, dim}),
+        sub3(dtype, {1, 1, sequences.entries, dim});
+    device().run(GatherArgs{ones, ones, ones, choice, sub, sub2, sub3});
+    EXPECT_EQ(sub.values(), Values(static_cast<size_t>(sequences.entries * dim), 1.0)) << lighthouse::name(dtype);
+    device().run(ScatterBackwardArgs{ones, choice, sub});
     EXPECT_EQ(sub.values()[static_cast<size_t>(2048 * dim)], 2048.0)
         << lighthouse::name(dtype);  // the first coarse entry
   }
@@ -451,7 +440,6 @@ TEST_P(VerbsOnDevice, SumLongWindowsInFloat32) {
 // Several heads that are one in memory, as expanded tensors are: inputs only.
 TEST_P(VerbsOnDevice, ReadExpandedInputs) {
   const Problem problem{{}, 2, 2, 2, 100, 8, {1, 4, 16}, TopK::count(2)};
-  const Layout layout = problem.plan().layout;
   Random random(14);
   const Choice choice = problem.random_choice(random);
   const Tensor row(DType::float32, {1, 1, 100, 8}, Memory::packed, random_values(random, {1, 1, 100, 8}));
@@ -466,8 +454,8 @@ TEST_P(VerbsOnDevice, ReadExpandedInputs) {
   const Tensor sub[] = {{DType::float32, problem.query_sub_sizes()},
                         {DType::float32, problem.query_sub_sizes()},
                         {DType::float32, problem.query_sub_sizes()}};
-  device().gather(layout, expanded, expanded, expanded, choice, sub[0], sub[1], sub[2]);
-  expect_close(sub[2].values(), plain_gather(layout, choice, 2, 8, repeated), DType::float32);
+  device().run(GatherArgs{expanded, expanded, expanded, choice, sub[0], sub[1], sub[2]});
+  expect_close(sub[2].values(), plain_gather(choice, 2, 8, repeated), DType::float32);
 }
 
 // Offsets past 2^31 elements, in batches, heads and tokens alike; with the same bits as in dense memory.

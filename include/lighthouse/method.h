@@ -1,4 +1,5 @@
-// The two settings of the method: the pyramid's windows and the number of parents per level (METHOD 1 and 3).
+// The settings of the method: the pyramid's windows, the number of parents per level, the covered start (METHOD 1, 3).
+// Plain data: checked when made by the functions here, and once more where sequences are described by it.
 #pragma once
 
 #include <array>
@@ -8,8 +9,9 @@
 
 namespace lighthouse {
 
-// A level is one bit of a token's mask byte.
-inline constexpr int kMaxLevels = 8;
+inline constexpr int kMaxLevels = 8;                    // a level is one bit of a token's mask byte
+inline constexpr int64_t kMaxCount = int64_t{1} << 40;  // of tokens and parents: keeps every product in 64 bits
+inline constexpr int64_t kMaxDenominator = 65536;       // of a share of the tokens
 
 // Window lengths in tokens, finest first: windows[0] == 1, each a larger multiple of the one before.
 struct Pyramid {
@@ -34,6 +36,15 @@ struct TopK {
   // k of a sequence of `tokens`: the number, or max(1, floor(tokens * share)).
   int64_t parents(int64_t tokens) const;
   std::string str() const;
+};
+
+struct Method {
+  Pyramid pyramid;
+  TopK topk;
+  bool cover_start = true;  // entry 0 of every level above 0 is always a parent
+
+  Method checked() const;   // itself; throws std::invalid_argument naming the setting, the rule and the value
+  std::string str() const;  // "windows=[1, 4, 16], select_topk=1/64, cover_start=true"
 };
 
 }  // namespace lighthouse

@@ -1,17 +1,12 @@
-#include "lighthouse/pyramid.h"
+// The rules that the settings keep, and k of a length, exact: no float takes part in it.
+
+#include "lighthouse/method.h"
 
 #include <algorithm>
 
 #include "core/require.h"
 
 namespace lighthouse {
-namespace {
-
-constexpr int64_t kMaxDenominator = 65536;
-constexpr int64_t kMaxWindow = int64_t{1} << 40;  // far above any sequence; keeps every product in 64 bits
-constexpr int64_t kMaxParents = int64_t{1} << 40;
-
-}  // namespace
 
 Pyramid Pyramid::from_windows(std::span<const int64_t> windows) {
   require(!windows.empty(), "windows is empty: the first level is the sequence itself, windows[0]=1");
@@ -25,7 +20,7 @@ Pyramid Pyramid::from_windows(std::span<const int64_t> windows) {
       require(windows[level] > finer && windows[level] % finer == 0, "windows[", level, "]=", windows[level],
               ": a multiple of the window before it and larger is needed, that is ", finer);
     }
-    require(windows[level] <= kMaxWindow, "windows[", level, "]=", windows[level], ": at most 2^40");
+    require(windows[level] <= kMaxCount, "windows[", level, "]=", windows[level], ": at most 2^40");
     pyramid.windows[level] = windows[level];
   }
   return pyramid;
@@ -42,7 +37,7 @@ std::string Pyramid::str() const {
 
 TopK TopK::count(int64_t parents) {
   require(parents >= 1, "select_topk=", parents, ": at least one parent per level is needed");
-  require(parents <= kMaxParents, "select_topk=", parents, ": at most 2^40");
+  require(parents <= kMaxCount, "select_topk=", parents, ": at most 2^40");
   return {parents, 0};
 }
 
@@ -63,6 +58,17 @@ int64_t TopK::parents(int64_t tokens) const {
 
 std::string TopK::str() const {
   return denominator == 0 ? std::to_string(numerator) : std::to_string(numerator) + "/" + std::to_string(denominator);
+}
+
+Method Method::checked() const {
+  return {Pyramid::from_windows({pyramid.windows.data(), static_cast<size_t>(std::max(0, pyramid.levels))}),
+          topk.denominator == 0 ? TopK::count(topk.numerator) : TopK::share(topk.numerator, topk.denominator),
+          cover_start};
+}
+
+std::string Method::str() const {
+  return "windows=[" + pyramid.str() + "], select_topk=" + topk.str() +
+         ", cover_start=" + (cover_start ? "true" : "false");
 }
 
 }  // namespace lighthouse
