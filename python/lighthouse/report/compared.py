@@ -18,21 +18,14 @@ from lighthouse.core.files import write_whole
 from lighthouse.core.method import Method
 from lighthouse.export.export import Exported
 from lighthouse.export.plain import Inference
+from lighthouse.training.depends import FREE_BETWEEN_RUNS
 from lighthouse.training.result import HeldOut, PretrainResult, crossing, versions
-from lighthouse.training.resume import FREE_ON_RESUME, differences
+from lighthouse.training.resume import differences
 
 AGREE = 0.05  # dense steps of two runs on a quiet machine differ by less than this
 SLOW = 0.1  # the most of a run's time that may be lost in stretches slower than its own median; first steps are such
 LEAST_DENSE_STEPS = 8  # of each run: fewer do not tell how fast the machine was
 
-# Free when one run goes on, but not between runs that are compared: what decides when losses are measured, how long a
-# step takes and what memory it needs.
-FREE = FREE_ON_RESUME - set(
-    "max_steps eval_strategy eval_steps eval_delay eval_on_start load_best_model_at_end metric_for_best_model "
-    "greater_is_better gradient_checkpointing gradient_checkpointing_kwargs activation_checkpointing "
-    "activation_checkpointing_kwargs torch_empty_cache_steps include_num_input_tokens_seen debug "
-    "dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor".split()
-)
 # In which the two runs of a seed differ on purpose.
 OF_ONE_RUN = frozenset({"dense_only", "dense_layers"})
 
@@ -164,7 +157,7 @@ class Pair:
         """What keeps the two runs from being a comparison of attention alone; empty where nothing does."""
         baseline, two_stage = self.runs
         # What the baseline "was" the two-stage run "is".
-        found = differences(baseline.settings, two_stage.settings, FREE | OF_ONE_RUN)
+        found = differences(baseline.settings, two_stage.settings, FREE_BETWEEN_RUNS | OF_ONE_RUN)
         if baseline.steps != two_stage.steps:
             found.append(f"the baseline has {baseline.steps:,} steps and the two-stage run {two_stage.steps:,}")
         first = [run.held_out[0] if run.held_out else None for run in self.runs]

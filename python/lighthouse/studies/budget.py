@@ -16,9 +16,10 @@ from lighthouse.report.studied import too_few
 from lighthouse.studies.trial import StepClock, Timed, Unequal, made_quiet
 from lighthouse.training import checkpoints
 from lighthouse.training.callbacks import StopOnSignal
+from lighthouse.training.form import tokens_per_step
 from lighthouse.training.options import PretrainOptions, TrainingOptions
 from lighthouse.training.result import DENSE, LIGHTHOUSE
-from lighthouse.training.run import Run, tokens_per_step
+from lighthouse.training.run import Run
 
 WARM_UP, TIMED = 2, 4  # steps of each stage before a trial
 

@@ -24,14 +24,18 @@ from pathlib import Path
 
 import torch
 
+from lighthouse.core.files import NO_SPACE, write_whole
 from lighthouse.core.method import Method
 from lighthouse.export.card import settings_shown
 from lighthouse.export.export import ExportFailed, NoSpace, export
 from lighthouse.export.plain import NEW_TOKENS, PlainProcessFailed, inference
 from lighthouse.report import comparison as report
-from lighthouse.report.compared import FREE, Comparison, Pair, Stripped
+from lighthouse.report.compared import Comparison, Pair, Stripped
+from lighthouse.text.data import Corpus, find_corpus, key_of
+from lighthouse.text.tokenizer import load_tokenizer
 from lighthouse.training.callbacks import StopOnSignal
-from lighthouse.training.checkpoints import NO_SPACE, write_whole
+from lighthouse.training.depends import FREE_BETWEEN_RUNS
+from lighthouse.training.form import form_of, found_by
 from lighthouse.training.options import PretrainOptions, TrainingOptions
 from lighthouse.training.result import RESULTS, DiskFull, PretrainResult, Stopped
 from lighthouse.training.resume import MODEL, SETTINGS, check_same
@@ -98,11 +102,12 @@ def prepare_comparison(
     _check(options, training, seeds)
     folder = Path(training.output_dir)
     _check_folder(folder, training.resume)
-    runs = [
-        _prepare_one(replace(options, dense_only=name == DENSE), training, folder / f"seed-{seed}" / name, seed)
-        for seed in seeds
-        for name in (DENSE, TWO_STAGE)
-    ]
+    runs, corpus = [], None
+    for seed in seeds:
+        for name in (DENSE, TWO_STAGE):
+            its = replace(options, dense_only=name == DENSE)
+            run, corpus = _prepare_one(its, training, folder / f"seed-{seed}" / name, seed, corpus)
+            runs.append(run)
     return Plan(folder, seeds, runs, training.process_index == 0)
 
 
@@ -146,30 +151,40 @@ def _check_folder(folder: Path, resume: bool) -> None:
         raise PermissionError(f"output_dir={str(folder)!r}: {str(above)!r} cannot be written to")
 
 
-def _prepare_one(options: PretrainOptions, training: TrainingOptions, folder: Path, seed: int) -> Run | PretrainResult:
-    """A run that is to be trained, or the result of one that is finished."""
+def _prepare_one(
+    options: PretrainOptions, training: TrainingOptions, folder: Path, seed: int, corpus: Corpus | None
+) -> tuple[Run | PretrainResult, Corpus]:
+    """A run that is to be trained, or the result of one that is finished; and its text, which `corpus` may be."""
     training = copy.deepcopy(training)
-    training.seed = seed
+    training.seed, training.output_dir = seed, str(folder)
     finished = (folder / RESULTS).is_file() and (folder / MODEL).is_dir()
     begun = (folder / SETTINGS).is_file()
     training.resume = begun and not finished
-    # What is finished is not touched: only for its settings it is prepared as a run that would begin elsewhere.
-    training.output_dir = str(folder / "again" if finished else folder)
-    run = prepare(options, training)
-    steps, first = training.max_steps, run.switch_step
+    if finished:
+        run = PretrainResult.load(folder / RESULTS)
+        earlier, settings = [run.settings], form_of(options, training)
+        key = key_of(options, context=options.context, seed=seed)
+        if corpus is None or corpus.key != key:
+            tokenizer = load_tokenizer(options.tokenizer)
+            corpus = find_corpus(options, context=options.context, seed=seed, tokenizer=tokenizer)
+        settings |= found_by(training, corpus)
+    else:
+        run = prepare(options, training, corpus=corpus)
+        earlier, settings, corpus = [], run.settings(), run.corpus
+    steps, first = training.max_steps, settings["lighthouse_steps"]
     if not options.dense_only and not 0 < first < steps:
         raise ValueError(
             f"{first:,} of {steps:,} steps would use Lighthouse: a comparison needs some that do, and dense ones "
             "behind them"
         )
-    result = PretrainResult.load(folder / RESULTS) if finished else None
-    earlier = [json.loads((folder / SETTINGS).read_text(encoding="utf-8"))] if begun else []
-    for settings in [*earlier, *([result.settings] if finished else [])]:
+    if begun:
+        earlier.append(json.loads((folder / SETTINGS).read_text(encoding="utf-8")))
+    for its in earlier:
         try:
-            check_same(settings, run.settings(), FREE)
+            check_same(its, settings, FREE_BETWEEN_RUNS)
         except ValueError as error:
             raise ValueError(f"{folder} is of another comparison: {error}") from None
-    return result or run
+    return run, corpus
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,7 @@ from typing import Any
 from optuna import Trial
 
 from lighthouse.core.method import DEFAULT, MAX_LEVELS, MAX_WINDOW, Method, number
-from lighthouse.core.settings import MAX_SHARE, LighthouseSettings
-from lighthouse.speed.estimates import LONG
+from lighthouse.core.settings import LONG, MAX_SHARE, LighthouseSettings
 from lighthouse.studies.tune_options import RANGES, TuneOptions
 from lighthouse.training.options import PretrainOptions, TrainingOptions
 

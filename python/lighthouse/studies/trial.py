@@ -91,14 +91,10 @@ class SameRows(TrainerCallback):
             if first is None:
                 self.study.set_user_attr("rows", rows)
         if first not in (None, rows):
-            raise other_text(first, rows)
-
-
-def other_text(first: str, now: str) -> RunFailed:
-    return RunFailed(
-        f"The text is not the one that the study began with: it was {first!r}, is {now!r}. Give the study its text "
-        "back, or begin another in another --output_dir."
-    )
+            raise RunFailed(
+                f"The text is not the one that the study began with: it was {first!r}, is {rows!r}. Give the study its "
+                "text back, or begin another in another --output_dir."
+            )
 
 
 class Unequal(Exception):

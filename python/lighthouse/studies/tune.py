@@ -30,15 +30,18 @@ from lighthouse.report.study import page_of
 from lighthouse.studies.budget import TIMED, WARM_UP, PerStep, seconds_of, steps_in, time_steps, too_few_of
 from lighthouse.studies.search import Setting, Space, with_values
 from lighthouse.studies.storage import StudyFolder, importance, take_lock, trial_of, was_trained
-from lighthouse.studies.trial import Judge, SameRows, Say, Unequal, made_quiet, other_text, out_of_memory, output_into
+from lighthouse.studies.trial import Judge, SameRows, Say, Unequal, made_quiet, out_of_memory, output_into
 from lighthouse.studies.tune_options import TuneOptions
+from lighthouse.text.data import Corpus
 from lighthouse.training import checkpoints, configuration
 from lighthouse.training.callbacks import StopOnSignal
+from lighthouse.training.depends import FREE_ON_RESUME
+from lighthouse.training.form import tokens_per_step
 from lighthouse.training.memory import DoesNotFit
 from lighthouse.training.options import PretrainOptions, TrainingOptions
 from lighthouse.training.result import NotFinite, RunFailed, Stopped
-from lighthouse.training.resume import FREE_ON_RESUME, check_same
-from lighthouse.training.run import Run, prepare, tokens_per_step
+from lighthouse.training.resume import check_same
+from lighthouse.training.run import Run, prepare
 
 DEFAULT_TRIALS = 20
 NOT_PRUNED = 4  # complete trials before any is pruned
@@ -93,13 +96,14 @@ def prepare_study(
         if why is not None:
             raise ValueError(f"max_steps={training.max_steps}: {why}; take more --max_steps, or another --share")
     quiet = made_quiet(training, Path(training.output_dir) / "given")
-    fixed = prepare(options, quiet).settings()
+    given = prepare(options, quiet)
+    fixed = given.settings()
     free = FREE_ON_RESUME - {"max_steps"}
     fixed = {name: value for name, value in fixed.items() if name not in free}
     fixed |= {name: value for name, value in asdict(tuning).items() if name != "trials"}
     if tuning.judge == "time":  # which says nothing on a machine that is faster
         fixed |= {"machine": device_name(training.device), "torch": torch.__version__}
-    study = Study(options, training, tuning, space, json.loads(json.dumps(fixed)))
+    study = Study(options, training, tuning, space, given.corpus, json.loads(json.dumps(fixed)))
     study.check_folder()
     return study
 
@@ -112,6 +116,7 @@ class Study:
     training: TrainingOptions
     tuning: TuneOptions
     space: Space
+    corpus: Corpus
     fixed: dict  # what a process that shares the study must have alike
 
     @property
@@ -326,12 +331,8 @@ class Study:
         say(self._line(study, trial.number))
 
     def _prepared(self, options: PretrainOptions, training: TrainingOptions) -> Run:
-        """A run of a trial. The text is looked at again: trials on other text would not compare."""
-        run = prepare(options, training)
-        text = run.settings()["text"]
-        if text != self.fixed["text"]:
-            raise other_text(self.fixed["text"], text)
-        return run
+        """A run on the study's text, which is found once."""
+        return prepare(options, training, corpus=self.corpus)
 
     def _line(self, study: optuna.Study, number: int) -> str:
         trials = self._trials(study)
