@@ -1,20 +1,15 @@
 """Runs that are killed, stopped, out of space or not finite: what is left, and that they go on to the same bits.
 
-Each run is a process of its own that really dies. They are forked from a server which has imported Transformers once;
-importing it takes longer than a run.
+Each run that is killed or stopped is a process of its own, which really dies.
 """
 
 from __future__ import annotations
 
-import gc
 import json
-import multiprocessing
 import os
 import re
 import shutil
 import signal
-import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -22,6 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import forked
+from forked import AtChange
 from lighthouse.cli import main
 from lighthouse.training import checkpoints, prepare, pretrain
 from lighthouse.training import run as run_module
@@ -30,9 +27,6 @@ from lighthouse.training.result import DiskFull, NotFinite
 from training_runs import CONTEXT, options, status, training
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-server = multiprocessing.get_context("forkserver")
-server.set_forkserver_preload(["lighthouse.training", "transformers.models.llama.modeling_llama", "pytest"])
 
 # A log of two steps and a checkpoint of three: a checkpoint may lie in the middle of what a log is the mean of.
 EVERY = {"logging_steps": 2, "save_strategy": "steps", "save_steps": 3, "save_total_limit": 1}
@@ -44,18 +38,11 @@ WHOLE = {"checkpoint-2", "config.yaml", "model", "results.json", "run.json"}
 
 def start(do, text: Path, folder: Path, *, environment=None, **changes):
     """A process that runs `do()` and then trains; `changes` are to the training's options."""
-    process = server.Process(target=_run, args=(do, text, folder, {**EVERY, **changes}, environment or {}))
-    process.start()
-    return process
+    log = Path(f"{folder}.{(environment or {}).get('RANK', 0)}.log")
+    return forked.start(_run, do, text, folder, {**EVERY, **changes}, log=log, environment=environment)
 
 
-def _run(do, text, folder, changes, environment):
-    os.environ.update(environment)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    output = os.open(f"{folder}.{environment.get('RANK', 0)}.log", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
-    os.dup2(output, 1), os.dup2(output, 2)
-    torch.set_num_threads(1)
-    gc.freeze()  # the Trainer collects garbage at its start, and all that was imported is no garbage
+def _run(do, text, folder, changes):
     do()
     pretrain(options(text), training(folder, **changes))
 
@@ -88,48 +75,6 @@ class AtStep:
 def in_cutting():
     """Kills the process while its text is cut."""
     run_module.data.cutting._cut = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
-
-
-class AtChange:
-    """Kills the process at its `number`-th change of the run's folder: a file opened to write, renamed or removed.
-
-    What PyTorch and safetensors write is cut off in the middle of the file, other files before their first byte.
-    """
-
-    def __init__(self, folder: Path, number: int):
-        self.folder, self.number, self.changes = str(folder), number, 0
-
-    def __call__(self):
-        sys.addaudithook(self.audit)
-        import safetensors.torch
-        import transformers.modeling_utils
-
-        for module, name in ((torch, "save"), (safetensors.torch, "save_file"), (transformers.modeling_utils, None)):
-            setattr(module, name or "safe_save_file", self.cut_off(getattr(module, name or "safe_save_file")))
-
-    def audit(self, event, args):
-        if event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR):
-            self.change(args[0], opened=True)
-        elif event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir"):
-            self.change(args[0])
-
-    def change(self, path, opened=False):
-        if str(path).startswith(self.folder) or not os.path.isabs(str(path)):  # rmtree's are relative
-            self.changes += 1
-            if self.changes == self.number:
-                if opened:
-                    os.open(path, os.O_CREAT)  # it is there and empty
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    def cut_off(self, save):
-        def and_kill(what, path, *args, **kwargs):
-            if self.changes + 1 == self.number:
-                save(what, path, *args, **kwargs)
-                os.truncate(path, os.path.getsize(path) // 2)
-            self.change(path)
-            return save(what, path, *args, **kwargs)
-
-        return and_kill
 
 
 def nothing():
@@ -188,6 +133,7 @@ def test_a_run_killed_before_its_first_step_begins_again(tmp_path, text, undistu
     assert losses(folder) == undisturbed(10) and "it begins again" in said(folder)
 
 
+@pytest.mark.slow
 def test_killed_at_every_change_of_the_folder(tmp_path, text, undisturbed):
     """With a whole checkpoint and half of the next: while this is cleared away, a checkpoint is written, the one before
     removed, and the model and the results are written at the end. What is left goes on each time to the same bits.
@@ -242,13 +188,8 @@ def test_a_signal(tmp_path, text, undisturbed, signals, expected, left):
 
 def both(text, folder, *do, ddp_timeout=60, **changes) -> list[int]:
     """The statuses of one run's two processes, each with its own `do`."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     changes = {"max_steps": 8, "ddp_backend": "gloo", "ddp_timeout": ddp_timeout, **changes}
-    ranks = [{**world, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
-    processes = [start(do[n], text, folder, environment=rank, **changes) for n, rank in enumerate(ranks)]
+    processes = [start(do[n], text, folder, environment=rank, **changes) for n, rank in enumerate(forked.two_ranks())]
     return [status(process) for process in processes]
 
 
@@ -267,12 +208,12 @@ def test_two_processes_stop_behind_the_same_step(tmp_path, text):
 
 def cut_slowly():
     cut = run_module.data.cutting._cut
-    run_module.data.cutting._cut = lambda *args: (time.sleep(12), cut(*args))
+    run_module.data.cutting._cut = lambda *args: (time.sleep(6), cut(*args))
 
 
 def test_two_processes_may_cut_for_longer_than_they_may_wait_for_each_other(tmp_path, text):
     folder = tmp_path / "run"
-    ended = both(text, folder, cut_slowly, cut_slowly, ddp_timeout=8, max_steps=1)
+    ended = both(text, folder, cut_slowly, cut_slowly, ddp_timeout=4, max_steps=1)
     assert ended == [0, 0], said(folder) + said(folder, 1)
 
 
@@ -381,59 +322,26 @@ def test_what_is_not_finite_ends_the_run_and_is_never_saved(tmp_path, text, monk
         assert [train_rows[number]["input_ids"].tolist() for number in numbers] == torch.cat(batches[4]).tolist()
 
 
-FAULTS = [
-    ("no_manifest", lambda folder: (folder / "manifest.json").unlink(), "was not written to its end"),
-    ("a_cut_off_manifest", lambda folder: os.truncate(folder / "manifest.json", 40), "manifest.json is damaged"),
-    ("a_missing_file", lambda folder: (folder / "scheduler.pt").unlink(), "its scheduler.pt is missing"),
-    ("a_cut_off_file", lambda folder: os.truncate(folder / "optimizer.pt", 7), "optimizer.pt has 7 bytes instead of 9"),
-]
-
-
-@pytest.mark.parametrize("damage, fault", [f[1:] for f in FAULTS], ids=[f[0] for f in FAULTS])
-def test_a_folder_that_is_no_whole_checkpoint(tmp_path, damage, fault):
-    for step in (3, 20):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        for name in ("optimizer.pt", "scheduler.pt"):
-            (folder / name).write_text("123456789")
-        checkpoints.seal(folder)
-    passed_over = []
-    assert checkpoints.last_whole(tmp_path, passed_over.append) == folder and not passed_over
-    damage(folder)
-    assert fault in checkpoints.fault_of(folder)
-    assert checkpoints.last_whole(tmp_path, passed_over.append).name == "checkpoint-3"
-    assert len(passed_over) == 1 and "checkpoint-20 is passed over" in passed_over[0]
-    checkpoints.remove_unfinished(tmp_path)
-    assert [path.name for path in checkpoints.checkpoints_in(tmp_path)] == ["checkpoint-3"]
-
-
-def command(text: Path, folder: Path) -> list[str]:
+def command(do, text, folder):
+    do()
     small = f"--model nano --context {CONTEXT} --held_out 2 --use_cpu --select_topk 4 --pool_ratios 1/2 1/4"
     often = "--report_to none --save_steps 2 --steps 10000"
-    return ["pretrain", "--data", str(text), "--output_dir", str(folder), *small.split(), *often.split()]
-
-
-def _command(do, text, folder):
-    do()
-    sys.exit(main(command(text, folder)))
+    sys.exit(main(["pretrain", "--data", str(text), "--output_dir", str(folder), *small.split(), *often.split()]))
 
 
 def test_an_interrupted_command(tmp_path, text):
-    process = server.Process(target=_command, args=(AtStep(4, signal.SIGINT), text, tmp_path / "run"))
-    process.start()
-    assert status(process) == 130 and checkpoints.last_whole(tmp_path / "run").name == "checkpoint-2"
+    folder, log = tmp_path / "run", tmp_path / "log"
+    assert status(forked.start(command, AtStep(4, signal.SIGINT), text, folder, log=log)) == 130, log.read_text()
+    assert checkpoints.last_whole(folder).name == "checkpoint-2"
 
 
 def test_a_stopped_command(tmp_path, text):
     """As a batch system does it: from outside, and looks at the status."""
-    whole = [sys.executable, "-m", "lighthouse.cli", *command(text, tmp_path / "run")]
-    run = subprocess.Popen(whole, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    try:
-        while checkpoints.last_whole(tmp_path / "run") is None and run.poll() is None:
-            time.sleep(0.1)
-        run.send_signal(signal.SIGTERM)
-        _, said = run.communicate(timeout=60)
-    finally:
-        run.kill()
-    assert run.returncode == 143, said
+    folder, log = tmp_path / "run", tmp_path / "log"
+    run = forked.start(command, nothing, text, folder, log=log)
+    while checkpoints.last_whole(folder) is None and run.is_alive():
+        time.sleep(0.05)
+    os.kill(run.pid, signal.SIGTERM)
+    assert status(run) == 143, log.read_text()
+    said = log.read_text()
     assert "the same command with --resume goes on from there" in said and "Traceback" not in said
