@@ -11,12 +11,7 @@ from transformers import TrainingArguments
 from lighthouse.text import data
 from lighthouse.training import prepare
 from lighthouse.training.form import form_of
-from training_runs import CONTEXT, options, training, write_text
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return write_text(tmp_path_factory.mktemp("text"))
+from training_runs import CONTEXT, options, training
 
 
 @pytest.fixture

@@ -10,8 +10,11 @@ import tempfile
 from pathlib import Path
 
 import datasets
+from transformers import TrainerCallback
 
+from lighthouse.core import attention
 from lighthouse.training import PretrainOptions, TrainingOptions
+from lighthouse.training.trainer import RunTrainer
 
 _cache = tempfile.TemporaryDirectory(prefix="lighthouse-tests-")
 datasets.config.HF_DATASETS_CACHE = Path(_cache.name)
@@ -65,6 +68,31 @@ def training(folder: Path, **changes) -> TrainingOptions:
             **changes,
         }
     )
+
+
+def watch(monkeypatch) -> list[tuple[int, bool]]:
+    """A list to which each step of a run adds itself: (the step, whether a layer chose a sub-sequence in it)."""
+    steps, calls = [], []
+    choose = attention.choose
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        return choose(*args, **kwargs)
+
+    monkeypatch.setattr(attention, "choose", counted)
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            steps.append((state.global_step, bool(calls)))
+            calls.clear()
+
+    before = RunTrainer.__init__
+
+    def with_watch(self, **kwargs):
+        before(self, **{**kwargs, "callbacks": [*kwargs["callbacks"], Watch()]})
+
+    monkeypatch.setattr(RunTrainer, "__init__", with_watch)
+    return steps
 
 
 def status(process) -> int:
