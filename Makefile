@@ -65,7 +65,7 @@ bench: native
 	  (cat $(DEV)/configure.log; $(CMAKE) -DLIGHTHOUSE_BENCH=OFF $(DEV) >/dev/null; false)
 	@$(LOCK) $(CMAKE) --build $(DEV) --target lighthouse_bench
 	$(DEV)/lighthouse_bench
-	$(BIN)/python bench/layer.py
+	$(BIN)/lighthouse bench --parts
 
 lint: $(DEV)/.tests
 	@scripts/lint.sh $(DEV)

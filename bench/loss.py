@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import time
@@ -27,11 +26,10 @@ from pathlib import Path
 import setting
 import torch
 import torch.nn.functional as F
-from timing import peak_bytes
 from torch import Tensor, nn
 
 from lighthouse.huggingface.loss import IGNORE_INDEX, next_token_loss
-from lighthouse.speed.measure import median_seconds
+from lighthouse.speed.measure import median_seconds, peak_bytes
 
 GIB = 1 << 30
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "autocast": torch.float32}
@@ -112,12 +110,11 @@ def peak(side: str, options) -> tuple[int, float]:
 
 
 def peak_in_own_process(side: str, options) -> tuple[int, float] | None:
-    """The same where nothing has been allocated before and freed memory goes back at once. None: out of memory."""
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    """The same in a process that may be killed for want of memory: None."""
     command = [sys.executable, __file__, "--peak", side]
     for name in ("tokens", "vocabulary", "width", "dtype", "device", "threads"):
         command += [f"--{name}", str(getattr(options, name))]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode == -9 or "can't allocate memory" in done.stderr:
         return None
     if done.returncode:

@@ -11,11 +11,13 @@ import pytest
 import torch
 
 from lighthouse.cli import main
-from lighthouse.cli.bench import notes
-from lighthouse.speed import rates
+from lighthouse.cli.bench import _parser, notes
+from lighthouse.speed import kept_rates, sides
 from lighthouse.speed.benchmark import Bench
-from lighthouse.speed.estimates import Curve, Layer, Rates
-from lighthouse.speed.measure import WrongResult, alternating_seconds, peak_bytes, spread, timings
+from lighthouse.speed.layer import Layer
+from lighthouse.speed.measure import alternating_seconds, peak_bytes, spread, timings
+from lighthouse.speed.rates import Curve, Rates
+from lighthouse.speed.sides import WrongResult
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -27,8 +29,8 @@ LAYER = Layer(2, 2, 16, "float32")
 @pytest.fixture(autouse=True)
 def kept(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    rates.cache_file().parent.mkdir(parents=True)
-    rates.cache_file().write_text(json.dumps({rates.cache_key(LAYER, "cpu"): asdict(RATES)}))
+    kept_rates.cache_file().parent.mkdir(parents=True)
+    kept_rates.cache_file().write_text(json.dumps({kept_rates.cache_key(LAYER, "cpu"): asdict(RATES)}))
 
 
 def test_table_json_and_picture(tmp_path, capsys):
@@ -44,7 +46,7 @@ def test_table_json_and_picture(tmp_path, capsys):
         assert row["error"] == pytest.approx(row["estimate"] / row["speedup"] - 1)
         assert 0 < row["lighthouse_peak_bytes"] < row["dense_peak_bytes"]
         assert row["dense_calls"] >= 1 and row["dense_spread"] >= 0
-    checks = rates.rates_of(LAYER, "cpu").checks  # what plan's estimates are held against
+    checks = kept_rates.rates_of(LAYER, "cpu").checks  # what plan's estimates are held against
     assert {(check.tokens, check.speedup, check.by) for check in checks} == {
         (row["tokens"], row["speedup"], "bench") for row in results["rows"]
     }
@@ -109,13 +111,11 @@ def test_a_wrong_result_is_not_timed(monkeypatch, capsys):
 
 
 def test_a_check_sees_what_is_wrong(monkeypatch):
-    from lighthouse.speed import measure
-
     monkeypatch.setattr(
-        measure, "sub_sequence_attention", lambda query, key, value, method: 1.01 * query + 0 * (key + value).sum()
+        sides, "sub_sequence_attention", lambda query, key, value, method: 1.01 * query + 0 * (key + value).sum()
     )
     with pytest.raises(WrongResult, match="nothing is timed"):
-        measure.check(torch.float32, "cpu", head_dim=16, tokens=200)
+        sides.check(torch.float32, "cpu", head_dim=16, tokens=200)
 
 
 def test_without_matplotlib_it_is_said_before_measuring(monkeypatch, capsys, tmp_path):

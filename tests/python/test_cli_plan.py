@@ -11,8 +11,9 @@ import pytest
 from lighthouse.cli import main
 from lighthouse.core.method import Method, plan
 from lighthouse.speed import estimates as speed
-from lighthouse.speed import rates
-from lighthouse.speed.estimates import Checked, Curve, Layer, Rates
+from lighthouse.speed import kept_rates
+from lighthouse.speed.layer import LAYERS, Layer
+from lighthouse.speed.rates import Checked, Curve, Rates
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -21,10 +22,10 @@ RATES = Rates("some CPU", Curve(((1, 1e11),)), Curve(((1, 1e10),)), products=1e1
 
 def keep(**changes):
     """Rates of this device that were measured just now, for the default layer and the model `nano`."""
-    rates.cache_file().parent.mkdir(parents=True, exist_ok=True)
-    layers = (speed.LAYERS["cpu"], Layer(1, 1, 64, "float32"))
+    kept_rates.cache_file().parent.mkdir(parents=True, exist_ok=True)
+    layers = (LAYERS["cpu"], Layer(1, 1, 64, "float32"))
     its = replace(RATES, **{"measured": time.time(), "spread": 0.02, **changes})
-    rates.cache_file().write_text(json.dumps({rates.cache_key(layer, "cpu"): its.values() for layer in layers}))
+    kept_rates.cache_file().write_text(json.dumps({kept_rates.cache_key(layer, "cpu"): its.values() for layer in layers}))
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def test_an_estimate_from_kept_rates(kept, capsys):
     found = json.loads(capsys.readouterr().out)
     made = plan(8192)
     assert found["length"] == made.length and found["kept_share"] == made.kept_share
-    expected = speed.estimate(made, speed.LAYERS["cpu"], RATES)
+    expected = speed.estimate(made, LAYERS["cpu"], RATES)
     assert found["estimate"]["speedup"] == pytest.approx(expected.speedup)
     assert found["step"]["speedup"] == pytest.approx(2 * expected.speedup / (1 + expected.speedup))
     assert found["step"]["bytes"] < found["step"]["dense_bytes"] and found["warnings"] == []
@@ -65,7 +66,7 @@ def test_a_model_of_pretrain(kept, capsys, tmp_path):
     assert 1 < step["speedup"] < json.loads(file.read_text())["estimate"]["speedup"]
 
 
-def check_at(tokens, part, by="bench", layer=speed.LAYERS["cpu"]) -> Checked:
+def check_at(tokens, part, by="bench", layer=LAYERS["cpu"]) -> Checked:
     """A measured speed-up that the estimate is above by so much."""
     its = speed.estimate(plan(tokens), layer, RATES).speedup / (1 + part)
     return Checked(tokens, Method(), its, time.time(), by)
@@ -98,7 +99,7 @@ def test_how_near_an_estimate_is_follows_from_what_was_measured(kept, capsys, ch
 def test_rates_of_a_busy_machine_give_no_precision(kept, capsys, monkeypatch):
     keep(spread=0.4)
     busy = replace(RATES, measured=time.time(), spread=0.5, checks=(check_at(8192, 0.01, "plan"),))
-    monkeypatch.setattr(speed, "measure_rates", lambda *_: busy)
+    monkeypatch.setattr(kept_rates, "measure_rates", lambda *_: busy)
     assert main(["plan", "--device", "cpu", "--tokens", "10000"]) == 0
     said = capsys.readouterr()
     assert "not quiet when the kept rates were measured (their spread is 40%): measured anew" in said.err

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 
 from lighthouse.core.method import POOL_RATIOS, SELECT_TOPK, Method, plan
-from lighthouse.speed import estimates as speed
-from lighthouse.speed import rates as kept_rates
-from lighthouse.speed.estimates import BUSY, ERROR, ERROR_FROM, SLICES, SQUARES, Checked, Curve, Layer, Rates, estimate
-from lighthouse.speed.rates import DAY, keep_check, rates_of, stale
+from lighthouse.speed import kept_rates
+from lighthouse.speed.advice import warnings
+from lighthouse.speed.estimates import ERROR, ERROR_FROM, estimate, estimate_step
+from lighthouse.speed.kept_rates import DAY, keep_check, rates_of, stale
+from lighthouse.speed.layer import Layer
+from lighthouse.speed.rates import BUSY, SLICES, SQUARES, Checked, Curve, Rates
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -47,6 +49,10 @@ def rates_from(measured: list[dict], layer: Layer, *, graph: bool, tokens, most:
     )
 
 
+def times(row: dict, kind: str = "seconds") -> float:
+    return row[f"dense_{kind}"] / row[f"lighthouse_{kind}"]
+
+
 H200 = Layer(8, 8, 128, "bfloat16")
 
 
@@ -56,10 +62,10 @@ def test_on_an_h200_long_lengths_follow_from_short_ones():
     errors, graph_errors = {}, {}
     for row in measured:
         made = plan(row["tokens"])
-        errors[row["tokens"]] = estimate(made, H200, rates).speedup / row["times_dense"] - 1
-        if "graph_times_dense" in row:
+        errors[row["tokens"]] = estimate(made, H200, rates).speedup / times(row) - 1
+        if "dense_graph_seconds" in row:
             found = estimate(made, H200, rates, launches=False).speedup
-            graph_errors[row["tokens"]] = found / row["graph_times_dense"] - 1
+            graph_errors[row["tokens"]] = found / times(row, "graph_seconds") - 1
     assert {8192, 32_768, 98_304, 262_144, 524_288, 1_048_576} <= errors.keys()
     assert abs(errors.pop(8192)) < 0.15  # as docs/plan.md says: launches, which the CPU makes now faster, now slower
     assert max(map(abs, errors.values())) < 0.07
@@ -81,7 +87,7 @@ def test_on_a_cpu_long_lengths_follow_from_short_ones(dtype):
     for row in measured:
         if row["tokens"] < 8192:
             continue
-        error = estimate(plan(row["tokens"]), layer, rates).speedup / row["times_dense"] - 1
+        error = estimate(plan(row["tokens"]), layer, rates).speedup / times(row) - 1
         assert abs(error) < NOT_FORETOLD.get((dtype, row["tokens"]), CPU_ERRORS[dtype]), row["tokens"]
         seen.add(row["tokens"])
     assert seen == {8192, 16_384, 32_768, 65_536, 131_072} and CPU_ERRORS[dtype] < ERROR
@@ -139,7 +145,7 @@ WARNINGS = [
 
 @pytest.mark.parametrize(("tokens", "ratios", "topk", "rates", "said"), [c[1:] for c in WARNINGS], ids=[c[0] for c in WARNINGS])  # fmt: skip  # noqa: E501
 def test_warnings_with_the_way_out(tokens, ratios, topk, rates, said):
-    found = speed.warnings(Method(ratios, topk), tokens, layer=H200, rates=rates)
+    found = warnings(Method(ratios, topk), tokens, layer=H200, rates=rates)
     assert bool(found) == bool(said), found
     for part in said:
         assert any(part in warning for warning in found), found
@@ -147,7 +153,7 @@ def test_warnings_with_the_way_out(tokens, ratios, topk, rates, said):
 
 def test_the_way_out_of_too_few_kept_is_one():
     method = Method(select_topk=984)
-    assert method.plan(131_072).kept_share >= 0.03 and not speed.warnings(method, 131_072)
+    assert method.plan(131_072).kept_share >= 0.03 and not warnings(method, 131_072)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +165,7 @@ def test_a_step_of_layers(layers, dense_layers, weights, speedup):
     made, fast = plan(8192), Curve(((1, 1e30),))
     attention = Curve(((made.length, H200.work(made.length)), (8192, H200.work(8192) / 10)))
     rates = Rates("", attention, fast, products=6.0 * 8192 * 10**9)  # products take a second, dense 10, ours 1
-    found = speed.estimate_step(
+    found = estimate_step(
         made, H200, layers=layers, dense_layers=dense_layers, product_weights=weights, rates=rates
     )
     assert found.speedup == pytest.approx(speedup or 41 / 5)
@@ -220,7 +226,7 @@ def test_rates_that_something_speaks_against_are_measured_anew(changes, why):
 
 def test_what_bench_found_is_kept_with_the_rates_and_outlives_them(cache, monkeypatch):
     now = kept_rates.time.time()
-    monkeypatch.setattr(speed, "measure_rates", lambda *_: replace(GOOD, measured=now))
+    monkeypatch.setattr(kept_rates, "measure_rates", lambda *_: replace(GOOD, measured=now))
     keep_check(SMALL, "cpu", 8192, 3.0, Method())
     assert not cache.exists()  # there are no rates yet
     rates_of(SMALL, "cpu")
@@ -263,7 +269,7 @@ FOREIGN = [
 
 @pytest.mark.parametrize("kept", [f[1] for f in FOREIGN], ids=[f[0] for f in FOREIGN])
 def test_a_file_of_something_else_is_said_and_replaced(cache, monkeypatch, kept):
-    monkeypatch.setattr(speed, "measure_rates", lambda *_: GOOD)
+    monkeypatch.setattr(kept_rates, "measure_rates", lambda *_: GOOD)
     cache.write_text(kept if isinstance(kept, str) else json.dumps({kept_rates.cache_key(SMALL, "cpu"): kept}))
     said = []
     assert rates_of(SMALL, "cpu", say=said.append) == GOOD and "measured anew" in said[0]

@@ -6,35 +6,74 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 from lighthouse.cli.plan import add_device, add_layer, add_settings, chosen_device
-from lighthouse.cli.shared import check_folders, say
+from lighthouse.cli.shared import check_folders, mib, say
 from lighthouse.core.method import Method
-from lighthouse.speed import estimates as speed
-from lighthouse.speed.benchmark import TOKENS, Bench, draw, need_matplotlib
-from lighthouse.speed.measure import WrongResult
+from lighthouse.speed.benchmark import TOKENS, Bench
+from lighthouse.speed.layer import default_layer
+from lighthouse.speed.origin import command
+from lighthouse.speed.picture import draw, need_matplotlib
+from lighthouse.speed.rates import BUSY, SHORT
+from lighthouse.speed.sides import WrongResult
 
 EXAMPLE = """\
 examples:
   lighthouse bench --tokens 1024 2048
   lighthouse bench --tokens 8192 32768 65536 --dtype bfloat16 --json bench.json --resume --plot bench.png
+  lighthouse bench --tokens 98304 --parts --json bench.json
   lighthouse bench --tokens 2048 --train --model nano --context 2048
 """
 
-MIB = 2**20
-COLUMNS = ("tokens", "S", "dense", "Lighthouse", "times", "estimate", "error", "peak dense", "Lighthouse", "of dense")
-WIDTHS = (9, 9, 13, 13, 8, 10, 8, 13, 13, 10)
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:,.2f} ms"
+
+
+Column = tuple[str, str, Callable[[float], str], int]  # name, key in a row, how it is written, width
+COLUMNS: tuple[Column, ...] = (
+    ("tokens", "tokens", "{:,}".format, 9),
+    ("S", "length", "{:,}".format, 9),
+    ("dense", "dense_seconds", _ms, 13),
+    ("Lighthouse", "lighthouse_seconds", _ms, 13),
+    ("times", "speedup", "{:.2f}".format, 8),
+    ("estimate", "estimate", "{:.2f}".format, 10),
+    ("error", "error", "{:+.0%}".format, 8),
+    ("peak dense", "dense_peak_bytes", mib, 13),
+    ("Lighthouse", "lighthouse_peak_bytes", mib, 13),
+    ("of dense", "peak_of_dense", "{:.2f}".format, 10),
+)
+PARTS: tuple[Column, ...] = (
+    ("tokens", "tokens", "{:,}".format, 9),
+    ("inner alone", "inner_seconds", _ms, 14),
+    ("beside inner", "beside_inner_seconds", _ms, 14),
+    ("forward: dense", "dense_forward_seconds", _ms, 16),
+    ("Lighthouse", "lighthouse_forward_seconds", _ms, 13),
+)
+GRAPHS: tuple[Column, ...] = (
+    ("graph: dense", "dense_graph_seconds", _ms, 14),
+    ("Lighthouse", "lighthouse_graph_seconds", _ms, 13),
+    ("times", "graph_speedup", "{:.2f}".format, 8),
+    ("beside inner", "graph_beside_inner_seconds", _ms, 14),
+)
+OPERATORS: tuple[Column, ...] = (
+    ("operator", "name", str, 18),
+    ("bytes moved", "bytes", lambda size: f"{size / 1e6:,.1f} MB", 14),
+    ("time", "seconds", lambda seconds: f"{1e3 * seconds:,.3f} ms", 13),
+    ("GB/s", "speed", lambda speed: f"{speed / 1e9:,.1f}", 10),
+    ("of a copy", "of_a_copy", "{:.0%}".format, 11),
+)
 
 
 def main(arguments: Sequence[str]) -> int:
     """Runs `lighthouse bench` and returns the exit status."""
     options = _parser().parse_args(arguments)
     try:
-        bench, file = _prepared(options)
+        benches, file = _prepared(options, command("lighthouse bench", arguments))
     except (ValueError, TypeError) as error:
         print(f"lighthouse bench: error: {error}", file=sys.stderr)
         return 2
@@ -42,7 +81,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"lighthouse bench: error: {error}", file=sys.stderr)
         return 1
     try:
-        _run(bench, file, options)
+        _run(benches, file, options)
     except (WrongResult, OSError, ImportError, torch.OutOfMemoryError) as error:
         print(f"lighthouse bench: error: {error}", file=sys.stderr)
         if isinstance(error, torch.OutOfMemoryError):
@@ -55,8 +94,8 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _prepared(options: argparse.Namespace) -> tuple[Bench, Path | None]:
-    """Everything that can be refused is refused here."""
+def _prepared(options: argparse.Namespace, called: str) -> tuple[list[Bench], Path | None]:
+    """One for each dtype, and the file of their results. Everything that can be refused is refused here."""
     device = chosen_device(options)
     if options.tokens is None:
         options.tokens = list(TOKENS[device])
@@ -77,15 +116,18 @@ def _prepared(options: argparse.Namespace) -> tuple[Bench, Path | None]:
         options.dense_layers = settings.dense_layers
         _check_acts(options)
     check_folders(options, "json", "plot")
-    layer = speed.default_layer(
-        device, heads=options.heads, kv_heads=options.kv_heads, head_dim=options.head_dim, dtype=options.dtype
+    dtypes = list(dict.fromkeys(options.dtype or ()))
+    layer = default_layer(
+        device, heads=options.heads, kv_heads=options.kv_heads, head_dim=options.head_dim, dtype=(dtypes or [None])[0]
     )
     bench = Bench(
         layer,
         device,
         Method.of(options),
         budget=options.budget,
+        parts=options.parts,
         again=options.measure,
+        command=called,
         say=say,
     )
     file = None if options.json in (None, "-") else Path(options.json)
@@ -95,7 +137,7 @@ def _prepared(options: argparse.Namespace) -> tuple[Bench, Path | None]:
         bench.resume(file)
     if options.plot:
         need_matplotlib()  # before anything is measured
-    return bench, file
+    return [bench, *map(bench.of, dtypes[1:])], file
 
 
 def _check_acts(options: argparse.Namespace) -> None:
@@ -114,62 +156,77 @@ def _check_acts(options: argparse.Namespace) -> None:
         )
 
 
-def _run(bench: Bench, file: Path | None, options: argparse.Namespace) -> None:
+def _run(benches: Sequence[Bench], file: Path | None, options: argparse.Namespace) -> None:
     out = sys.stderr if options.json == "-" else sys.stdout
 
-    def show(line: str) -> None:
+    def show(line: str = "") -> None:
         print(line, file=out, flush=True)
 
-    show(f"{bench.results['device']}; torch {torch.__version__}; a layer of {bench.layer}, forward and backward")
+    results = benches[0].results
+    for bench in benches:
+        show(f"{results['device']}; torch {torch.__version__}; a layer of {bench.layer}, forward and backward")
+        _layers(bench, file, sorted(set(options.tokens)), show)
+        if options.train:
+            row = bench.has_step(options.model, options.context, options.dense_layers)
+            if row is None:
+                row = bench.measure_step(options.model, options.context, dense_layers=options.dense_layers)
+                if file is not None:
+                    bench.save(file)
+            show(step_lines(row))
+        if bench is not benches[-1]:
+            show()
+    if any(bench.again for bench in benches):
+        say("--measure: no length was left to measure, so the rates were not measured anew either")
+    if file is not None:
+        benches[0].save(file)
+    elif options.json == "-":
+        print(json.dumps(results, indent=1))
+    if options.plot:
+        draw(results, Path(options.plot))
+        show(f"\nPicture: {options.plot}")
+
+
+def _layers(bench: Bench, file: Path | None, lengths: Sequence[int], show: Callable[..., None]) -> None:
     say("the result against float64")
     show(f"checked: the error against float64 is {bench.check():.2f} of dense attention's\n")
-    show(line(COLUMNS))
-    for tokens in sorted(set(options.tokens)):
+    show(header(COLUMNS))
+    rows = []
+    for tokens in lengths:
         row = bench.has(tokens)
         if row is None:
             row = bench.measure(tokens)
             if file is not None:
                 bench.save(file)
-        show(line(cells(row)))
-    show("")
-    for note in notes(bench.results["rows"], speed.SHORT[bench.device]):
+        rows.append(row)
+        show(line(row, COLUMNS))
+    show()
+    if bench.parts:
+        columns = (*PARTS, *GRAPHS) if bench.on_gpu else PARTS
+        for text in (header(columns), *(line(row, columns) for row in rows)):
+            show(text)
+        for row in rows:
+            show(f"\n{row['tokens']:,} tokens, each operator alone:\n\n{operator_table(row, bench.results)}")
+        show()
+    for note in notes(bench.rows, SHORT[torch.device(bench.device).type]):
         show(note)
     show(pays(bench))
-    if options.train:
-        row = bench.has_step(options.model, options.context, options.dense_layers)
-        if row is None:
-            row = bench.measure_step(options.model, options.context, dense_layers=options.dense_layers)
-            if file is not None:
-                bench.save(file)
-        show(step_lines(row))
-    if bench.again:
-        say("--measure: no length was left to measure, so the rates were not measured anew either")
-    if file is not None:
-        bench.save(file)
-    elif options.json == "-":
-        print(json.dumps(bench.results, indent=1))
-    if options.plot:
-        draw(bench.results, Path(options.plot))
-        show(f"\nPicture: {options.plot}")
 
 
-def line(parts: Sequence[str]) -> str:
-    return "".join(f"{part:>{width}}" for part, width in zip(parts, WIDTHS, strict=True))
+def header(columns: Sequence[Column]) -> str:
+    return "".join(f"{name:>{width}}" for name, _, _, width in columns)
 
 
-def cells(row: dict) -> list[str]:
-    return [
-        f"{row['tokens']:,}",
-        f"{row['length']:,}",
-        f"{1e3 * row['dense_seconds']:,.2f} ms",
-        f"{1e3 * row['lighthouse_seconds']:,.2f} ms",
-        f"{row['speedup']:.2f}",
-        f"{row['estimate']:.2f}",
-        f"{row['error']:+.0%}",
-        f"{row['dense_peak_bytes'] / MIB:,.1f} MiB",
-        f"{row['lighthouse_peak_bytes'] / MIB:,.1f} MiB",
-        f"{row['lighthouse_peak_bytes'] / row['dense_peak_bytes']:.2f}",
-    ]
+def line(row: dict, columns: Sequence[Column]) -> str:
+    return "".join(f"{form(row[key]) if key in row else '-':>{width}}" for _, key, form, width in columns)
+
+
+def operator_table(row: dict, results: dict) -> str:
+    lines = [header(OPERATORS)]
+    for name, found in row["operators"].items():
+        speed = found["bytes"] / found["seconds"]
+        rates = {"name": name, "speed": speed, "of_a_copy": speed / results["copy_bytes_per_second"]}
+        lines.append(line(found | rates, OPERATORS))
+    return "\n".join(lines)
 
 
 def notes(rows: Sequence[dict], short: float = 0.0) -> list[str]:
@@ -189,7 +246,7 @@ def notes(rows: Sequence[dict], short: float = 0.0) -> list[str]:
     noisy = [
         f"{label} at {where(row)} by {row[f'{name}_spread']:.0%}"
         for row, name, label in sides
-        if row.get(f"{name}_spread", 0) > speed.BUSY and row.get(f"{name}_seconds", 1) > short
+        if row.get(f"{name}_spread", 0) > BUSY and row.get(f"{name}_seconds", 1) > short
     ]
     if noisy:
         found.append(
@@ -203,7 +260,7 @@ def pays(bench: Bench) -> str:
     found = bench.pays_from()
     if found is None:
         return "Lighthouse is not faster at the longest of these lengths: longer --tokens, or a smaller --select_topk."
-    first = found == bench.results["rows"][0]["tokens"]
+    first = found == bench.rows[0]["tokens"]
     return f"Lighthouse is faster from {found:,} tokens on" + (", the shortest measured." if first else ".")
 
 
@@ -213,7 +270,7 @@ def step_lines(row: dict) -> str:
         f"{'':12}{'tokens/s':>14}{'peak memory beyond weights and states':>40}",
     ]
     for name, label in (("dense", "dense"), ("lighthouse", "Lighthouse")):
-        peak = f"{row[f'{name}_peak_bytes'] / MIB:,.1f} MiB"
+        peak = mib(row[f"{name}_peak_bytes"])
         lines.append(f"{label:12}{row[f'{name}_tokens_per_second']:>14,.0f}{peak:>40}")
     lines += [f"{row['speedup']:.2f} times as fast", *notes([row])]
     return "\n".join(lines)
@@ -232,10 +289,13 @@ def _parser() -> argparse.ArgumentParser:
                         help="lengths (default: 1,024 to 16,384; on a GPU 4,096 to 262,144)")  # fmt: skip
     parser.add_argument("--budget", type=float, default=8.0,
                         help="seconds for the calls of a length; on a CPU slow ones are one (default: 8)")  # fmt: skip
+    parser.add_argument("--parts", action="store_true",
+                        help="time the inner attention, the forward pass and each operator alone, too, and CUDA "
+                        "graphs")  # fmt: skip
     add_device(parser)
     parser.add_argument("--resume", action="store_true", help="go on with the results that --json has")
     parser.add_argument("--plot", metavar="FILE", help="draw time, speed-up and memory against length there (PNG)")
-    add_layer(parser)
+    add_layer(parser, dtypes="+")
     add_settings(parser)
     group = parser.add_argument_group("training step")
     group.add_argument("--train", action="store_true", help="time a step of a model, too")

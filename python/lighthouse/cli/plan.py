@@ -11,12 +11,15 @@ from dataclasses import asdict
 
 import torch
 
-from lighthouse.cli.shared import add_method, check_folders, say, write_json
+from lighthouse.cli.shared import add_method, check_folders, mib, say, write_json
 from lighthouse.core.devices import check_device
 from lighthouse.core.method import Method
 from lighthouse.core.settings import LighthouseSettings
 from lighthouse.speed import estimates as speed
-from lighthouse.speed.rates import DAY, cache_file, rates_of
+from lighthouse.speed.advice import warnings
+from lighthouse.speed.kept_rates import DAY, cache_file, rates_of
+from lighthouse.speed.layer import LAYERS, Layer, default_layer
+from lighthouse.speed.rates import BUSY, Rates
 
 EXAMPLE = """\
 examples:
@@ -25,7 +28,6 @@ examples:
   lighthouse plan --model tiny --tokens 8192 --pool_ratios 1/2 1/4 1/8 --select_topk 256
 """
 
-MIB = 2**20
 TOKENS = 98_304
 OF_THE_LAYER = ("heads", "kv_heads", "head_dim", "layers")
 
@@ -94,11 +96,11 @@ def _made(options: argparse.Namespace) -> dict:
         )
         found["step"] = asdict(step) | {"layers": layers, "dense_layers": settings.dense_layers, "model": options.model}
         found["step"] |= _memory(config, layer, plan, settings, layers, compiled=device == "cuda")
-    found["warnings"] = speed.warnings(method, options.tokens, layer=layer, rates=rates)
+    found["warnings"] = warnings(method, options.tokens, layer=layer, rates=rates)
     return found
 
 
-def _precision(rates: speed.Rates, layer: speed.Layer, device: str, options: argparse.Namespace) -> dict:
+def _precision(rates: Rates, layer: Layer, device: str, options: argparse.Namespace) -> dict:
     """What is known of how near the estimate is: what its rates are from, and how far off it was where it was measured.
 
     `part` is None where nothing tells: rates of a busy machine, or a length whose estimate follows from launches.
@@ -107,10 +109,10 @@ def _precision(rates: speed.Rates, layer: speed.Layer, device: str, options: arg
     found = {"days": (time.time() - rates.measured) / DAY, "spread": rates.spread, "check": None, "part": None}
     if check is None:
         return found
-    error = check.error(layer, rates)
+    error = speed.error_of(check, layer, rates)
     found["check"] = check.values() | {"error": error}
     near = 0.5 <= check.tokens / options.tokens <= 2
-    known = rates.spread is not None and rates.spread <= speed.BUSY
+    known = rates.spread is not None and rates.spread <= BUSY
     if known and (near or options.tokens >= speed.ERROR_FROM[device]):
         found["part"] = max(rates.spread, abs(error))
     return found
@@ -143,7 +145,7 @@ def _memory(config, layer, plan, settings, layers, compiled) -> dict:
 
 
 def _text(found: dict) -> str:
-    layer = speed.Layer(**{name: found["layer"][name] for name in ("heads", "kv_heads", "head_dim", "dtype")})
+    layer = Layer(**{name: found["layer"][name] for name in ("heads", "kv_heads", "head_dim", "dtype")})
     lines = [f"{found['tokens']:,} tokens, {found['parents']:,} parents per level", ""]
     lines.append(f"{'level':>6}{'window':>12}{'entries':>14}{'chosen':>14}")
     for level, row in enumerate(zip(found["windows"], found["entries"], found["chosen"], strict=True)):
@@ -203,8 +205,8 @@ def _step_lines(step: dict) -> list[str]:
     return lines
 
 
-def _mib(size: float) -> str:
-    return f"{size / MIB:,.1f} MiB" if size < 1024 * MIB else f"{size / MIB / 1024:,.2f} GiB"
+def _bytes(size: float) -> str:
+    return mib(size) if size < 2**30 else f"{size / 2**30:,.2f} GiB"
 
 
 def _give_or_take(precision: dict) -> str:
@@ -222,7 +224,7 @@ def _known(precision: dict) -> list[str]:
             f"at {check['tokens']:,} tokens, the nearest length that was measured, {by}, it is "
             f"{abs(check['error']):.0%} {side} what was found"
         )
-    if spread is not None and spread > speed.BUSY:
+    if spread is not None and spread > BUSY:
         lines.append(
             f"the machine was not quiet when the rates were measured: the same call took up to {spread:.0%} "
             "longer than at best; the next call measures anew"
@@ -235,7 +237,7 @@ def _known(precision: dict) -> list[str]:
 
 
 def _of_dense(size: float, dense: float) -> str:
-    return f"{_mib(size)}, dense {_mib(dense)} ({size / dense:.2f} of it)"
+    return f"{_bytes(size)}, dense {_bytes(dense)} ({size / dense:.2f} of it)"
 
 
 def _seconds(seconds: float) -> str:
@@ -251,12 +253,13 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dense_layers", type=int, help="layers at each end that stay dense (default: as in pretrain)")
 
 
-def add_layer(parser: argparse.ArgumentParser) -> None:
+def add_layer(parser: argparse.ArgumentParser, *, dtypes: str | None = None) -> None:
+    """Sizes and dtype of a layer; `dtypes="+"`: of several dtypes, one after the other."""
     group = parser.add_argument_group("layer")
     group.add_argument("--heads", type=int, help="query heads (default: 4, on a GPU 8)")
     group.add_argument("--kv_heads", type=int, help="key-value heads (default: as many)")
     group.add_argument("--head_dim", type=int, help="default: 64, on a GPU 128")
-    group.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],
+    group.add_argument("--dtype", nargs=dtypes, choices=["float32", "bfloat16", "float16"],
                        help="default: float32, on a GPU bfloat16")  # fmt: skip
 
 
@@ -287,7 +290,7 @@ def described(options: argparse.Namespace, tokens: int, device: str):
         layers = sizes.pop("layers")
         if layers is not None and layers < 1:
             raise ValueError(f"layers={layers}: at least one is needed")
-        return speed.default_layer(device, dtype=options.dtype, **sizes), None
+        return default_layer(device, dtype=options.dtype, **sizes), None
     given = [name for name, value in sizes.items() if value is not None]
     if given:
         raise ValueError(
@@ -297,7 +300,7 @@ def described(options: argparse.Namespace, tokens: int, device: str):
 
     config = new_config(options.model, tokens)
     sizes = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
-    return speed.Layer(*sizes, options.dtype or speed.LAYERS[device].dtype), config
+    return Layer(*sizes, options.dtype or LAYERS[device].dtype), config
 
 
 def _parser() -> argparse.ArgumentParser:

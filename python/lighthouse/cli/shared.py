@@ -7,36 +7,29 @@ import json
 import sys
 from pathlib import Path
 
-from lighthouse.core.method import SWITCHES, Method, text_of, written
+from lighthouse.core.method import Method, text_of, written
 
 
 def add_method(group) -> None:
     """The method's settings as options of an argparse group; `Method.of` reads them from what is parsed."""
     for setting in Method.settings():
-        kinds: dict = {"default": written(setting.default)}
+        kinds: dict = {"default": written(setting.default), "metavar": setting.metadata.get("metavar")}
         if isinstance(setting.default, tuple):
-            kinds["nargs"] = "+"
+            kinds["nargs"] = "*"
         elif isinstance(setting.default, bool):
-            kinds |= {"nargs": "?", "const": True, "type": string_to_bool}
-        shown = text_of(setting.default)
-        group.add_argument(
-            f"--{setting.name}",
-            help=f"{setting.metadata['help']} (default: {shown})",
-            metavar=setting.metadata.get("metavar"),
-            **kinds,
-        )
-
-
-def string_to_bool(text: str) -> bool:
-    """`true` or `false`, as the options of pretrain take it."""
-    if text.lower() not in SWITCHES:
-        raise argparse.ArgumentTypeError(f"{text!r}: true or false is needed")
-    return SWITCHES[text.lower()]
+            kinds |= {"nargs": "?", "const": True, "metavar": "true|false"}
+        shown = text_of(setting.default).lower()
+        group.add_argument(f"--{setting.name}", help=f"{setting.metadata['help']} (default: {shown})", **kinds)
 
 
 def say(line: str) -> None:
     """Progress, on standard error."""
     print(f"  {line}", file=sys.stderr, flush=True)
+
+
+def mib(size: float) -> str:
+    """Bytes, as they are shown."""
+    return f"{size / 2**20:,.1f} MiB"
 
 
 def check_folders(options: argparse.Namespace, *names: str) -> None:

@@ -12,6 +12,8 @@ from lighthouse.core.method import DEFAULT, Method
 # length that was measured (bench/README.md), on CUDA where launching the kernels no longer decides.
 MIN_TOKENS = {"cpu": 512, "cuda": 8192}
 
+LONG = 98_304  # tokens from which a text is long: settings for "100K" are meant for it, and a small kept share is warned of
+
 # Above this share of the tokens the sub-sequence is so long that gathering and writing back cost what is saved.
 MAX_SHARE = 0.6
 

@@ -1,30 +1,35 @@
 """Dense attention against Lighthouse on this device: a layer at several lengths, and a step of a model.
 
-Both sides are called in turn in one process, so that what else the machine does meets both. Nothing is timed before the
-result is right (`measure.check`). Results are plain dictionaries, for JSON; each row is complete in itself, so a file
+On a CPU the sides are called in turn, so that what else the machine does meets each. Nothing is timed before the result
+is right (`sides.check`). Results are plain dictionaries, for JSON; each row is complete in itself, so a file
 of them can be gone on with.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
 
 import torch
+from torch import Tensor
 
 from lighthouse.core.attention import sub_sequence_attention
 from lighthouse.core.devices import check_device, check_on_cuda, device_name
+from lighthouse.core.files import write_whole
+from lighthouse.core.inner import inner_backend
 from lighthouse.core.method import DEFAULT, Method
 from lighthouse.core.settings import LighthouseSettings
-from lighthouse.core.version import VERSION
-from lighthouse.speed.estimates import Layer, dense_attention, estimate
-from lighthouse.speed.measure import check, leaves, peak_bytes, spread, synchronize, timings
-from lighthouse.speed.rates import keep_check, rates_of
+from lighthouse.speed.estimates import estimate
+from lighthouse.speed.kept_rates import keep_check, rates_of
+from lighthouse.speed.layer import Layer
+from lighthouse.speed.measure import captured, peak_bytes, spread, synchronize, timings
+from lighthouse.speed.origin import versions
+from lighthouse.speed.parts import Side, copy_speed, inner_side, operators
+from lighthouse.speed.sides import check, check_finite, dense_attention, leaves
 
 # By device: lengths that two CPU cores are through with in a minute, and those of a GPU.
 TOKENS = {
@@ -33,8 +38,9 @@ TOKENS = {
 }
 REPEATS = {"cpu": 5, "cuda": 20}
 STEPS = 3  # timed training steps of each side
+GRAPH_TOKENS = 131_072  # beyond, launches are nothing beside the work
 
-SAME = ("device", "torch", "lighthouse", "layer", *DEFAULT.values())  # or rows cannot stand in one table
+SAME = ("device", "versions", "layer", *DEFAULT.values())  # or rows cannot stand in one table
 
 
 class CannotGoOn(ValueError):
@@ -47,6 +53,7 @@ class Bench:
 
     Args:
         budget: seconds for the calls of one length, about; on a CPU a call that takes half of it is timed once.
+        parts: time the inner attention, the forward pass and each operator alone, too, and on a GPU CUDA graphs.
         say: is told what is being done.
     """
 
@@ -54,30 +61,46 @@ class Bench:
     device: str
     method: Method = DEFAULT
     budget: float = 8.0
+    parts: bool = False
     again: bool = False  # measure the rates of the estimate anew
+    command: str = ""
     say: Callable[[str], None] = lambda line: None
     results: dict = field(init=False)
 
     def __post_init__(self):
         device = torch.device(self.device)
         check_device("device", device)
-        if device.type == "cuda":
+        self.on_gpu = device.type == "cuda"
+        if self.on_gpu:
             check_on_cuda("dtype", self.layer.torch_dtype, self.layer.head_dim)
         self.results = {
+            "commands": [self.command],
             "device": device_name(device),
-            "torch": torch.__version__,
-            "lighthouse": VERSION,
-            "layer": asdict(self.layer),
+            "versions": versions(device),
+            "layer": {name: value for name, value in asdict(self.layer).items() if name != "dtype"},
             **self.method.values(),
+            "error_of_dense": {},
             "rows": [],
             "train": [],
         }
+
+    def of(self, dtype: str) -> Bench:
+        """The same layer in another dtype, with the same results to add to."""
+        other = replace(self, layer=replace(self.layer, dtype=dtype))
+        other.results = self.results
+        return other
+
+    @property
+    def rows(self) -> list[dict]:
+        """What was found of this dtype, by length."""
+        return [row for row in self.results["rows"] if row["dtype"] == self.layer.dtype]
 
     def resume(self, file: Path) -> None:
         """Takes over what a file has. Raises `CannotGoOn` where that was measured differently."""
         try:
             former = json.loads(file.read_text(encoding="utf-8"))
-            rows, train = list(former["rows"]), list(former["train"])
+            for name in ("rows", "train"):
+                former[name] = [dict(row) for row in former[name]]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CannotGoOn(f"json={str(file)!r} holds no results of bench ({error!r}): give another file") from None
         for name in SAME:
@@ -86,68 +109,100 @@ class Bench:
                     f"json={str(file)!r} was measured with {name} {former.get(name)!r}, now it is "
                     f"{self.results[name]!r}: give another file, or the same options"
                 )
-        self.results |= {"rows": rows, "train": train, "error_of_dense": former.get("error_of_dense")}
+        self.results.update(former)
+        if self.command not in self.results["commands"]:
+            self.results["commands"].append(self.command)
 
     def save(self, file: Path) -> None:
         """Writes the results, as a whole or not at all."""
-        partial = file.with_name(f"{file.name}.partial")
-        partial.write_text(json.dumps(self.results, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, file)
+        write_whole(file, json.dumps(self.results, indent=1) + "\n")
 
     def check(self) -> float:
         """The error against float64, relative to dense attention's. Raises `WrongResult`."""
-        error = check(
-            self.layer.torch_dtype,
-            self.device,
-            head_dim=self.layer.head_dim,
-            method=self.method,
-        )
-        self.results["error_of_dense"] = error
+        error = check(self.layer.torch_dtype, self.device, head_dim=self.layer.head_dim, method=self.method)
+        self.results["error_of_dense"][self.layer.dtype] = error
         return error
 
     def has(self, tokens: int) -> dict | None:
-        return next((row for row in self.results["rows"] if row["tokens"] == tokens), None)
+        """What was measured of a length, with its parts where these are asked for."""
+        found = next((row for row in self.rows if row["tokens"] == tokens), None)
+        return None if found and self.parts and "operators" not in found else found
 
     def measure(self, tokens: int) -> dict:
         """One length: seconds, peak bytes, the speed-up and what the plan estimates for it. Added to the results.
 
-        `plan` holds its estimates against the speed-up from then on.
+        `plan` holds its estimates against the speed-up from then on. Raises `WrongResult`.
         """
-        made = self.method.plan(tokens)
-        rates = rates_of(self.layer, self.device, again=self.again, say=self.say)
+        made, layer = self.method.plan(tokens), self.layer
+        rates = rates_of(layer, self.device, again=self.again, say=self.say)
         self.again = False
-        self.say(f"{tokens:,} tokens: time")
-        layer = self.layer
         inputs, grad = leaves(tokens, layer.heads, layer.kv_heads, layer.head_dim, layer.torch_dtype, self.device)
-
-        def ours(query, key, value):
-            return sub_sequence_attention(query, key, value, self.method)
-
-        def both(function):
-            return lambda: torch.autograd.grad(function(*inputs), inputs, grad)
-
-        def used(function):  # as in a model the output is not held to the end
-            return lambda: torch.autograd.grad((function(*inputs) * grad).sum(), inputs)
-
-        sides = {"dense": dense_attention, "lighthouse": ours}
-        row = {"tokens": tokens, "length": made.length, "kept_share": made.kept_share}
-        repeats = REPEATS[torch.device(self.device).type]
-        calls = [both(function) for function in sides.values()]
-        times = timings(calls, self.device, repeats=repeats, budget=self.budget)
-        for (name, function), found in zip(sides.items(), times, strict=True):
-            row[f"{name}_seconds"] = median(found)
-            row[f"{name}_calls"], row[f"{name}_spread"] = len(found), spread(found)
+        sides = {"dense": Side(dense_attention, inputs, grad), "lighthouse": Side(self._attention, inputs, grad)}
+        if self.on_gpu:
+            check_finite(self._attention, inputs, grad)
+        row = {
+            "tokens": tokens,
+            "dtype": layer.dtype,
+            "length": made.length,
+            "kept_share": made.kept_share,
+            "inner_backend": inner_backend(*inputs[:2]).name,
+        }
+        inner = {"inner": inner_side(made.length, layer, self.device)} if self.parts else {}
+        self.say(f"{tokens:,} tokens: time")
+        row |= self._times(sides | inner, tokens)
+        for name, side in sides.items():
             self.say(f"{tokens:,} tokens: memory, {name}")
-            row[f"{name}_peak_bytes"] = peak_bytes(used(function), self.device)
+            row[f"{name}_peak_bytes"] = peak_bytes(side.used, self.device)
+            if self.parts and self.on_gpu:
+                row[f"{name}_held_peak_bytes"] = peak_bytes(side.both, self.device)
         row["speedup"] = row["dense_seconds"] / row["lighthouse_seconds"]
         row["estimate"] = estimate(made, layer, rates).speedup
         row["error"] = row["estimate"] / row["speedup"] - 1
+        row["peak_of_dense"] = row["lighthouse_peak_bytes"] / row["dense_peak_bytes"]
+        if self.parts:
+            self.say(f"{tokens:,} tokens: each operator")
+            row["operators"] = operators(inputs, grad, self.method, repeats=self._repeats)
+            if "copy_bytes_per_second" not in self.results:
+                self.results["copy_bytes_per_second"] = copy_speed(self.device)
         keep_check(layer, self.device, tokens, row["speedup"], self.method, say=self.say)
-        self.results["rows"] = sorted([*self.results["rows"], row], key=lambda row: row["tokens"])
+        others = [other for other in self.results["rows"] if (other["dtype"], other["tokens"]) != (layer.dtype, tokens)]
+        self.results["rows"] = sorted([*others, row], key=lambda row: (row["dtype"], row["tokens"]))
+        if self.on_gpu:
+            torch.cuda.empty_cache()  # what one length has left in pieces is in the way of the next
+        return row
+
+    def _attention(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return sub_sequence_attention(query, key, value, self.method)
+
+    @property
+    def _repeats(self) -> int:
+        return REPEATS[torch.device(self.device).type]
+
+    def _times(self, sides: dict[str, Side], tokens: int) -> dict:
+        """Median seconds by side, and with `parts` those of the forward pass alone and of CUDA graphs."""
+        row: dict = {}
+        graphs = self.parts and self.on_gpu and tokens <= GRAPH_TOKENS
+        # On a GPU launches would be hidden behind dense attention's long calls, were these in between.
+        groups = [["dense"], [name for name in sides if name != "dense"]] if self.on_gpu else [list(sides)]
+        for names in groups:
+            for what in ("", "forward_") if self.parts else ("",):
+                calls = [sides[name].forward if what else sides[name].both for name in names]
+                kinds = {what: calls} | ({f"graph_{what}": [captured(call) for call in calls]} if graphs else {})
+                for kind, runs in kinds.items():
+                    found = timings(runs, self.device, repeats=self._repeats, budget=self.budget / len(groups))
+                    for name, times in zip(names, found, strict=True):
+                        row[f"{name}_{kind}seconds"] = median(times)
+                        if not kind:
+                            row[f"{name}_calls"], row[f"{name}_spread"] = len(times), spread(times)
+        for kind in ("", "graph_"):
+            if f"inner_{kind}seconds" in row:
+                row[f"{kind}beside_inner_seconds"] = row[f"lighthouse_{kind}seconds"] - row[f"inner_{kind}seconds"]
+        if graphs:
+            row["graph_speedup"] = row["dense_graph_seconds"] / row["lighthouse_graph_seconds"]
         return row
 
     def has_step(self, model: str, context: int, dense_layers: int) -> dict | None:
-        asked = {"model": model, "context": context, "dense_layers": dense_layers}
+        asked = {"model": model, "context": context, "dense_layers": dense_layers, "dtype": self.layer.dtype}
         return next((row for row in self.results["train"] if asked.items() <= row.items()), None)
 
     def measure_step(self, model: str, context: int, *, dense_layers: int | None = None) -> dict:
@@ -161,8 +216,7 @@ class Bench:
 
         settings = LighthouseSettings(self.method, dense_layers, min_tokens=0, max_share=1.0)
         wrapped = wrap(new_model(model, context, seed=0).to(self.device).train(), settings)
-        on_gpu = torch.device(self.device).type == "cuda"
-        if on_gpu:
+        if self.on_gpu:
             for layer in wrapped.base_model.layers:
                 layer.compile(fullgraph=True, dynamic=False)
         optimizer = torch.optim.AdamW(wrapped.parameters(), lr=1e-4, fused=True)
@@ -180,6 +234,7 @@ class Bench:
             optimizer.zero_grad(set_to_none=True)
 
         row = {"model": model, "context": context, "dense_layers": wrapped.lighthouse_settings.dense_layers}
+        row["dtype"] = self.layer.dtype
         for name, enabled in (("lighthouse", True), ("dense", False)):
             wrapped.lighthouse(enabled)
             self.say(f"a training step of {model!r}, {context:,} tokens, {name}")
@@ -203,50 +258,8 @@ class Bench:
     def pays_from(self) -> int | None:
         """The shortest of the measured lengths from which on Lighthouse is faster; None where the longest is not."""
         found = None
-        for row in reversed(self.results["rows"]):
+        for row in reversed(self.rows):
             if row["speedup"] <= 1:
                 break
             found = row["tokens"]
         return found
-
-
-def need_matplotlib() -> None:
-    """Raises `ImportError` that names what to install."""
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            'the plot needs matplotlib, not installed here: pip install "lighthouse-attn[train]"'
-        ) from error
-
-
-def draw(results: dict, file: Path) -> None:
-    """Time, speed-up and memory against length, as PNG. Raises `ImportError` without matplotlib."""
-    need_matplotlib()
-    from matplotlib.figure import Figure
-
-    rows = results["rows"]
-    tokens = [row["tokens"] for row in rows]
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
-    times, ratio, memory = figure.subplots(1, 3)
-    for name, color, label in (("dense", "tab:gray", "dense"), ("lighthouse", "tab:orange", "Lighthouse")):
-        style = {"color": color, "marker": "o", "label": label}
-        times.plot(tokens, [1e3 * row[f"{name}_seconds"] for row in rows], **style)
-        memory.plot(tokens, [row[f"{name}_peak_bytes"] / 2**20 for row in rows], **style)
-    ratio.plot(tokens, [row["speedup"] for row in rows], color="tab:orange", marker="o", label="measured")
-    ratio.plot(
-        tokens, [row["estimate"] for row in rows], "--", color="tab:blue", marker="x", label="the plan's estimate"
-    )
-    ratio.axhline(1, color="tab:gray", linewidth=1)
-    for axis, title, scale in (
-        (times, "forward and backward, ms", "log"),
-        (ratio, "times as fast as dense", "linear"),
-        (memory, "peak memory beyond the inputs, MiB", "log"),
-    ):
-        axis.set(title=title, xlabel="tokens", yscale=scale)
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(tokens, [f"{count:,}" for count in tokens], rotation=30)
-        axis.grid(alpha=0.3)
-        axis.legend()
-    figure.suptitle(f"One attention layer ({Layer(**results['layer'])}) on {results['device']}")
-    figure.savefig(file, dpi=110, format="png")

@@ -1,4 +1,4 @@
-"""How long a call takes and how much memory it holds, on a CPU and on a GPU; and whether its result is right at all.
+"""How long a call takes and how much memory it holds, on a CPU and on a GPU.
 
 The trap of a GPU: calls are queued, so a clock on the CPU sees the launch and not the work. Times come from events
 there, and from a CUDA graph where the launches themselves must not count.
@@ -17,16 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
-
-from lighthouse.core.attention import sub_sequence_attention
-from lighthouse.core.method import DEFAULT, Method
-
-
-class WrongResult(RuntimeError):
-    """The attention gives something else than the float64 reference: there is nothing to time."""
 
 
 def synchronize(device: torch.device | str) -> None:
@@ -60,21 +51,30 @@ def alternating_seconds(
 def timings(runs: Sequence[Callable], device: torch.device | str, *, repeats: int, budget: float) -> list[list[float]]:
     """Seconds of each timed call, by run; at least one, and never one that sets up what later calls find set up.
 
-    Where a round takes half the budget, each call is timed by itself in its part of the budget. Only where a first call
-    on a CPU takes longer than that part it is the one that counts: what it sets up is little of so long a time, while
-    on a GPU kernels may have been loaded or compiled in it for seconds.
+    All are called in turn. Where a round takes half the budget, the slowest is timed by itself in its part of the
+    budget, and the others go on in turn. Only where a first call on a CPU takes longer than that part it is the one
+    that counts: what it sets up is little of so long a time, while on a GPU kernels may have been loaded or compiled in
+    it for seconds.
     """
     first = [_seconds(run, device) for run in runs]
-    if sum(first) > budget / 2:
-        limits = {"repeats": repeats, "budget": budget / len(runs)}
-        return [_by_itself(run, seconds, device, **limits) for run, seconds in zip(runs, first, strict=True)]
+    return _timings(list(zip(runs, first, strict=True)), device, repeats=repeats, budget=budget)
+
+
+def _timings(runs: list[tuple[Callable, float]], device, *, repeats: int, budget: float) -> list[list[float]]:
+    first = sum(seconds for _, seconds in runs)
+    if first > budget / 2:
+        slowest, part = max(range(len(runs)), key=lambda i: runs[i][1]), budget / len(runs)
+        found = [_by_itself(*runs[slowest], device, repeats=repeats, budget=part)]
+        others = runs[:slowest] + runs[slowest + 1 :]
+        beside = _timings(others, device, repeats=repeats, budget=budget - part) if others else []
+        return beside[:slowest] + found + beside[slowest:]
     if torch.device(device).type == "cuda":
-        times = _event_seconds(runs, max(1, min(repeats, int(budget / sum(first)))))
+        times = _event_seconds([run for run, _ in runs], max(1, min(repeats, int(budget / first))))
     else:
         times = []
         start = time.perf_counter()
         while len(times) < repeats and time.perf_counter() - start < budget:
-            times.append([_seconds(run, device) for run in runs])
+            times.append([_seconds(run, device) for run, _ in runs])
     return [list(each) for each in zip(*times, strict=True)]
 
 
@@ -163,57 +163,3 @@ def _no_standard_error():
     finally:
         os.dup2(kept, 2)
         os.close(kept)
-
-
-def leaves(tokens: int, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device | str):
-    """Query, key and value as a model passes them, and the output's gradient: [B, N, H, D] in memory."""
-    generator = torch.Generator(device).manual_seed(tokens)
-
-    def rand(count):
-        x = torch.randn(1, tokens, count, head_dim, generator=generator, device=device, dtype=dtype)
-        return x.transpose(1, 2)
-
-    return [rand(count).requires_grad_() for count in (heads, kv_heads, kv_heads)], rand(heads)
-
-
-def check(
-    dtype: torch.dtype,
-    device: torch.device | str,
-    *,
-    head_dim: int = 128,
-    method: Method = DEFAULT,
-    tokens: int = 1500,
-) -> float:
-    """Largest error of output and gradients against the float64 reference, relative to dense attention's own error.
-
-    Raises `WrongResult` where it is more than twice that.
-    """
-    inputs, grad = leaves(tokens, 4, 2, head_dim, dtype, device)
-    ours = sub_sequence_attention(*inputs, method)
-    mine = [ours.detach(), *torch.autograd.grad(ours, inputs, grad)]
-    output = F.scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=True)
-    plain = [output.detach(), *torch.autograd.grad(output, inputs, grad)]
-
-    # The reference runs on the CPU, with the device's own scores: other rounding there could choose other entries.
-    scores = [score.cpu() for score in torch.ops.lighthouse.score(*(tensor.detach() for tensor in inputs[:2]))]
-    wide = [tensor.detach().cpu().double().contiguous() for tensor in inputs]
-    wide_grad = grad.cpu().double().contiguous()
-    args = (*wide, *scores, method.windows, *method.topk, method.cover_start, 0.0)
-    true = [
-        torch.ops.lighthouse.reference_attention(*args),
-        *torch.ops.lighthouse.reference_attention_backward(*args, wide_grad),
-    ]
-    wide = [tensor.requires_grad_() for tensor in wide]
-    output = F.scaled_dot_product_attention(*wide, is_causal=True, enable_gqa=True)
-    plain_true = [output.detach(), *torch.autograd.grad(output, wide, wide_grad)]
-
-    def worst(found: Sequence[Tensor], right: Sequence[Tensor]) -> float:
-        return max(((a.cpu().double() - b).norm() / b.norm()).item() for a, b in zip(found, right, strict=True))
-
-    error, allowed = worst(mine, true), worst(plain, plain_true)
-    if not error <= 2 * allowed + 1e-6:
-        raise WrongResult(
-            f"error {error:.2e} against the float64 reference where dense attention has {allowed:.2e}, in {dtype} on "
-            f"{device}: nothing is timed; please report it"
-        )
-    return error / allowed

@@ -1,0 +1,86 @@
+"""Dense attention and Lighthouse's, the inputs on which they are compared, and whether the result is right at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lighthouse.core.attention import sub_sequence_attention
+from lighthouse.core.inner import causal_sdpa
+from lighthouse.core.method import DEFAULT, Method
+from lighthouse.core.sequences import SubSequences
+
+
+class WrongResult(RuntimeError):
+    """The attention gives something else than the float64 reference: there is nothing to time."""
+
+
+def dense_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """PyTorch's own causal attention of the whole sequence: what Lighthouse is compared with."""
+    return causal_sdpa(
+        query, key, value, scale=None, dropout_p=0.0, layout=SubSequences(query.shape[0], query.shape[2])
+    )
+
+
+def leaves(tokens: int, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device | str):
+    """Query, key and value as a model passes them, and the output's gradient: [B, N, H, D] in memory."""
+    generator = torch.Generator(device).manual_seed(tokens)
+
+    def rand(count):
+        x = torch.randn(1, tokens, count, head_dim, generator=generator, device=device, dtype=dtype)
+        return x.transpose(1, 2)
+
+    return [rand(count).requires_grad_() for count in (heads, kv_heads, kv_heads)], rand(heads)
+
+
+def check_finite(attention: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor) -> None:
+    """`check` compares a short sequence; at these inputs' length at least nothing may be missing. `WrongResult`."""
+    output = attention(*inputs)
+    if not all(tensor.isfinite().all() for tensor in (output, *torch.autograd.grad(output, inputs, grad))):
+        raise WrongResult(f"{inputs[0].shape[2]:,} tokens: the output or a gradient is not finite: nothing is timed")
+
+
+def check(
+    dtype: torch.dtype,
+    device: torch.device | str,
+    *,
+    head_dim: int = 128,
+    method: Method = DEFAULT,
+    tokens: int = 1500,
+) -> float:
+    """Largest error of output and gradients against the float64 reference, relative to dense attention's own error.
+
+    Raises `WrongResult` where it is more than twice that.
+    """
+    inputs, grad = leaves(tokens, 4, 2, head_dim, dtype, device)
+    ours = sub_sequence_attention(*inputs, method)
+    mine = [ours.detach(), *torch.autograd.grad(ours, inputs, grad)]
+    output = F.scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=True)
+    plain = [output.detach(), *torch.autograd.grad(output, inputs, grad)]
+
+    # The reference runs on the CPU, with the device's own scores: other rounding there could choose other entries.
+    scores = [score.cpu() for score in torch.ops.lighthouse.score(*(tensor.detach() for tensor in inputs[:2]))]
+    wide = [tensor.detach().cpu().double().contiguous() for tensor in inputs]
+    wide_grad = grad.cpu().double().contiguous()
+    args = (*wide, *scores, method.windows, *method.topk, method.cover_start, 0.0)
+    true = [
+        torch.ops.lighthouse.reference_attention(*args),
+        *torch.ops.lighthouse.reference_attention_backward(*args, wide_grad),
+    ]
+    wide = [tensor.requires_grad_() for tensor in wide]
+    output = F.scaled_dot_product_attention(*wide, is_causal=True, enable_gqa=True)
+    plain_true = [output.detach(), *torch.autograd.grad(output, wide, wide_grad)]
+
+    def worst(found: Sequence[Tensor], right: Sequence[Tensor]) -> float:
+        return max(((a.cpu().double() - b).norm() / b.norm()).item() for a, b in zip(found, right, strict=True))
+
+    error, allowed = worst(mine, true), worst(plain, plain_true)
+    if not error <= 2 * allowed + 1e-6:
+        raise WrongResult(
+            f"error {error:.2e} against the float64 reference where dense attention has {allowed:.2e}, in {dtype} on "
+            f"{device}: nothing is timed; please report it"
+        )
+    return error / allowed
