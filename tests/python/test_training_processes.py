@@ -1,7 +1,8 @@
 """`lighthouse pretrain` on two processes of a CPU, as torchrun starts them: copies (DDP), shards (FSDP2), DeepSpeed.
 
+torchrun starts one of the runs; the processes of the others are forked, since importing takes longer than a run.
 accelerate shards on accelerators alone, and on a CPU runs copies without a word; `lighthouse pretrain` refuses that.
-For the test `SHARD_ON_CPU` tells accelerate that a CPU will do; what then runs is torch's `fully_shard`, on gloo.
+For the test `shard_on_cpu` tells accelerate that a CPU will do; what then runs is torch's `fully_shard`, on gloo.
 """
 
 from __future__ import annotations
@@ -16,32 +17,13 @@ import sys
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, DistributedType
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from training_runs import CHECKPOINTING
-
-DRIVER = """
-import os, sys
+import forked
 from lighthouse.cli import main
-if "SHARD_ON_CPU" in os.environ:
-    from accelerate.state import AcceleratorState, DistributedType
-    plain = AcceleratorState.__init__
-    def shards(self, *args, fsdp_plugin=None, **kwargs):
-        plain(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
-        self.fsdp_plugin = fsdp_plugin or getattr(self, "fsdp_plugin", None)
-        if self.fsdp_plugin is not None:
-            self.distributed_type = DistributedType.FSDP
-    AcceleratorState.__init__ = shards
-    from lighthouse.training import run
-    run.NOT_SHARDED_ON = ()
-from lighthouse.training import run
-finish = run.Run._finish
-def told(self, trainer, *args):
-    print("MODEL", type(trainer.model).__mro__[0].__name__, type(trainer.model_wrapped).__name__, flush=True)
-    return finish(self, trainer, *args)
-run.Run._finish = told
-sys.exit(main(sys.argv[1:]))
-"""
+from lighthouse.training import checks, run
+from training_runs import CHECKPOINTING, status
 
 SMALL = (
     "pretrain --model nano --context 128 --held_out 2 --steps 4 --share 0.5 --eval_steps 2 --logging_steps 1 "
@@ -49,13 +31,39 @@ SMALL = (
 ).split()
 
 
-def start(tmp_path, arguments, processes=2, **environment):
-    driver = tmp_path / "driver.py"
-    driver.write_text(DRIVER)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = [sys.executable, *(launcher if processes > 1 else []), str(driver), *SMALL, *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+def train(arguments, do=None):
+    """The command, in a process of its own; says which classes its model is of at the end."""
+    finish = run.Run._finish
+
+    def told(self, trainer, *args):
+        print("MODEL", type(trainer.model).__mro__[0].__name__, type(trainer.model_wrapped).__name__, flush=True)
+        return finish(self, trainer, *args)
+
+    run.Run._finish = told
+    if do is not None:
+        do()
+    sys.exit(main(arguments))
+
+
+def shard_on_cpu():
+    plain = AcceleratorState.__init__
+
+    def shards(self, *args, fsdp_plugin=None, **kwargs):
+        plain(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        self.fsdp_plugin = fsdp_plugin or getattr(self, "fsdp_plugin", None)
+        if self.fsdp_plugin is not None:
+            self.distributed_type = DistributedType.FSDP
+
+    AcceleratorState.__init__ = shards
+    checks.NOT_SHARDED_ON = ()
+
+
+def start(tmp_path, arguments, do=None, ranks=None):
+    """The status of the command, in a process or one for each of `ranks`, and what they said."""
+    log = tmp_path / "log"
+    log.unlink(missing_ok=True)
+    processes = [forked.start(train, [*SMALL, *arguments], do, log=log, environment=rank) for rank in ranks or [{}]]
+    return max(status(process) for process in processes), log.read_text()
 
 
 def losses(folder):
@@ -64,14 +72,17 @@ def losses(folder):
 
 
 def test_copies(tmp_path, text, monkeypatch):
-    """Accumulation, checkpointing of activations and bfloat16 too: one sequence of each process in two turns.
+    """By torchrun. Accumulation, checkpointing of activations and bfloat16 too: one sequence of each in two turns.
 
     Without a GPU they are joined although nothing says that the CPU is to be used.
     """
     if not torch.accelerator.is_available():
         monkeypatch.setitem(globals(), "SMALL", [option for option in SMALL if option != "--use_cpu"])
     options = ["--gradient_accumulation_steps", "2", f"--{CHECKPOINTING}", "true", "--bf16", "true"]
-    done = start(tmp_path, ["--data", str(text), "--output_dir", str(tmp_path / "run"), *options])
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
+    command = [sys.executable, *launch, *SMALL, "--data", str(text), "--output_dir", str(tmp_path / "run"), *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "DistributedDataParallel" in done.stdout
     results = json.loads((tmp_path / "run" / "results.json").read_text())
@@ -86,11 +97,12 @@ def test_shards_have_the_losses_of_copies_and_go_on(tmp_path, text):
     """From a checkpoint in the first stage; the model at the end is whole."""
     run = ["--data", str(text), "--output_dir", str(tmp_path / "run"), "--fsdp", "full_shard"]
     run += ["--fsdp_config", json.dumps(FSDP), "--save_total_limit", "9", "--save_steps", "1"]
-    done = start(tmp_path, run, SHARD_ON_CPU="1")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "MODEL FSDPLlamaForCausalLM" in done.stdout
-    copies = start(tmp_path, ["--data", str(text), "--output_dir", str(tmp_path / "copies")])
-    assert copies.returncode == 0, copies.stdout + copies.stderr
+    ended, said = start(tmp_path, run, shard_on_cpu, forked.two_ranks())
+    assert ended == 0, said
+    assert "MODEL FSDPLlamaForCausalLM" in said
+    copies = ["--data", str(text), "--output_dir", str(tmp_path / "copies")]
+    ended, said = start(tmp_path, copies, ranks=forked.two_ranks())
+    assert ended == 0, said
     expected = losses(tmp_path / "copies")
     assert losses(tmp_path / "run") == [(step, pytest.approx(loss, rel=1e-4)) for step, loss in expected]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
@@ -100,15 +112,16 @@ def test_shards_have_the_losses_of_copies_and_go_on(tmp_path, text):
         shutil.rmtree(tmp_path / "run" / name)
     undisturbed = losses(tmp_path / "run")
     shutil.copy(tmp_path / "run" / "config.yaml", tmp_path)
-    again = start(tmp_path, ["--config", str(tmp_path / "config.yaml"), "--resume"], SHARD_ON_CPU="1")
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert "checkpoint-1" in again.stdout
+    again = ["--config", str(tmp_path / "config.yaml"), "--resume"]
+    ended, said = start(tmp_path, again, shard_on_cpu, forked.two_ranks())
+    assert ended == 0, said
+    assert "checkpoint-1" in said
     assert losses(tmp_path / "run") == [(step, pytest.approx(loss, rel=1e-6)) for step, loss in undisturbed]
 
 
 def test_shards_on_a_cpu_are_refused(tmp_path, text):
-    done = start(tmp_path, ["--data", str(text), "--output_dir", str(tmp_path / "run"), "--fsdp", "full_shard"], 1)
-    assert done.returncode == 2 and "fsdp with 1 process on a cpu device" in done.stderr
+    ended, said = start(tmp_path, ["--data", str(text), "--output_dir", str(tmp_path / "run"), "--fsdp", "full_shard"])
+    assert ended == 2 and "fsdp with 1 process on a cpu device" in said
     assert not (tmp_path / "run").exists()
 
 
@@ -118,29 +131,33 @@ def test_deepspeed(tmp_path, text):
     settings = {"zero_optimization": {"stage": 2}, **dict.fromkeys((*automatic, "gradient_clipping"), "auto")}
     (tmp_path / "zero.json").write_text(json.dumps(settings))
     run = ["--data", str(text), "--output_dir", str(tmp_path / "run"), "--deepspeed", str(tmp_path / "zero.json")]
-    done = start(tmp_path, run, DS_ACCELERATOR="cpu")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "DeepSpeedEngine" in done.stdout
+    ended, said = start(tmp_path, run, ranks=[{**rank, "DS_ACCELERATOR": "cpu"} for rank in forked.two_ranks()])
+    assert ended == 0, said
+    assert "DeepSpeedEngine" in said
     found = losses(tmp_path / "run")
     assert found[-1][1] < found[0][1]
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")) is LlamaForCausalLM
 
 
+@pytest.mark.slow
 def test_compiled(tmp_path, text):
     """The switch to dense compiles once more and breaks no graph."""
     options = ["--torch_compile", "true", "--torch_compile_backend", "aot_eager"]
     for name, more in (("compiled", options), ("eager", [])):
-        done = start(tmp_path, ["--data", str(text), "--output_dir", str(tmp_path / name), *more], 1)
-        assert done.returncode == 0, done.stdout + done.stderr
+        ended, said = start(tmp_path, ["--data", str(text), "--output_dir", str(tmp_path / name), *more])
+        assert ended == 0 and "deprecated" not in said, said
     expected = losses(tmp_path / "eager")
     assert losses(tmp_path / "compiled") == [(step, pytest.approx(loss, rel=1e-4)) for step, loss in expected]
-    assert "deprecated" not in done.stderr
 
 
 def test_a_port_in_use_is_named(tmp_path, text):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = str(other.getsockname()[1])
-        first = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        done = start(tmp_path, ["--data", str(text), "--output_dir", str(tmp_path / "run")], 1, **first)
-    assert done.returncode == 2 and f"could not meet at 127.0.0.1:{port}" in done.stderr
-    assert "--master_port" in done.stderr and "Traceback" not in done.stderr
+        first = {**forked.two_ranks()[0], "MASTER_PORT": port}
+        ended, said = start(tmp_path, ["--data", str(text), "--output_dir", str(tmp_path / "run")], ranks=[first])
+    assert ended == 2 and f"could not meet at 127.0.0.1:{port}" in said
+    assert "--master_port" in said and "Traceback" not in said
+
+
+if __name__ == "__main__":  # as torchrun starts it
+    train(sys.argv[1:])
