@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from itertools import islice
 
 import numpy as np
@@ -13,17 +10,17 @@ import pytest
 
 pytest.importorskip("transformers")
 
+from accelerate import Accelerator, skip_first_batches  # noqa: E402
+from accelerate.utils import DataLoaderConfiguration  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 
-from lighthouse.text import (
-    data,  # noqa: E402
-    tables,  # noqa: E402
-)
+import forked  # noqa: E402
+from lighthouse.text import data, tables  # noqa: E402
 from lighthouse.text.documents import TextLost  # noqa: E402
 from lighthouse.text.tokenizer import load_tokenizer  # noqa: E402
 from lighthouse.training.options import DataOptions  # noqa: E402
 from test_training_data import write_json  # noqa: E402
-from training_runs import write_text  # noqa: E402
+from training_runs import status, write_text  # noqa: E402
 from training_tokenizers import save_bpe  # noqa: E402
 
 CONTEXT = 64
@@ -172,33 +169,25 @@ def test_the_text_is_said_to_be_streamed(find):
     assert "streamed" in str(find()) and "2 x 64 tokens of them evaluated" in str(find())
 
 
-PROCESS = """
-import json, sys
-from itertools import islice
-from accelerate import Accelerator, skip_first_batches
-from accelerate.utils import DataLoaderConfiguration
-from torch.utils.data import DataLoader
-from lighthouse.text import data
-from lighthouse.training.options import DataOptions
-corpus = data.find_corpus(DataOptions(data=[sys.argv[1]], stream=True, held_out=2), context=64, seed=0)
-rows, _ = data.rows_of(corpus)
-found = {}
-for dispatch in (None, False):
-    accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(dispatch_batches=dispatch))
-    loader = accelerator.prepare(DataLoader(rows, batch_size=2, collate_fn=data.collate))
-    for skip in (0, 3):
-        batches = islice(skip_first_batches(loader, skip) if skip else loader, 6)
-        found[f"{type(loader).__name__} {skip}"] = [batch["place"][:, :2].tolist() for batch in batches]
-for stream in (False, True):  # another text on each machine
-    options = DataOptions(data=[f"{sys.argv[1]}{accelerator.process_index}"], stream=stream, held_out=2)
-    try:
-        data.rows_of(data.find_corpus(options, context=64, seed=0))
-    except ValueError as error:
-        found[f"refused {stream}"] = str(error)
-with open(f"{sys.argv[2]}/{accelerator.process_index}.json", "w") as file:
-    json.dump(found, file)
-accelerator.end_training()
-"""
+def read_as_one_of_several(text, folder):
+    """What a process reads of a stream, and what it is told where the other has another text."""
+    corpus = data.find_corpus(DataOptions(data=[str(text)], stream=True, held_out=2), context=CONTEXT, seed=0)
+    rows, _ = data.rows_of(corpus)
+    found = {}
+    for dispatch in (None, False):
+        accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(dispatch_batches=dispatch))
+        loader = accelerator.prepare(DataLoader(rows, batch_size=2, collate_fn=data.collate))
+        for skip in (0, 3):
+            batches = islice(skip_first_batches(loader, skip) if skip else loader, 6)
+            found[f"{type(loader).__name__} {skip}"] = [batch["place"][:, :2].tolist() for batch in batches]
+    for stream in (False, True):  # another text on each machine
+        options = DataOptions(data=[f"{text}{accelerator.process_index}"], stream=stream, held_out=2)
+        try:
+            data.rows_of(data.find_corpus(options, context=CONTEXT, seed=0))
+        except ValueError as error:
+            found[f"refused {stream}"] = str(error)
+    (folder / f"{accelerator.process_index}.json").write_text(json.dumps(found))
+    accelerator.end_training()
 
 
 def test_two_processes_share_the_rows_skip_alike_and_have_one_text(tmp_path):
@@ -206,15 +195,13 @@ def test_two_processes_share_the_rows_skip_alike_and_have_one_text(tmp_path):
     text = write_text(tmp_path / "text")
     for rank in range(2):
         write_text(tmp_path / f"text{rank}", seed=rank)
-    (tmp_path / "process.py").write_text(PROCESS)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launch, str(tmp_path / "process.py"), str(text), str(tmp_path)]
-    done = subprocess.run(
-        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
+    log = tmp_path / "log"
+    processes = [
+        forked.start(read_as_one_of_several, text, tmp_path, log=log, environment=rank) for rank in forked.two_ranks()
+    ]
+    assert [status(process) for process in processes] == [0, 0], log.read_text()
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
-    corpus = data.find_corpus(DataOptions(data=[str(text)], stream=True, held_out=2), context=64, seed=0)
+    corpus = data.find_corpus(DataOptions(data=[str(text)], stream=True, held_out=2), context=CONTEXT, seed=0)
     expected = [list(row["place"][:2]) for row in islice(data.rows_of(corpus)[0], 36)]
     for name in ("DataLoaderDispatcher", "DataLoaderShard"):
         for skip in (0, 3):
