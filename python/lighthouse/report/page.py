@@ -19,6 +19,7 @@ import io
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ class Page:
         self.title = title
         self._parts: list[tuple[str, Any]] = []  # as templates/page.html.j2 takes them
         self._markdown: list[str] = [f"# {title}"]
-        self._pictures: dict[str, bytes] = {}
+        self._figures: dict[str, Figure] = {}
         if lead:
             self.text(lead)
 
@@ -80,8 +81,8 @@ class Page:
 
     def figure(self, name: str, figure: Figure, alt: str) -> None:
         """A picture, `name.png` in Markdown; `alt` says what is seen, also below it."""
-        picture = self._pictures[f"{name}.png"] = png_of(figure)
-        self._add("figure", {"alt": alt, "picture": base64.b64encode(picture).decode()}, f"![{alt}]({name}.png)")
+        self._figures[f"{name}.png"] = figure
+        self._add("figure", {"alt": alt, "name": f"{name}.png"}, f"![{alt}]({name}.png)")
 
     def checklist(self, checks: Sequence[Check]) -> None:
         """What holds is ticked; what does not, or could not be checked, is said to; the evidence stands behind each."""
@@ -93,7 +94,8 @@ class Page:
         self._add("checklist", lines, "\n".join(marks))
 
     def html(self) -> str:
-        return render("page.html.j2", title=self.title, parts=self._parts)
+        pictures = {name: base64.b64encode(picture).decode() for name, picture in self._pictures.items()}
+        return render("page.html.j2", title=self.title, parts=self._parts, pictures=pictures)
 
     def markdown(self) -> str:
         return "\n\n".join(self._markdown) + "\n"
@@ -102,6 +104,11 @@ class Page:
         """By name: the page, its Markdown, and the pictures that this names."""
         texts = {HTML: self.html(), MARKDOWN: self.markdown()}
         return {name: text.encode() for name, text in texts.items()} | self._pictures
+
+    @cached_property
+    def _pictures(self) -> dict[str, bytes]:
+        """Drawn once they are asked for, when no part is added any more."""
+        return {name: png_of(figure) for name, figure in self._figures.items()}
 
     def _add(self, kind: str, part: Any, markdown: str) -> None:
         self._parts.append((kind, part))
