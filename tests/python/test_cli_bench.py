@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import builtins
 import json
+import re
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,7 +32,8 @@ LAYER = Layer(2, 2, 16, "float32")
 def kept(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     kept_rates.cache_file().parent.mkdir(parents=True)
-    kept_rates.cache_file().write_text(json.dumps({kept_rates.cache_key(LAYER, "cpu"): asdict(RATES)}))
+    layers = LAYER, replace(LAYER, dtype="bfloat16")
+    kept_rates.cache_file().write_text(json.dumps({kept_rates.cache_key(its, "cpu"): asdict(RATES) for its in layers}))
 
 
 def test_table_json_and_picture(tmp_path, capsys):
@@ -51,6 +54,58 @@ def test_table_json_and_picture(tmp_path, capsys):
         (row["tokens"], row["speedup"], "bench") for row in results["rows"]
     }
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_parts_of_two_dtypes(tmp_path, capsys):
+    file, picture = tmp_path / "bench.json", tmp_path / "bench.png"
+    arguments = [*SMALL, "--tokens", "128", "--json", str(file)]
+    assert main([*arguments, "--cover_start", "false"]) == 0
+    assert "operators" not in json.loads(file.read_text())["rows"][0]
+    more = "--resume --parts --dtype float32 bfloat16 --cover_start false".split()
+    assert main([*arguments, *more, "--plot", str(picture)]) == 0
+    said = capsys.readouterr().out
+    for part in ("float32, forward", "bfloat16, forward", "beside inner", "scatter_backward", "of a copy"):
+        assert part in said
+    results = json.loads(file.read_text())
+    assert results["cover_start"] is False and len(results["commands"]) == 2 and results["versions"]["torch"]
+    assert results["error_of_dense"].keys() == {"float32", "bfloat16"} and results["copy_bytes_per_second"] > 0
+    assert [row["dtype"] for row in results["rows"]] == ["bfloat16", "float32"]
+    for row in results["rows"]:
+        assert row["beside_inner_seconds"] == row["lighthouse_seconds"] - row["inner_seconds"]
+        assert row["inner_forward_seconds"] > 0 and row["inner_backend"] == "FLASH_ATTENTION"
+        moved = replace(LAYER, dtype=row["dtype"]).moved(row["tokens"], row["length"])
+        assert sum(operator["bytes"] for operator in row["operators"].values()) == moved
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def commands_and_tables(file: str) -> list[tuple[list[str], list[int]]]:
+    """The commands of a document that write JSON, and the lengths of the table before each."""
+    found, lengths = [], []
+    for line in (Path(__file__).parents[2] / file).read_text().splitlines():
+        if match := re.match(r"\| ([\d,]+) \|", line):
+            lengths.append(int(match[1].replace(",", "")))
+        elif line.startswith("| tokens |"):
+            lengths = []
+        elif line.startswith("    lighthouse bench ") and "--json" in line:
+            found.append((line.split()[2:], [*lengths]))
+    return found
+
+
+def test_the_tables_of_the_readme_are_made_by_one_command_each():
+    (gpu, gpu_lengths), (cpu, cpu_lengths) = commands_and_tables("README.md")
+    assert len(gpu_lengths) == 6 and len(cpu_lengths) == 4
+    assert _parser().parse_args(gpu).tokens == gpu_lengths
+    options = _parser().parse_args(cpu)
+    assert options.tokens == cpu_lengths and options.dtype == ["float32", "bfloat16"] and options.device == "cpu"
+
+
+@pytest.mark.parametrize("file", ["layer-h200.json", "layer-cpu.json"])
+def test_the_tables_of_bench_are_made_by_one_command_each(file):
+    recorded = json.loads((Path(__file__).parents[2] / "bench" / "results" / file).read_text())["rows"]
+    parsed = [_parser().parse_args(command) for command, _ in commands_and_tables("bench/README.md")]
+    [options] = [its for its in parsed if (its.device == "cpu") == ("cpu" in file)]
+    assert options.parts and {row["tokens"] for row in recorded} <= set(options.tokens)
+    assert {row["dtype"] for row in recorded} <= set(options.dtype or ["bfloat16"])
 
 
 def test_json_on_standard_output(capsys):
@@ -141,6 +196,7 @@ REFUSED = [
     ("no_folder", "--json nowhere/a.json", "json='nowhere/a.json': its folder"),
     ("heads", "--heads 0", "heads=0"),
     ("ratio", "--pool_ratios 0.3", "pool_ratios[0]=0.3"),
+    ("cover_start", "--cover_start perhaps", "cover_start='perhaps': True or False is needed"),
     ("model", "--train --model gigantic", "model='gigantic'"),
     ("context", "--train --model nano --context 131072", "context=131072: model 'nano' allows at most 65536"),
     ("dense_layers", "--train --model nano --dense_layers 2", "dense_layers=2"),

@@ -25,7 +25,9 @@ def keep(**changes):
     kept_rates.cache_file().parent.mkdir(parents=True, exist_ok=True)
     layers = (LAYERS["cpu"], Layer(1, 1, 64, "float32"))
     its = replace(RATES, **{"measured": time.time(), "spread": 0.02, **changes})
-    kept_rates.cache_file().write_text(json.dumps({kept_rates.cache_key(layer, "cpu"): its.values() for layer in layers}))
+    kept_rates.cache_file().write_text(
+        json.dumps({kept_rates.cache_key(layer, "cpu"): its.values() for layer in layers})
+    )
 
 
 @pytest.fixture
@@ -112,6 +114,15 @@ def test_a_short_call_is_not_held_to_a_long_ones_precision(kept, capsys):
     assert "how near is not known" in capsys.readouterr().out
 
 
+def test_every_setting_of_the_method_is_in_the_numbers(capsys):
+    options = "--pool_ratios 1/2 1/8 --select_topk 64 --cover_start false".split()
+    assert main(["plan", "--tokens", "4096", "--no_estimate", "--json", "-", *options]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (
+        Method.of(found) == Method((1 / 2, 1 / 8), 64, cover_start=False) and Method().values().keys() <= found.keys()
+    )
+
+
 def test_warnings_are_printed(capsys):
     assert main(["plan", "--tokens", "131072", "--select_topk", "300", "--no_estimate"]) == 0
     assert "Warning: 0.92% of the tokens are kept" in capsys.readouterr().out
@@ -120,6 +131,7 @@ def test_warnings_are_printed(capsys):
 REFUSED = [
     ("no_tokens", "--tokens 0", "tokens=0: at least one"),
     ("ratio", "--pool_ratios 0.3", "pool_ratios[0]=0.3"),
+    ("cover_start", "--cover_start perhaps", "cover_start='perhaps': True or False is needed"),
     ("topk", "--select_topk 0", "select_topk=0"),
     ("topk_is_no_number", "--select_topk many", "select_topk=many: a number such as"),
     ("model", "--model gigantic", "model='gigantic'"),

@@ -1,9 +1,20 @@
-"""Settings: what is taken, and the error for what is not."""
+"""Settings: what is taken, the error for what is not, and that what is written down is read back."""
 
+import inspect
+import json
 import math
+from itertools import accumulate
+from operator import mul
 
 import pytest
+import yaml
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
+import lighthouse
+from lighthouse import Method
+from lighthouse.cli import bench, plan
+from lighthouse.cli import inspect as cli_inspect
 from lighthouse.core.method import check_pool_ratios, check_select_topk
 
 
@@ -80,3 +91,67 @@ def test_topk(topk, expected):
 def test_topk_that_breaks_a_rule(topk, error, message):
     with pytest.raises(error, match=message):
         check_select_topk(topk)
+
+
+RATIOS = st.lists(st.integers(2, 12), max_size=7).map(
+    lambda factors: tuple(1 / window for window in accumulate(factors, mul))
+)
+DECIMALS = st.sampled_from([(0.3333, 0.1111), (0.25, 0.062499), (0.5001,)])  # within 1e-3 of one over a whole number
+TOPK = st.one_of(
+    st.integers(1, 2**40),
+    st.floats(0, 1, exclude_min=True),
+    st.integers(1, 65_536).flatmap(lambda d: st.integers(1, d).map(lambda n: n / d)),
+)
+VALUES = {"pool_ratios": st.one_of(RATIOS, DECIMALS), "select_topk": TOPK}
+
+
+def any_of(setting):
+    """Values of a setting that a method may have: a new switch needs no line here."""
+    return st.booleans() if isinstance(setting.default, bool) else VALUES[setting.name]
+
+
+METHODS = st.builds(Method, **{setting.name: any_of(setting) for setting in Method.settings()})
+
+
+def command_line(parser, method, *required):
+    """Of the texts of a method the arguments of a command, parsed."""
+    words = [word for name, text in method.texts().items() for word in (f"--{name}", *text.split())]
+    return parser.parse_args([*required, *words])
+
+
+PARSERS = {
+    "plan": (plan._parser(),),
+    "bench": (bench._parser(),),
+    "inspect": (cli_inspect._parser(), "model", "--text=t"),
+}
+ROADS = {
+    "texts": Method.texts,
+    "yaml": lambda method: yaml.safe_load(yaml.safe_dump(method.written())),
+    "json": lambda method: json.loads(json.dumps(method.values())),
+} | {name: lambda method, its=its: command_line(its[0], method, *its[1:]) for name, its in PARSERS.items()}
+
+
+@pytest.mark.parametrize("road", ROADS)
+@settings(max_examples=60, deadline=None)
+@given(method=METHODS)
+@example(method=Method((), 1))
+@example(method=Method(select_topk=1.0, cover_start=False))
+@example(method=Method(select_topk=5e-324))
+def test_a_method_that_is_written_down_is_read_back(road, method):
+    found = Method.of(ROADS[road](method))
+    assert found == method and (found.windows, found.topk) == (method.windows, method.topk)
+    assert type(found.select_topk) is type(method.select_topk)  # one parent is not all tokens
+
+
+@pytest.mark.parametrize("public", [lighthouse.attention, lighthouse.select, lighthouse.LighthouseWrapper])
+def test_what_users_call_takes_every_setting_with_its_default(public):
+    taken = inspect.signature(public).parameters
+    for setting in Method.settings():
+        assert setting.name in taken and taken[setting.name].default == setting.default, setting.name
+
+
+@pytest.mark.parametrize("command", PARSERS)
+def test_a_switch_without_a_value_is_on(command):
+    parser, *required = PARSERS[command]
+    for words, on in (("--cover_start", True), ("--cover_start FALSE", False), ("", True)):
+        assert Method.of(parser.parse_args([*required, *words.split()])).cover_start is on
