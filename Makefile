@@ -18,11 +18,12 @@ LOCK := $(shell command -v flock >/dev/null && echo flock $(DEV)/.lock)
 # ThreadSanitizer needs addresses that are not spread too widely.
 FIXED := $(shell setarch -R true 2>/dev/null && echo setarch -R)
 
-.PHONY: help test test-long test-all demo bench lint sanitize asan tsan native clean
+.PHONY: help test test-long test-all gpu-test demo bench lint sanitize asan tsan native clean
 
 help:
 	@echo 'make test      build everything, run the C++ and the Python tests'
 	@echo 'make test-long the Python tests that are long and rare (marked slow); make test-all: both'
+	@echo 'make gpu-test  everything that needs a GPU, on one, into gpu-test.json (8 minutes at most after the build)'
 	@echo 'make demo      lighthouse compare: a small model trained dense and in two stages, and a report (3 to 7 minutes)'
 	@echo 'make bench     time the C++ functions and one attention layer against dense attention'
 	@echo 'make lint      clang-format, clang-tidy, ruff, mypy'
@@ -56,6 +57,10 @@ test-long: native
 	$(PYTEST) -m slow
 
 test-all: test test-long
+
+gpu-test: native $(DEV)/.tests
+	@$(LOCK) $(CMAKE) --build $(DEV) --target lighthouse_tests
+	$(BIN)/python scripts/gpu_test.py --cpp-tests $(DEV)/lighthouse_tests --output gpu-test.json
 
 demo: native
 	$(BIN)/lighthouse compare

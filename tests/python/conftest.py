@@ -18,6 +18,13 @@ def why_not_on_cuda() -> str | None:
     return devices.missing_for_capability(*torch.cuda.get_device_capability())
 
 
+def pytest_collection_modifyitems(items):
+    for item in items:
+        parameters = getattr(item, "callspec", None)
+        if "cuda" in item.fixturenames or (parameters and parameters.params.get("device") == "cuda"):
+            item.add_marker("gpu")
+
+
 @pytest.fixture(autouse=True)
 def fresh_compiler():
     """Each test compiles for itself: recompilations counted in one must not come from another."""
