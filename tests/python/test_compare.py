@@ -1,7 +1,8 @@
-"""`lighthouse compare` and its functions: two seeds, gone on with, failed, refused; what a report makes of numbers."""
+"""`lighthouse compare` and its functions: two seeds, gone on with, failed, refused."""
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -9,19 +10,20 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from functools import partial
 
 import pytest
 from transformers import AutoModelForCausalLM
 
 from lighthouse.cli import main
+from lighthouse.export import plain_process
 from lighthouse.export.export import ExportFailed
-from lighthouse.report.compared import Pair, Recovery, recovery_of
-from lighthouse.report.comparison import checklist, page, passing, recovery
+from lighthouse.export.plain import inference
+from lighthouse.report.comparison import checklist, passing, recovery
 from lighthouse.studies.compare import compare, compare_defaults, prepare_comparison
 from lighthouse.training import PretrainResult, Run, checkpoints
 from lighthouse.training import run as run_module
-from lighthouse.training.result import HeldOut, Stage, Stopped
+from lighthouse.training.result import Stopped
 from training_runs import CHECKPOINTING, options, training, write_text
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -32,11 +34,29 @@ SEEDS = [0, 1]
 EVERY = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1, "eval_on_start": True}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """Of the two plain processes the one that times is a real one, for a few rounds; test_export.py has the other."""
+    gc.freeze()  # the Trainer collects garbage
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare_module, "inference", partial(inference, rounds=2))
+        patch.setattr(
+            "lighthouse.export.export.in_plain_process", lambda task, request, **how: plain_process.TASKS[task](request)
+        )
+        yield
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="module")
-def done(tmp_path_factory, text):
+def done(tmp_path_factory, text, quick):
     """A whole comparison of two seeds: (its folder, what was found)."""
-    folder = tmp_path_factory.mktemp("compare") / "both"
-    return folder, compare(options(text), training(folder, **EVERY), seeds=SEEDS)
+    folder, found = tmp_path_factory.mktemp("compare") / "both", []
+    before = run_module.data.find_corpus
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module.data, "find_corpus", lambda *args, **how: found.append(1) or before(*args, **how))
+        comparison = compare(options(text), training(folder, **EVERY), seeds=SEEDS)
+    assert len(found) == len(SEEDS)  # the text of a seed is found once
+    return folder, comparison
 
 
 @pytest.fixture
@@ -87,7 +107,7 @@ def test_the_stripped_model_is_plain(done):
     folder, found = done
     inference = found.stripped.inference
     assert inference.same_outputs and not inference.imported and set(inference.modules) == {"torch", "transformers"}
-    assert (inference.exported.prompt, inference.new_tokens) == (96, 32) and 1 <= inference.rounds <= 25
+    assert (inference.exported.prompt, inference.new_tokens) == (96, 32) and inference.rounds == 2
     for speed in (inference.exported, inference.plain):
         assert speed.prefill_tokens_per_second > 0 and speed.decode_tokens_per_second > 0
     best = min(found.pairs, key=lambda pair: pair.two_stage.loss)
@@ -121,249 +141,6 @@ def test_peak_memory_of_each_stage(done):
             assert stage.peak_memory is None or 2**20 < stage.peak_memory < 2**40
 
 
-# The checklist
-
-
-def changed(found, two_stage=None, baseline=None, **stripped):
-    pairs = [
-        replace(
-            pair,
-            two_stage=replace(pair.two_stage, **two_stage or {}),
-            baseline=replace(pair.baseline, **baseline or {}),
-        )
-        for pair in found.pairs
-    ]
-    return replace(found, pairs=pairs, stripped=replace(found.stripped, **stripped))
-
-
-LOSSES = (6, 5, 5, 5, 4, 3.5)
-
-
-def run_of(lighthouse=0, dense=20, seconds=(1.0, 2.0), losses=LOSSES, acted=None, slow=(), **more) -> dict:
-    """Of 20 steps, an evaluation each 4: `seconds` of a step with Lighthouse and of a dense one, twice in `slow` ones.
-
-    Lighthouse acted in `acted` of its steps, by default in all.
-    """
-    each = [seconds[0]] * lighthouse + [seconds[1]] * dense
-    each = [2 * took if step in slow else took for step, took in enumerate(each)]
-    acted = lighthouse if acted is None else acted
-    stages = {"lighthouse": (acted, each[:acted]), "dense": (len(each) - acted, each[acted:])}
-    return {
-        "steps": 20,
-        "switch_step": lighthouse,
-        "model_step": 20,
-        "stages": {name: Stage(steps, sum(took), 128 * steps) for name, (steps, took) in stages.items() if steps},
-        "held_out": [HeldOut(4 * i, sum(each[: 4 * i]), "dense", loss) for i, loss in enumerate(losses)],
-        **more,
-    }
-
-
-def two_stage(**changes) -> dict:
-    return run_of(**{"lighthouse": 12, "dense": 8, **changes})
-
-
-def baseline(**changes) -> dict:
-    return run_of(**{"losses": (6, 5, 5, 5, 4, 4), **changes})
-
-
-CHECKS = ("integrated", "speed-up", "loss", "stripped", "card")
-FAILED, OPEN = False, None
-VERDICTS = [
-    ("nothing_wrong", {}, {}, {}, {"speed-up": ("1.43 times as fast", "64 tokens/s in the baseline and at 64 in")}),
-    ("slower", {"seconds": (2.5, 2.0)}, {}, {"speed-up": FAILED}, {"speed-up": ("0:46 against 0:40",)}),
-    (
-        "dense_steps_of_a_baseline_on_a_busy_machine",
-        {},
-        {"seconds": (0, 8.0)},
-        {"speed-up": OPEN},
-        {"speed-up": ("not quiet", "16 tokens/s in the baseline", "at 64 in the two-stage run", "within 5%")},
-    ),
-    (
-        "a_slow_first_step",
-        {},
-        {"slow": (0,)},
-        {},
-        {"speed-up": ("64 tokens/s in the baseline and at 64",)},
-    ),
-    (
-        "a_baseline_that_was_slow_for_a_while",
-        {},
-        {"slow": range(8)},
-        {"speed-up": OPEN},
-        {"speed-up": ("not quiet", "29% of the baseline's time and 0%")},
-    ),
-    (
-        "faster_by_less_than_the_dense_steps_differ",
-        {"seconds": (1.98, 1.93)},
-        {},
-        {"speed-up": OPEN},
-        {"speed-up": ("by chance",)},
-    ),
-    (
-        "too_few_dense_steps_to_tell",
-        {"lighthouse": 16, "dense": 4},
-        {},
-        {"speed-up": OPEN},
-        {"speed-up": ("8 dense steps of each would tell, measured are 20 of the baseline and 4",)},
-    ),
-    (
-        "on_another_device",
-        {"device": "a faster one"},
-        {},
-        {"speed-up": OPEN},
-        {"speed-up": ("not on the same device", "a faster one")},
-    ),
-    (
-        "with_another_torch",
-        {"versions": {"torch": "9.0"}},
-        {"versions": {"torch": "8.0"}},
-        {"speed-up": OPEN},
-        {"speed-up": ("other versions: the baseline torch 8.0, the two-stage run torch 9.0",)},
-    ),
-    (
-        "lighthouse_never_acted",
-        {"acted": 0},
-        {},
-        {"integrated": FAILED, "speed-up": FAILED, "loss": OPEN},
-        {
-            "integrated": ("0 of 20 steps", "planned were 12 and 8"),
-            "speed-up": ("acted in no step",),
-            "loss": ("in 12 of the 12 steps that were to be Lighthouse's it did not act",),
-        },
-    ),
-    (
-        "lighthouse_left_steps_dense",
-        {"acted": 8},
-        {},
-        {"integrated": FAILED, "loss": OPEN},
-        {"integrated": ("8 steps went through Lighthouse and 12 were dense, planned were 12 and 8",)},
-    ),
-    (
-        "a_run_with_warnings",
-        {"warnings": ["In 3 of the 12 steps with Lighthouse some forwards were dense."]},
-        {},
-        {"integrated": FAILED},
-        {"integrated": ("In 3 of the 12 steps with Lighthouse some forwards were dense.",)},
-    ),
-    (
-        "a_higher_loss",
-        {"losses": (6, 5, 5, 5, 4.5, 4.1)},
-        {},
-        {"loss": FAILED},
-        {"loss": ("4.1000 against 4.0000 (+0.1000)", "does not get to the baseline's final 4.0000")},
-    ),
-    (
-        "a_model_from_before_the_switch",
-        {"model_step": 12},
-        {},
-        {"loss": FAILED},
-        {"loss": ("he saved model is that behind step 12, which had no dense step",)},
-    ),
-    (
-        "other_first_weights",
-        {},
-        {"losses": (7, 5, 5, 5, 4, 4)},
-        {"integrated": FAILED, "speed-up": OPEN, "loss": OPEN},
-        {"integrated": ("the loss before the first step is 7.0000 and 6.0000",)},
-    ),
-    (
-        "a_baseline_with_lighthouse",
-        {},
-        {"lighthouse": 12, "dense": 8},
-        {"integrated": FAILED, "speed-up": OPEN, "loss": OPEN},
-        {"integrated": ("the baseline had Lighthouse in 12 steps",)},
-    ),
-    (
-        "a_baseline_of_more_steps",
-        {},
-        {"steps": 24},
-        {"integrated": FAILED, "speed-up": OPEN, "loss": OPEN},
-        {"integrated": ("the baseline has 24 steps and the two-stage run 20",)},
-    ),
-]
-
-
-def verdicts(found) -> dict:
-    """By check, what is not ticked."""
-    speed = found.stripped.inference
-    if speed is not None:  # its clock is not what is tested
-        found = replace(found, stripped=replace(found.stripped, inference=replace(speed, plain=speed.exported)))
-    checks = dict(zip(CHECKS, checklist(found), strict=True))
-    return {name: check.passed for name, check in checks.items() if check.passed is not True}, checks, page(found)
-
-
-@pytest.mark.parametrize("ours, theirs, expected, parts", [v[1:] for v in VERDICTS], ids=[v[0] for v in VERDICTS])
-def test_a_line_is_ticked_failed_or_not_checked_with_its_numbers(done, ours, theirs, expected, parts):
-    found = changed(done[1], two_stage=two_stage(**ours), baseline=baseline(**theirs))
-    found_verdicts, checks, its_page = verdicts(found)
-    assert found_verdicts == expected
-    text = its_page.markdown()
-    for name, said in parts.items():
-        for part in said:
-            assert part in checks[name].evidence and part in text, part
-    for name, passed in expected.items():
-        word, kind = ("failed", "failed") if passed is FAILED else ("not checked", "open")
-        assert f"**{checks[name].what}: {word}**" in text and f'class="{kind}"' in its_page.html()
-
-
-STRIPPED = [
-    (
-        "not_exported",
-        {"exported": None, "inference": None, "failure": "logits differ"},
-        {"stripped", "card"},
-        "Logits differ",
-    ),
-    ("an_old_card", {"card_names": [], "card_lacks": ["the switch after step 3"]}, {"card"}, "it lacks the switch"),
-]
-
-
-@pytest.mark.parametrize("changes, failed, part", [s[1:] for s in STRIPPED], ids=[s[0] for s in STRIPPED])
-def test_a_model_that_cannot_be_shipped_is_failed(done, changes, failed, part):
-    found, checks, _ = verdicts(changed(done[1], two_stage=two_stage(), baseline=baseline(), **changes))
-    assert found == dict.fromkeys(failed, FAILED) and any(part in checks[name].evidence for name in failed)
-
-
-def test_times_that_do_not_compare_are_compared_nowhere(done):
-    found = changed(done[1], two_stage=two_stage(), baseline=baseline(seconds=(0, 8.0)))
-    text, sentence = page(found).markdown(), passing(found.pairs[0])
-    assert "times as fast" not in text and "times as long" not in text
-    assert sentence.endswith("These times do not compare.") and "after" not in sentence
-    assert found.numbers()["pairs"][0]["control"]["why_not"].startswith("The machine was not quiet")
-
-
-def test_settings_in_which_the_runs_differ_are_named(done):
-    settings = done[1].pairs[0].baseline.settings | {CHECKPOINTING: True, "learning_rate": 1.0, "rows": "others"}
-    integrated = checklist(changed(done[1], baseline={"settings": settings}))[0]
-    assert integrated.passed is False
-    for part in (
-        "learning_rate was 1.0, is 0.002",
-        f"{CHECKPOINTING} was True, is False",
-        "the text is another, though",
-    ):
-        assert part in integrated.evidence
-
-
-def test_several_processes_are_in_the_devices_name(done):
-    settings = done[1].settings | {"processes": 4}
-    found = changed(done[1], two_stage={"settings": settings}, baseline={"settings": settings})
-    assert found.device == f"4 processes on {found.pairs[0].baseline.device}"
-
-
-INFERENCE = [
-    ("other_outputs", lambda speed: replace(speed, same_outputs=False), "gives other outputs"),
-    ("our_modules", lambda speed: replace(speed, modules={"torch": 3, "lighthouse": 2}), "2 of lighthouse"),
-    ("slower", lambda speed: replace(speed, exported=replace(speed.plain, decode_seconds=1.0)), "a token of decoding"),
-    ("quicker_than_itself", lambda speed: replace(speed, plain=replace(speed.plain, decode_seconds=1.0)), "not quiet"),
-]
-
-
-@pytest.mark.parametrize("change, part", [i[1:] for i in INFERENCE], ids=[i[0] for i in INFERENCE])
-def test_a_model_that_is_not_plain_is_failed(done, change, part):
-    speed = done[1].stripped.inference
-    check = checklist(changed(done[1], inference=change(replace(speed, plain=speed.exported))))[3]
-    assert check.passed is (OPEN if part == "not quiet" else FAILED) and part in check.evidence
-
-
 def test_an_export_that_fails_is_a_failed_check(done, tmp_path, monkeypatch, text):
     def fail(*args, **kwargs):
         raise ExportFailed("the exported model's logits differ from the source's by up to 0.25")
@@ -374,87 +151,6 @@ def test_an_export_that_fails_is_a_failed_check(done, tmp_path, monkeypatch, tex
     stripped = checklist(found)[3]
     assert not stripped.passed and "Not exported: the exported model's logits differ" in stripped.evidence
     assert "by up to 0.25" in (folder / "report.html").read_text()
-
-
-# From curves
-
-
-def curve(*losses) -> list[HeldOut]:
-    """At every step from 0 on, a second each."""
-    return [HeldOut(step, float(step), "dense", loss) for step, loss in enumerate(losses)]
-
-
-def pair(two_stage: list[float], baseline: list[float], switch_step: int = 2) -> Pair:
-    """A second a step, and an evaluation behind each."""
-    runs = [
-        PretrainResult(name, "", 128, len(losses) - 1, switch, len(losses) - 1, {}, curve(*losses), {})
-        for name, switch, losses in (("dense", 0, baseline), ("two-stage", switch_step, two_stage))
-    ]
-    runs = [replace(run, stages={"dense": Stage(run.steps, float(run.steps), 128 * run.steps)}) for run in runs]
-    return Pair(0, *runs)
-
-
-PASSES = [
-    ("between_two_evaluations", [6, 5, 4, 3, 2], [6, 5, 4, 3, 2.5], (3.5, 3.5)),
-    ("never", [6, 5, 4, 3, 2.6], [6, 5, 4, 3, 2.5], None),
-    ("at_the_switch_already", [6, 5, 2, 3, 2.6], [6, 5, 4, 3, 2.5], (2, 2)),
-    ("before_the_switch_alone", [6, 2, 4, 3, 2.6], [6, 5, 4, 3, 2.5], None),
-    ("at_the_very_end", [6, 5, 4, 3, 2.5], [6, 5, 4, 3, 2.5], (4, 4)),
-    ("of_a_baseline_that_was_there_before_its_end", [6, 5, 4, 3, 2], [6, 5, 2.5, 2, 2.5], (3.5, 3.5)),
-]
-
-
-@pytest.mark.parametrize("two_stage, baseline, expected", [p[1:] for p in PASSES], ids=[p[0] for p in PASSES])
-def test_when_it_passes_the_baselines_final_loss(two_stage, baseline, expected):
-    found = pair(two_stage, baseline)
-    assert found.passes == expected
-    first = baseline.index(baseline[-1])  # not when it ended
-    assert found.sooner == (None if expected is None else first / expected[1])
-    assert ("does not get to" in passing(found)) == (expected is None)
-
-
-RECOVERS = [
-    (
-        "no_rise",
-        [6, 5, 4, 3, 3.5],
-        Recovery(4, 0.0, 0.0, 0.0, 1, 3),
-        "no rise; 4.0000 right before the switch, behind step 2, and 3.0000 behind step 3",
-    ),
-    (
-        "back",
-        [6, 5, 4, 4.5, 5, 3],
-        Recovery(4, 1.0, 2.5, 2.5, 1, 4.5),
-        "rises by up to 1.0000, and is back there after 2 steps",
-    ),
-    ("not_back", [6, 5, 4, 4.5], Recovery(4, 0.5, None, None, 1, 4.5), "not back there at the end"),
-    ("nothing_behind", [6, 5, 4], None, "nothing was measured"),
-]
-
-
-def test_the_best_losses_are_not_called_final(done):
-    """With `load_best_model_at_end` the saved models, and so the compared losses, are the best checkpoints'."""
-    best = {"settings": done[1].settings | {"load_best_model_at_end": True}}
-    ours = two_stage(losses=(6, 5, 5, 5, 3.5, 4.5), model_step=16, **best)
-    theirs = baseline(losses=(6, 5, 5, 4, 4.6, 4.8), model_step=12, **best)
-    found = changed(done[1], ours, theirs, card_names=["the best loss"])
-    check, text = checklist(found)[CHECKS.index("loss")], page(found).markdown()
-    assert check.what == "Best held-out loss matches or improves the baseline" and check.passed
-    for part in (
-        "losses of the best checkpoints, after step 12 of the baseline and 16 of the two-stage run",
-        "the last ones are 4.5000 against 4.8000",
-        "is at the baseline's best 4.0000",
-    ):
-        assert part in check.evidence and part in text, part
-    assert "two-stage's best loss" in text and "final" not in text.lower()
-    assert {pair["compared_loss"] for pair in found.numbers()["pairs"]} == {"best"}
-    never = changed(done[1], two_stage(losses=(6, 5, 5, 5, 4.5, 4.6), model_step=16, **best), theirs)
-    assert "its best is 4.5000, and it ends at 0:28" in passing(never.pairs[0])
-
-
-@pytest.mark.parametrize("losses, expected, part", [r[1:] for r in RECOVERS], ids=[r[0] for r in RECOVERS])
-def test_the_recovery_behind_the_switch(losses, expected, part):
-    found = pair(losses, [6.0] * len(losses))
-    assert recovery_of(found.two_stage) == expected and part in recovery(found)
 
 
 # Going on

@@ -202,8 +202,9 @@ def test_tokens_that_nobody_counts(tmp_path):
         run(tmp_path, str(tmp_path / "checkpoint-2"), switch_tokens=9, **COUNTED)
 
 
+@pytest.mark.slow
 def test_the_callback_needs_transformers_alone():
-    """Not what `lighthouse.training` asks for."""
+    """Not what `lighthouse.training` asks for. That it imports nothing of it, test_rooms.py sees too."""
     code = "import sys; sys.modules['datasets'] = None; from lighthouse.huggingface import LighthouseCallback\n"
     code += "assert 'lighthouse.training' not in sys.modules; LighthouseCallback(switch_share=0.6)"
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -290,6 +291,7 @@ def saved(checkpoint) -> dict:
     return state["stateful_callbacks"]["LighthouseCallback"]
 
 
+@pytest.mark.slow
 def test_accelerate_with_fsdp2(tmp_path):
     """The example itself makes sure that the model is in shards."""
     said = start("accelerate_fsdp2.py", tmp_path, "--steps", "6", "--tokens", "256", "--cpu")
@@ -297,6 +299,7 @@ def test_accelerate_with_fsdp2(tmp_path):
     assert "2 processes end with a plain FSDPLlamaForCausalLM" in said
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 def test_deepspeed_zero2(tmp_path):
     on = {} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}

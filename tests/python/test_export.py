@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, Lla
 
 from lighthouse.cli import main
 from lighthouse.core.method import Method
+from lighthouse.export import plain_process
 from lighthouse.export import source as source_module
 from lighthouse.export.card import history_of_checkpoint
 from lighthouse.export.export import ExportFailed, export
@@ -46,6 +47,14 @@ def run(tmp_path_factory):
 
 def names(folder) -> set[str]:
     return {path.name for path in folder.iterdir()}
+
+
+@pytest.fixture
+def plain_side_here(monkeypatch):
+    """What the plain process does is done in this one, which has the package; the command's test has a real one."""
+    monkeypatch.setattr(
+        "lighthouse.export.export.in_plain_process", lambda task, request, **how: plain_process.TASKS[task](request)
+    )
 
 
 # What is written
@@ -83,7 +92,7 @@ def test_a_finished_run_by_the_command(run, tmp_path, capsys):
     assert "Warning" not in card.text
 
 
-def test_a_trainers_checkpoint_before_the_switch(tmp_path, caplog):
+def test_a_trainers_checkpoint_before_the_switch(plain_side_here, tmp_path, caplog):
     """Of a bare model, in bfloat16, without a tokenizer; its settings come from the callback."""
     run = trainer(
         wrapped_llama(LlamaModel),
@@ -112,7 +121,7 @@ def test_a_trainers_checkpoint_before_the_switch(tmp_path, caplog):
     assert len(losses) == 2 and "after step" not in card
 
 
-def test_a_wrapped_model_in_memory(tmp_path):
+def test_a_wrapped_model_in_memory(plain_side_here, tmp_path):
     """Tied, with a tokenizer, over an older export and what a kill has left; it trains on as before."""
     settings = {"vocab_size": 384, "tie_word_embeddings": True, "use_cache": False}
     spy = Spy()
@@ -228,7 +237,7 @@ def test_nothing_is_invented(tmp_path):
 # What fails
 
 
-def test_other_logits_fail_it_and_leave_nothing(monkeypatch, tmp_path):
+def test_other_logits_fail_it_and_leave_nothing(plain_side_here, monkeypatch, tmp_path):
     whole = LlamaForCausalLM.save_pretrained
 
     def damaged(self, folder, **kwargs):
@@ -271,9 +280,10 @@ def test_sigterm_leaves_nothing(monkeypatch, tmp_path, run):
 # What is refused
 
 
-@pytest.fixture
-def places(run, tmp_path):
-    """Folders by name that cannot be exported, or not be written to."""
+@pytest.fixture(scope="module")
+def places(run, tmp_path_factory):
+    """Folders by name that cannot be exported, or not be written to; a refusal leaves them as they are."""
+    tmp_path = tmp_path_factory.mktemp("places")
     for name in ("empty", "fsdp", "deepspeed", "many", "no_config", "other", "no_class"):
         (tmp_path / name).mkdir()
     (tmp_path / "fsdp" / "pytorch_model_fsdp_0").mkdir()
@@ -343,8 +353,22 @@ def test_a_tokenizer_of_another_model(tmp_path):
     assert names(tmp_path) == set()
 
 
-@pytest.mark.parametrize("command, package", [("export", "rich"), ("inspect", "transformers")])
-def test_without_the_extra_it_is_named(command, package):
+WITHOUT = [("export", "rich"), ("inspect", "transformers")]
+
+
+@pytest.mark.parametrize("command, package", WITHOUT)
+def test_without_the_extra_it_is_named(monkeypatch, capsys, command, package):
+    for name in [package, *(name for name in sys.modules if name.startswith(f"{package}."))]:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, f"lighthouse.cli.{command}", raising=False)
+    assert main([command]) == 1
+    said = capsys.readouterr().err
+    assert package in said and 'pip install "lighthouse-attn[train]"' in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command, package", WITHOUT)
+def test_without_the_extra_it_is_named_before_anything_needs_it(command, package):
     code = (
         f"import sys; sys.modules['{package}'] = None; from lighthouse.cli import main; sys.exit(main(['{command}']))"
     )
