@@ -255,6 +255,17 @@ def test_the_slow_side_is_timed_once_and_the_other_as_often_as_ever():
     assert slow > 0.2 > 0.1 > quick
 
 
+def test_beside_a_slow_call_the_others_are_still_called_in_turn():
+    order = []
+
+    def call(name, seconds):
+        return lambda: (order.append(name), time.sleep(seconds))
+
+    found = timings([call("first", 0.001), call("slow", 0.2), call("last", 0.001)], "cpu", repeats=3, budget=0.45)
+    assert [len(times) for times in found] == [3, 1, 3] and min(found[1]) > 0.2
+    assert [name for name in order if name != "slow"] == ["first", "last"] * 4  # a round that is not timed, and three
+
+
 def test_a_first_call_that_compiles_is_not_the_time():
     [times] = timings([taking(0.2, 0.001)], "cpu", repeats=5, budget=0.3)
     assert len(times) == 5 and sorted(times)[2] < 0.1

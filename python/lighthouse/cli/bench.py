@@ -279,26 +279,27 @@ def step_lines(row: dict) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lighthouse bench",
-        description="Times one attention layer on this device, dense against Lighthouse, over several lengths; the "
+        description="Times one attention layer on this device, dense against Lighthouse, over several lengths; the\n"
         "result is checked first. Beside each speed-up stands what `lighthouse plan` estimates for it.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--tokens", type=int, nargs="+",
-                        help="lengths (default: 1,024 to 16,384; on a GPU 4,096 to 262,144)")  # fmt: skip
+    parser.add_argument("--tokens", type=int, nargs="+", metavar="N",
+                        help="lengths in tokens (default: 1,024 to 16,384; on a GPU 4,096 to 262,144)")  # fmt: skip
     parser.add_argument("--budget", type=float, default=8.0,
-                        help="seconds for the calls of a length; on a CPU slow ones are one (default: 8)")  # fmt: skip
+                        help="seconds for the timed calls of a length, about; on a CPU a call that takes half of it is "
+                        "timed once (default: 8)")  # fmt: skip
     parser.add_argument("--parts", action="store_true",
-                        help="time the inner attention, the forward pass and each operator alone, too, and CUDA "
-                        "graphs")  # fmt: skip
+                        help="also time the inner attention, the forward pass and each operator alone; on a GPU all as "
+                        "CUDA graphs too")  # fmt: skip
     add_device(parser)
     parser.add_argument("--resume", action="store_true", help="go on with the results that --json has")
     parser.add_argument("--plot", metavar="FILE", help="draw time, speed-up and memory against length there (PNG)")
     add_layer(parser, dtypes="+")
     add_settings(parser)
     group = parser.add_argument_group("training step")
-    group.add_argument("--train", action="store_true", help="time a step of a model, too")
+    group.add_argument("--train", action="store_true", help="also time a training step of a model")
     group.add_argument("--model", default="tiny", metavar="SIZE|CONFIG", help="as pretrain takes it (default: tiny)")
     group.add_argument("--context", type=int, default=8192, help="tokens of the step (default: 8,192)")
     return parser

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import Any
 
 import torch
 
@@ -18,7 +19,7 @@ from lighthouse.core.settings import LighthouseSettings
 from lighthouse.speed import estimates as speed
 from lighthouse.speed.advice import warnings
 from lighthouse.speed.kept_rates import DAY, cache_file, rates_of
-from lighthouse.speed.layer import LAYERS, Layer, default_layer
+from lighthouse.speed.layer import DTYPES, LAYERS, Layer, default_layer
 from lighthouse.speed.rates import BUSY, Rates
 
 EXAMPLE = """\
@@ -60,7 +61,7 @@ def _made(options: argparse.Namespace) -> dict:
     method = Method.of(options)
     settings, plan = LighthouseSettings(method, options.dense_layers), method.plan(options.tokens)
     layer, config = described(options, options.tokens, device)
-    found = {
+    found: dict[str, Any] = {
         "tokens": plan.tokens,
         "windows": plan.windows,
         "entries": plan.entries,
@@ -76,7 +77,8 @@ def _made(options: argparse.Namespace) -> dict:
             "kept_bytes": layer.kept(plan.tokens, plan.length),
             "dense_kept_bytes": layer.kept(plan.tokens),
         },
-    } | method.values()
+        **method.values(),
+    }
     rates = None
     if not options.no_estimate:
         check_device("device", torch.device(device))
@@ -90,6 +92,7 @@ def _made(options: argparse.Namespace) -> dict:
     layers = options.layers if config is None else config.num_hidden_layers
     if layers is not None:
         settings = settings.for_layers(layers)
+        assert settings.dense_layers is not None  # a number now
         weights = 0 if config is None else _product_weights(config)
         step = speed.estimate_step(
             plan, layer, layers=layers, dense_layers=settings.dense_layers, product_weights=weights, rates=rates
@@ -106,14 +109,20 @@ def _precision(rates: Rates, layer: Layer, device: str, options: argparse.Namesp
     `part` is None where nothing tells: rates of a busy machine, or a length whose estimate follows from launches.
     """
     check = rates.nearest_check(options.tokens, Method.of(options))
-    found = {"days": (time.time() - rates.measured) / DAY, "spread": rates.spread, "check": None, "part": None}
+    found: dict[str, Any] = {
+        "days": (time.time() - rates.measured) / DAY,
+        "spread": rates.spread,
+        "check": None,
+        "part": None,
+    }
     if check is None:
         return found
     error = speed.error_of(check, layer, rates)
     found["check"] = check.values() | {"error": error}
     near = 0.5 <= check.tokens / options.tokens <= 2
-    known = rates.spread is not None and rates.spread <= BUSY
-    if known and (near or options.tokens >= speed.ERROR_FROM[device]):
+    if rates.spread is None or rates.spread > BUSY:
+        return found
+    if near or options.tokens >= speed.ERROR_FROM[device]:
         found["part"] = max(rates.spread, abs(error))
     return found
 
@@ -259,13 +268,13 @@ def add_layer(parser: argparse.ArgumentParser, *, dtypes: str | None = None) -> 
     group.add_argument("--heads", type=int, help="query heads (default: 4, on a GPU 8)")
     group.add_argument("--kv_heads", type=int, help="key-value heads (default: as many)")
     group.add_argument("--head_dim", type=int, help="default: 64, on a GPU 128")
-    group.add_argument("--dtype", nargs=dtypes, choices=["float32", "bfloat16", "float16"],
-                       help="default: float32, on a GPU bfloat16")  # fmt: skip
+    group.add_argument("--dtype", nargs=dtypes, choices=DTYPES, metavar="DTYPE",
+                       help=f"{' or '.join(DTYPES)} (default: float32, on a GPU bfloat16)")  # fmt: skip
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
-    parser.add_argument("--threads", type=int, help="of the CPU (default: as many as PyTorch takes)")
+    parser.add_argument("--threads", type=int, help="threads on a CPU (default: as many as PyTorch takes)")
     parser.add_argument("--measure", action="store_true",
                         help=f"measure the device's rates anew (kept in {cache_file()})")  # fmt: skip
     parser.add_argument("--json", metavar="FILE", help="write the numbers there; - is standard output")
@@ -298,26 +307,28 @@ def described(options: argparse.Namespace, tokens: int, device: str):
         )
     from lighthouse.training.model import new_config
 
-    config = new_config(options.model, tokens)
-    sizes = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
-    return Layer(*sizes, options.dtype or LAYERS[device].dtype), config
+    config: Any = new_config(options.model, tokens)  # Transformers has numbers for what it declares optional
+    heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    return Layer(heads, kv_heads, head_dim, options.dtype or LAYERS[device].dtype), config
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lighthouse plan",
-        description="What Lighthouse makes of a length: the levels, the sub-sequence, the work and memory of a layer "
-        "and of a training step against dense, and an estimate of the speed-up on this device from rates that are "
-        "measured once, in under a minute, and kept.",
+        description="What Lighthouse makes of a length: the levels, the sub-sequence, the work and memory of a layer\n"
+        "and of a training step against dense, and an estimate of the speed-up on this device from rates\n"
+        "that are measured once, in under a minute, and kept.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--tokens", "--context", type=int, default=TOKENS, help=f"in a sequence (default: {TOKENS:,})")
+    parser.add_argument(
+        "--tokens", "--context", type=int, default=TOKENS, help=f"tokens in a sequence (default: {TOKENS:,})"
+    )
     parser.add_argument("--model", metavar="SIZE|CONFIG", help="a size or configuration as pretrain takes it")
     parser.add_argument("--no_estimate", action="store_true", help="measure nothing, and estimate no times")
     add_device(parser)
     add_layer(parser)
-    parser.add_argument("--layers", type=int, help="of the model, for a whole step")
+    parser.add_argument("--layers", type=int, help="layers of the model, to estimate a whole step")
     add_settings(parser)
     return parser

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -140,7 +141,7 @@ class Bench:
         sides = {"dense": Side(dense_attention, inputs, grad), "lighthouse": Side(self._attention, inputs, grad)}
         if self.on_gpu:
             check_finite(self._attention, inputs, grad)
-        row = {
+        row: dict[str, Any] = {
             "tokens": tokens,
             "dtype": layer.dtype,
             "length": made.length,
@@ -180,7 +181,7 @@ class Bench:
 
     def _times(self, sides: dict[str, Side], tokens: int) -> dict:
         """Median seconds by side, and with `parts` those of the forward pass alone and of CUDA graphs."""
-        row: dict = {}
+        row: dict[str, Any] = {}
         graphs = self.parts and self.on_gpu and tokens <= GRAPH_TOKENS
         # On a GPU launches would be hidden behind dense attention's long calls, were these in between.
         groups = [["dense"], [name for name in sides if name != "dense"]] if self.on_gpu else [list(sides)]
@@ -215,7 +216,8 @@ class Bench:
         from lighthouse.training.model import new_model
 
         settings = LighthouseSettings(self.method, dense_layers, min_tokens=0, max_share=1.0)
-        wrapped = wrap(new_model(model, context, seed=0).to(self.device).train(), settings)
+        plain: Any = new_model(model, context, seed=0)
+        wrapped: Any = wrap(plain.to(self.device).train(), settings)
         if self.on_gpu:
             for layer in wrapped.base_model.layers:
                 layer.compile(fullgraph=True, dynamic=False)
@@ -233,8 +235,12 @@ class Bench:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-        row = {"model": model, "context": context, "dense_layers": wrapped.lighthouse_settings.dense_layers}
-        row["dtype"] = self.layer.dtype
+        row: dict[str, Any] = {
+            "model": model,
+            "context": context,
+            "dense_layers": wrapped.lighthouse_settings.dense_layers,
+            "dtype": self.layer.dtype,
+        }
         for name, enabled in (("lighthouse", True), ("dense", False)):
             wrapped.lighthouse(enabled)
             self.say(f"a training step of {model!r}, {context:,} tokens, {name}")

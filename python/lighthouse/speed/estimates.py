@@ -86,7 +86,7 @@ def estimate_step(
     speedup = None
     if rates is not None and (rates.products or not products):
         of_layer = estimate(plan, layer, rates)
-        beside = products / rates.products if products else 0.0
+        beside = products / rates.products if rates.products else 0.0
         mixed = acting * of_layer.lighthouse + (layers - acting) * of_layer.dense
         speedup = (layers * of_layer.dense + beside) / (mixed + beside)
     return StepEstimate(attention_work, work, speedup)

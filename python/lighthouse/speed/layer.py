@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+DTYPES = ("float32", "bfloat16", "float16")
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -25,8 +27,8 @@ class Layer:
             raise ValueError(
                 f"kv_heads={self.kv_heads} with heads={self.heads}: the query heads must be a multiple of them"
             )
-        if self.dtype not in ("float32", "bfloat16", "float16"):
-            raise ValueError(f"dtype={self.dtype!r}: float32, bfloat16 or float16 is needed")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype={self.dtype!r}: {' or '.join(DTYPES)} is needed")
 
     @property
     def torch_dtype(self) -> torch.dtype:

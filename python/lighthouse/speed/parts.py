@@ -41,8 +41,8 @@ def inner_side(length: int, layer: Layer, device: torch.device | str) -> Side:
 
     Its inputs lie as `gather` lays them out, and the gradient like the output, as `scatter_backward` makes it.
     """
-    inputs, _ = leaves(length, layer.heads, layer.kv_heads, layer.head_dim, layer.torch_dtype, device)
-    inputs = [tensor.detach().contiguous().requires_grad_() for tensor in inputs]
+    as_passed, _ = leaves(length, layer.heads, layer.kv_heads, layer.head_dim, layer.torch_dtype, device)
+    inputs = [tensor.detach().contiguous().requires_grad_() for tensor in as_passed]
     return Side(dense_attention, inputs, torch.randn_like(dense_attention(*inputs).detach()))
 
 

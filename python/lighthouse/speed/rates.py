@@ -187,7 +187,7 @@ def measure_rates(layer: Layer, device: torch.device | str, say: Callable[[str],
         run = call(function, tokens)
         return times_of(captured(run) if on_gpu and not launches else run, launches=launches, repeats=7, budget=2.0)
 
-    squares = []
+    squares: list[tuple[int, float]] = []
 
     def too_long(work):
         return bool(squares) and work / max(rate for _, rate in squares) > PATIENCE

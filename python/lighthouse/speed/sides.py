@@ -25,21 +25,32 @@ def dense_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     )
 
 
-def leaves(tokens: int, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device | str):
+def leaves(
+    tokens: int, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device | str
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
     """Query, key and value as a model passes them, and the output's gradient: [B, N, H, D] in memory."""
     generator = torch.Generator(device).manual_seed(tokens)
 
-    def rand(count):
+    def rand(count: int) -> Tensor:
         x = torch.randn(1, tokens, count, head_dim, generator=generator, device=device, dtype=dtype)
         return x.transpose(1, 2)
 
-    return [rand(count).requires_grad_() for count in (heads, kv_heads, kv_heads)], rand(heads)
+    inputs = rand(heads).requires_grad_(), rand(kv_heads).requires_grad_(), rand(kv_heads).requires_grad_()
+    return inputs, rand(heads)
+
+
+def _grouped(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+
+
+def _with_gradients(attention: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor) -> list[Tensor]:
+    output = attention(*inputs)
+    return [output.detach(), *torch.autograd.grad(output, inputs, grad)]
 
 
 def check_finite(attention: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor) -> None:
     """`check` compares a short sequence; at these inputs' length at least nothing may be missing. `WrongResult`."""
-    output = attention(*inputs)
-    if not all(tensor.isfinite().all() for tensor in (output, *torch.autograd.grad(output, inputs, grad))):
+    if not all(tensor.isfinite().all() for tensor in _with_gradients(attention, inputs, grad)):
         raise WrongResult(f"{inputs[0].shape[2]:,} tokens: the output or a gradient is not finite: nothing is timed")
 
 
@@ -56,10 +67,8 @@ def check(
     Raises `WrongResult` where it is more than twice that.
     """
     inputs, grad = leaves(tokens, 4, 2, head_dim, dtype, device)
-    ours = sub_sequence_attention(*inputs, method)
-    mine = [ours.detach(), *torch.autograd.grad(ours, inputs, grad)]
-    output = F.scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=True)
-    plain = [output.detach(), *torch.autograd.grad(output, inputs, grad)]
+    mine = _with_gradients(lambda q, k, v: sub_sequence_attention(q, k, v, method), inputs, grad)
+    plain = _with_gradients(_grouped, inputs, grad)
 
     # The reference runs on the CPU, with the device's own scores: other rounding there could choose other entries.
     scores = [score.cpu() for score in torch.ops.lighthouse.score(*(tensor.detach() for tensor in inputs[:2]))]
@@ -70,9 +79,7 @@ def check(
         torch.ops.lighthouse.reference_attention(*args),
         *torch.ops.lighthouse.reference_attention_backward(*args, wide_grad),
     ]
-    wide = [tensor.requires_grad_() for tensor in wide]
-    output = F.scaled_dot_product_attention(*wide, is_causal=True, enable_gqa=True)
-    plain_true = [output.detach(), *torch.autograd.grad(output, wide, wide_grad)]
+    plain_true = _with_gradients(_grouped, [tensor.requires_grad_() for tensor in wide], wide_grad)
 
     def worst(found: Sequence[Tensor], right: Sequence[Tensor]) -> float:
         return max(((a.cpu().double() - b).norm() / b.norm()).item() for a, b in zip(found, right, strict=True))
