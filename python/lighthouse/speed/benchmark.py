@@ -28,9 +28,9 @@ from lighthouse.speed.estimates import estimate
 from lighthouse.speed.kept_rates import keep_check, rates_of
 from lighthouse.speed.layer import Layer
 from lighthouse.speed.measure import captured, peak_bytes, spread, synchronize, timings
+from lighthouse.speed.operators import copy_speed, operators
 from lighthouse.speed.origin import versions
-from lighthouse.speed.parts import Side, copy_speed, inner_side, operators
-from lighthouse.speed.sides import check, check_finite, dense_attention, leaves
+from lighthouse.speed.sides import Side, check, check_finite, dense_attention, inner_side, leaves
 
 # By device: lengths that two CPU cores are through with in a minute, and those of a GPU.
 TOKENS = {

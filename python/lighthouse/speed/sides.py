@@ -1,8 +1,9 @@
-"""Dense attention and Lighthouse's, the inputs on which they are compared, and whether the result is right at all."""
+"""What is compared: dense attention, Lighthouse's and the inner one, their inputs, and whether the result is right."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from lighthouse.core.attention import sub_sequence_attention
 from lighthouse.core.inner import causal_sdpa
 from lighthouse.core.method import DEFAULT, Method
 from lighthouse.core.sequences import SubSequences
+from lighthouse.speed.layer import Layer
 
 
 class WrongResult(RuntimeError):
@@ -37,6 +39,37 @@ def leaves(
 
     inputs = rand(heads).requires_grad_(), rand(kv_heads).requires_grad_(), rand(kv_heads).requires_grad_()
     return inputs, rand(heads)
+
+
+@dataclass(frozen=True)
+class Side:
+    """An attention, and what it is called with. Each method is a call to be timed."""
+
+    attention: Callable[..., Tensor]
+    inputs: Sequence[Tensor]
+    grad: Tensor
+
+    def both(self) -> None:
+        """Forward and backward, with a gradient that was there before; the output is held to the end."""
+        torch.autograd.grad(self.attention(*self.inputs), self.inputs, self.grad)
+
+    def used(self) -> None:
+        """The same as in a model: what follows uses the output, and it is not held."""
+        torch.autograd.grad((self.attention(*self.inputs) * self.grad).sum(), self.inputs)
+
+    def forward(self) -> None:
+        with torch.no_grad():
+            self.attention(*self.inputs)
+
+
+def inner_side(length: int, layer: Layer, device: torch.device | str) -> Side:
+    """The attention of a sub-sequence alone, the most that Lighthouse can save.
+
+    Its inputs lie as `gather` lays them out, and the gradient like the output, as `scatter_backward` makes it.
+    """
+    as_passed, _ = leaves(length, layer.heads, layer.kv_heads, layer.head_dim, layer.torch_dtype, device)
+    inputs = [tensor.detach().contiguous().requires_grad_() for tensor in as_passed]
+    return Side(dense_attention, inputs, torch.randn_like(dense_attention(*inputs).detach()))
 
 
 def _grouped(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

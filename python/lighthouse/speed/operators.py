@@ -1,49 +1,16 @@
-"""What one layer's time is made of: the attentions that are called and how, and each operator alone."""
+"""Each operator of Lighthouse alone: its time, and the bytes that it must move, beside the rate of a copy."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lighthouse.core.method import Method
 from lighthouse.core.operators import memory_order
-from lighthouse.speed.layer import Layer
 from lighthouse.speed.measure import captured, median_seconds
-from lighthouse.speed.sides import dense_attention, leaves
-
-
-@dataclass(frozen=True)
-class Side:
-    """An attention, and what it is called with. Each method is a call to be timed."""
-
-    attention: Callable[..., Tensor]
-    inputs: Sequence[Tensor]
-    grad: Tensor
-
-    def both(self) -> None:
-        """Forward and backward, with a gradient that was there before; the output is held to the end."""
-        torch.autograd.grad(self.attention(*self.inputs), self.inputs, self.grad)
-
-    def used(self) -> None:
-        """The same as in a model: what follows uses the output, and it is not held."""
-        torch.autograd.grad((self.attention(*self.inputs) * self.grad).sum(), self.inputs)
-
-    def forward(self) -> None:
-        with torch.no_grad():
-            self.attention(*self.inputs)
-
-
-def inner_side(length: int, layer: Layer, device: torch.device | str) -> Side:
-    """The attention of a sub-sequence alone, the most that Lighthouse can save.
-
-    Its inputs lie as `gather` lays them out, and the gradient like the output, as `scatter_backward` makes it.
-    """
-    as_passed, _ = leaves(length, layer.heads, layer.kv_heads, layer.head_dim, layer.torch_dtype, device)
-    inputs = [tensor.detach().contiguous().requires_grad_() for tensor in as_passed]
-    return Side(dense_attention, inputs, torch.randn_like(dense_attention(*inputs).detach()))
+from lighthouse.speed.sides import dense_attention
 
 
 def operators(inputs: Sequence[Tensor], grad: Tensor, method: Method, *, repeats: int) -> dict[str, dict]:
