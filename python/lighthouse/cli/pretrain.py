@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import Any
 
 from rich.console import Console
 from torch.distributed import DistNetworkError
@@ -77,7 +78,7 @@ def run_parser(
 
     `more` are dataclasses of the command's own options.
     """
-    kinds = (*more, ModelOptions, DataOptions, LighthouseOptions, TrainingOptions)
+    kinds: Any = (*more, ModelOptions, DataOptions, LighthouseOptions, TrainingOptions)
     parser = HfArgumentParser(
         list(kinds),
         prog=f"lighthouse {command}",

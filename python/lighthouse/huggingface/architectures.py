@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from transformers import LlamaForCausalLM, LlamaModel, PreTrainedModel
@@ -27,8 +28,8 @@ class Architecture:
     bare: type[PreTrainedModel]
     causal: type[PreTrainedModel]
     attention_class: type[nn.Module]
-    body: Callable[[PreTrainedModel], PreTrainedModel]
-    attention: Callable[[PreTrainedModel], list[nn.Module]]
+    body: Callable[[Any], PreTrainedModel]
+    attention: Callable[[Any], list[nn.Module]]
 
     def has_head(self, model: PreTrainedModel) -> bool:
         """Whether the model has an output layer of its own."""

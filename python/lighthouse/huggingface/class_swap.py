@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import MutableMapping
+from typing import Any
 from weakref import WeakKeyDictionary
 
 
@@ -26,7 +27,7 @@ class Swapped:
     def __init__(self, *args, **kwargs):
         # `type(model)(config)` is asked for a model, not for a wrapped one.
         self.__class__ = unswapped_class(type(self))
-        self.__init__(*args, **kwargs)
+        type(self).__init__(self, *args, **kwargs)
 
     def __reduce_ex__(self, protocol):
         reduced = super().__reduce_ex__(protocol)
@@ -38,7 +39,7 @@ class Swapped:
 
 
 def _new(behaviour: type[Swapped], plain: type):
-    cls = swapped_class(behaviour, plain)
+    cls: Any = swapped_class(behaviour, plain)  # type: ignore[arg-type]  # of a class as key of a cache
     return cls.__new__(cls)
 
 
@@ -52,7 +53,7 @@ def swapped_class(behaviour: type[Swapped], plain: type) -> type:
 def swap(instance, behaviour: type[Swapped]) -> None:
     """Lays `behaviour` over the class of `instance`, in place; nothing happens where it lies there already."""
     if not isinstance(instance, behaviour):
-        instance.__class__ = swapped_class(behaviour, type(instance))
+        instance.__class__ = swapped_class(behaviour, type(instance))  # type: ignore[arg-type]  # as above
 
 
 def unswap(instance) -> None:
@@ -63,7 +64,7 @@ def unswap(instance) -> None:
 def unswapped_class(cls: type) -> type:
     """`cls` without any `Swapped` in it."""
     if "plain_class" in vars(cls):
-        return unswapped_class(cls.plain_class)
+        return unswapped_class(vars(cls)["plain_class"])
     if not issubclass(cls, Swapped):
         return cls
     bases = tuple(unswapped_class(base) for base in cls.__bases__)

@@ -10,17 +10,16 @@ import functools
 import weakref
 
 import torch
-from transformers import PreTrainedModel
 
 from lighthouse.huggingface import originals
 from lighthouse.huggingface.architectures import architecture_of
 from lighthouse.huggingface.attention_interface import NAME
-from lighthouse.huggingface.state import Seat, say_once
+from lighthouse.huggingface.state import Seat, Stateful, say_once
 
-_models: weakref.WeakValueDictionary[str, PreTrainedModel] = weakref.WeakValueDictionary()  # by their states' names
+_models: weakref.WeakValueDictionary[str, Stateful] = weakref.WeakValueDictionary()  # by their states' names
 
 
-def remember(model: PreTrainedModel) -> None:
+def remember(model: Stateful) -> None:
     """Lets compiled code, which may hold no model in a constant, find it by name."""
     _models[model._lighthouse.name] = model
 
@@ -35,19 +34,19 @@ def say_why_dense_while_tracing(name: str, device: str) -> None:
     say_why_dense(_models[name], None, device)
 
 
-def say_why_dense(model: PreTrainedModel, tokens: int | None, device: str) -> None:
+def say_why_dense(model: Stateful, tokens: int | None, device: str) -> None:
     """Says once that, and by which rule, a sequence of `tokens` runs dense; None: their number is not known yet."""
     state = model._lighthouse
     rule, message = state.settings.why_dense(tokens, device)
     say_once(state.name, f"{message}: dense attention runs", rule)
 
 
-def attention_modules(model: PreTrainedModel) -> list:
+def attention_modules(model: Stateful) -> list:
     architecture = architecture_of(model)
     return architecture.attention(architecture.body(model))
 
 
-def look_again(model: PreTrainedModel) -> None:
+def look_again(model: Stateful) -> None:
     """Raises `ValueError` for what Lighthouse, switched on, would pass by."""
     state = model._lighthouse
     named = model.config._attn_implementation
@@ -75,7 +74,7 @@ def look_again(model: PreTrainedModel) -> None:
     state.own_loss = why_own_loss(model)
 
 
-def seat_layers(model: PreTrainedModel) -> None:
+def seat_layers(model: Stateful) -> None:
     """Every layer follows the model's state, whatever it came with."""
     state = model._lighthouse
     modules = attention_modules(model)
@@ -91,17 +90,17 @@ def seat_layers(model: PreTrainedModel) -> None:
             del module.lighthouse_seat
 
 
-def seat_others(model: PreTrainedModel) -> None:
+def seat_others(model: Stateful) -> None:
     """Attention of the architecture's kind that stands outside the row of layers (a further head's) stays dense."""
     state, seated = model._lighthouse, set(map(id, attention_modules(model)))
     for module in model.modules():
         if isinstance(module, architecture_of(model).attention_class) and id(module) not in seated:
             module.__dict__.pop("lighthouse_seat", None)
             if getattr(module, "config", None) is state.config:
-                module.config = state.dense_config
+                module.config = state.dense_config  # type: ignore[assignment]  # any attribute may be
 
 
-def why_own_loss(model: PreTrainedModel) -> str | None:
+def why_own_loss(model: Stateful) -> str | None:
     """Why the loss is the model's own though `loss="chunked"`; None where the two are the same."""
     architecture = architecture_of(model)
     if not architecture.has_head(model):

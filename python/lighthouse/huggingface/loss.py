@@ -15,6 +15,8 @@ compares the two.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -34,14 +36,23 @@ def chunk_tokens(vocabulary: int) -> int:
     return max(CHUNK_TOKENS, CHUNK_LOGITS // vocabulary)
 
 
-class OutputLayer(Swapped):
+if TYPE_CHECKING:
+
+    class _Layer(Swapped, nn.Linear):
+        multiplies: bool
+
+else:
+    _Layer = Swapped
+
+
+class OutputLayer(_Layer):
     """A module that makes logits, able to give the loss instead: called with targets too.
 
     An embedding is an output layer as well: the logits are then the products with its rows.
     """
 
     @classmethod
-    def namespace(cls, plain: type) -> dict:
+    def namespace(cls, plain: Any) -> dict:
         return {"multiplies": plain.forward in (nn.Linear.forward, nn.Embedding.forward)}
 
     def forward(self, hidden: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
@@ -156,6 +167,8 @@ def next_token_loss(
             )
     swap(output_layer, OutputLayer)
     if shift_labels is None:
+        if labels is None:
+            raise ValueError("labels=None: labels or shift_labels are needed for the loss")
         shift_labels = F.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:]
     targets = shift_labels.reshape(-1).to(hidden.device)
     run = output_layer.forward if past_hooks else output_layer

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +36,7 @@ _SHARDING = ("torch.distributed.", "deepspeed.")
 _found: dict[tuple[Callable, str | None], bool] = {}
 
 
-def is_own(function: Callable, name: str | None = None) -> bool:
+def is_own(function: Any, name: str | None = None) -> bool:
     """Whether `function`, and all it wraps, is Transformers' own code; with `name` that of this qualified name."""
     key = function, name
     if key not in _found:
@@ -56,7 +57,7 @@ def _is_own(function: Callable, name: str | None) -> bool:
         function = inside
 
 
-def place_of(function: Callable) -> str:
+def place_of(function: Any) -> str:
     """Where `function` comes from, for an error."""
     while isinstance(function, functools.partial):
         function = function.func

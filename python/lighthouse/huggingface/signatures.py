@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 
-def positional_names(plain: type) -> list[str]:
+def positional_names(plain: Any) -> list[str]:
     """Of the arguments of `plain.forward`; of the nearest base that names them where it takes `*args`."""
     for cls in plain.__mro__:
         parameters = inspect.signature(cls.forward).parameters.values()

@@ -11,13 +11,14 @@ import itertools
 import logging
 import threading
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from lighthouse.core.settings import LEAST_DENSE_SHARE, LighthouseSettings
 from lighthouse.huggingface.attention_interface import NAME, dense_name
+from lighthouse.huggingface.class_swap import Swapped
 
 logger = logging.getLogger("lighthouse")
 
@@ -29,6 +30,18 @@ class Used(NamedTuple):
 
     lighthouse: bool
     dense: bool
+
+
+if TYPE_CHECKING:
+
+    class Stateful(Swapped, PreTrainedModel):
+        """A wrapped model as those see it who are not to know what it does."""
+
+        _lighthouse: State
+        plain_class: Any
+
+else:
+    Stateful = Swapped
 
 
 @dataclass

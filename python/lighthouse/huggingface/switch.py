@@ -60,7 +60,7 @@ class SwitchToDense(TrainerCallback):
     """Lighthouse on in the first `step` optimizer steps, off after them. Optimizer and schedule are untouched.
 
     Where the Trainer evaluates at all, it also does so right before the switch: the last dense loss of that stage. With
-    `load_best_model_at_end` a checkpoint is saved there too, or with `each_loss_saved` wherever is evaluated: the Trainer
+    `load_best_model_at_end` a checkpoint is saved there too, or with `each_loss_saved` at every evaluation: the Trainer
     takes a loss for the best though nothing was saved there, and would load another checkpoint. `step` is None as long
     as it is not known.
     """

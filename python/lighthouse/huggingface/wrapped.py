@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -25,16 +26,16 @@ from lighthouse.huggingface import checks, looking, originals
 from lighthouse.huggingface.architectures import architecture_of
 from lighthouse.huggingface.attention_interface import NAME
 from lighthouse.huggingface.checkpointing import forget_choices, keep_choices
-from lighthouse.huggingface.class_swap import Swapped, unswap
+from lighthouse.huggingface.class_swap import unswap
 from lighthouse.huggingface.loss import IGNORE_INDEX, OutputLayer, next_token_loss
 from lighthouse.huggingface.signatures import positional_names, with_labels
-from lighthouse.huggingface.state import State, Used, say_once
+from lighthouse.huggingface.state import State, Stateful, Used, say_once
 
 # What this Transformers calls a key-value cache in an output.
 _CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
-class WrappedModel(Swapped):
+class WrappedModel(Stateful):
     """Over a model of Transformers: Lighthouse while it trains, and a loss that never holds the logits."""
 
     _lighthouse: State
@@ -55,6 +56,7 @@ class WrappedModel(Swapped):
         state.enabled = False
         state.name_attention(acts=False)
         looking.seat_layers(self)  # a layer that was put in since has a configuration of its own
+        module: Any
         for module in self.modules():
             module.__dict__.pop("lighthouse_seat", None)
             if getattr(module, "config", None) is state.dense_config:
@@ -63,7 +65,7 @@ class WrappedModel(Swapped):
             if isinstance(module, OutputLayer):
                 unswap(module)
         forget_choices(self)
-        self.loss_type = state.loss_type
+        self.loss_type = state.loss_type  # type: ignore[assignment]  # which may be None
         del self._lighthouse
         unswap(self)
         return self
@@ -195,17 +197,18 @@ class WrappedModel(Swapped):
     # The forward
 
     @classmethod
-    def namespace(cls, plain: type) -> dict:
+    def namespace(cls, plain: Any) -> dict:
         signature = inspect.signature(plain.forward)
         names = positional_names(plain)
 
         def forward(self, *args, **kwargs):
             return self._call(names, args, kwargs)
 
-        forward.__signature__ = with_labels(signature)  # Trainer reads here which columns the model takes
-        forward.__doc__ = plain.forward.__doc__
-        forward.is_lighthouse = True
-        own = {"forward": forward}
+        made: Any = forward
+        made.__signature__ = with_labels(signature)  # Trainer reads here which columns the model takes
+        made.__doc__ = plain.forward.__doc__
+        made.is_lighthouse = True
+        own: dict[str, Any] = {"forward": forward}
         if hasattr(plain, "generate"):
 
             def generate(self, *args, **kwargs):
@@ -213,8 +216,9 @@ class WrappedModel(Swapped):
                 with _Generating(self._lighthouse):
                     return plain.generate(self, *args, **kwargs)
 
-            generate.__doc__ = plain.generate.__doc__
-            generate.__signature__ = inspect.signature(plain.generate)
+            made = generate
+            made.__doc__ = plain.generate.__doc__
+            made.__signature__ = inspect.signature(plain.generate)
             own["generate"] = generate
         return own
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any, cast
 
 from transformers import PreTrainedModel
 
@@ -16,7 +17,7 @@ from lighthouse.huggingface.state import State, say_once
 from lighthouse.huggingface.wrapped import WrappedModel
 
 
-def wrap(model: PreTrainedModel, settings: LighthouseSettings) -> PreTrainedModel:
+def wrap(model: PreTrainedModel, settings: LighthouseSettings) -> WrappedModel:
     """Lays `WrappedModel` over `model`, in place. `lighthouse.LighthouseWrapper` is the way in for users.
 
     Raises `TypeError` or `ValueError` before anything is changed.
@@ -35,23 +36,25 @@ def wrap(model: PreTrainedModel, settings: LighthouseSettings) -> PreTrainedMode
     former = model.config._attn_implementation
     own, dense = copy.deepcopy(model.config), copy.deepcopy(model.config)
     shared = model.config
+    module: Any
     for module in model.modules():
         if getattr(module, "config", None) is shared:
             module.config = own
     swap(architecture.output_layer(model), OutputLayer)
     swap(model, WrappedModel)
-    model._lighthouse = State(
+    wrapped = cast(WrappedModel, model)
+    wrapped._lighthouse = State(
         settings=settings, former=former, config=own, dense_config=dense, loss_type=model.loss_type
     )
-    looking.seat_layers(model)
-    looking.remember(model)
+    looking.seat_layers(wrapped)
+    looking.remember(wrapped)
     if not architecture.has_head(model):
         # Trainer counts the predicted tokens by this: a bare model would be given one too many per sequence.
         model.loss_type = "ForCausalLM"
     keep_choices(model)
-    model._settle()
-    _say_if_never(model)
-    return model
+    wrapped._settle()
+    _say_if_never(wrapped)
+    return wrapped
 
 
 def _say_if_never(model: WrappedModel) -> None:

@@ -45,8 +45,8 @@ class Corpus:
         self.most_held_out = held_out
         self.encoder = encoder
         self.key = key  # what `key_of` made of the options it was found by
-        self._ends = None
-        self._cut = None  # what `cutting` noted of the rows
+        self._ends: np.ndarray | None = None
+        self._cut: dict | None = None  # what `cutting` noted of the rows
 
     @cached_property
     def held_out(self) -> HeldOut:
@@ -120,6 +120,8 @@ class Corpus:
         if self.streamed:
             row, round, number, offset = place
             return f"row {row:,} of pass {round:,}: from token {offset:,} of {self.source.name(number)} on"
+        if self._ends is None:
+            raise ValueError("the rows are not cut yet: rows_of(corpus) cuts them")
         [row] = place
         start, stop = row * self.context, (row + 1) * self.context
         first, last = np.searchsorted(self._ends, [start, stop - 1], side="right").tolist()
@@ -138,6 +140,8 @@ class Corpus:
             if self.source.kind != "files":
                 return ""
             return f"The run reads {steps * tokens_per_step / self.train_tokens:.3g} times the text to train on, about."
+        if self._cut is None:
+            return ""
         rows, rows_per_step = self._cut["rows"], tokens_per_step // self.context
         if rows < rows_per_step:
             return ""
@@ -272,7 +276,7 @@ def _check_same_everywhere(corpus: Corpus) -> None:
     """Each process finds its text itself, and other machines may hold another at the same path."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
-    found = [None] * torch.distributed.get_world_size()
+    found: list = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(found, (corpus.fingerprint, corpus.rows_fingerprint))
     others = [rank for rank, text in enumerate(found) if text != found[0]]
     if others:
@@ -329,7 +333,7 @@ class StreamedRows(torch.utils.data.IterableDataset):
 
     def _shuffled(self, round: int) -> Iterator[dict]:
         chance = np.random.default_rng([self.corpus.seed, round, 1])
-        buffer = []
+        buffer: list[dict] = []
         for row in self._pass(round):
             if len(buffer) < self.buffer:
                 buffer.append(row)

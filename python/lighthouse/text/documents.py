@@ -96,8 +96,8 @@ class Seen:
     RECENT = 2**17
 
     def __init__(self, digests: Iterable[bytes] = ()):
-        self._recent = set()
-        self._sorted = []  # arrays, each more than twice as long as the next
+        self._recent: set[int] = set()
+        self._sorted: list[np.ndarray] = []  # arrays, each more than twice as long as the next
         for digest in digests:
             self.add(digest)
 

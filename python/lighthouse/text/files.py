@@ -13,7 +13,7 @@ import hashlib
 import lzma
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -94,7 +94,7 @@ class Files:
         return len(self.files)
 
     @property
-    def bytes(self) -> int:
+    def total_bytes(self) -> int:
         """Of text; of compressed files about."""
         return sum(file.bytes for file in self.files)
 
@@ -224,7 +224,7 @@ def _open_zstd(path: str, mode: str):
     return zstandard.ZstdDecompressor().stream_reader(open(path, mode), read_across_frames=True, closefd=True)
 
 
-OPEN = dict(zip(finding.COMPRESSED, (gzip.open, bz2.open, lzma.open, _open_zstd), strict=True))
+OPEN: dict[str, Callable] = dict(zip(finding.COMPRESSED, (gzip.open, bz2.open, lzma.open, _open_zstd), strict=True))
 
 
 def _compression(path: str) -> str | None:
@@ -237,7 +237,7 @@ class _open:
 
     def __init__(self, path: str):
         self.path = path
-        self.stream = OPEN.get(_compression(path), open)(path, "rb")
+        self.stream = OPEN.get(_compression(path) or "", open)(path, "rb")
 
     def __enter__(self):
         return self

@@ -42,11 +42,12 @@ def find(entries: list[str], left_out: LeftOut) -> list[tuple[str, str, bool]]:
         PermissionError: a folder that was named may not be read.
         ValueError: an entry that is neither file nor folder, or is a file of rows.
     """
-    found, walked = [], set()
+    found: list[tuple[str, str, bool]] = []
+    walked: set[str] = set()
     for entry in entries:
         found += _find(entry, left_out, walked)
     named = {real for _, real, by_name in found if by_name}
-    once = {}
+    once: dict[str, tuple[str, str, bool]] = {}
     for path, real, _ in sorted(found, key=lambda file: os.path.abspath(file[0])):
         once.setdefault(real, (path, real, real in named))
     return [file for file in once.values() if file[2] or not _is_of_rows(file[0], left_out)]
@@ -59,7 +60,7 @@ def standard_library() -> Path:
 
 def python_sources(root: Path) -> list[tuple[str, str, bool]]:
     """As `find`: the `.py` files of a Python's library, without its tests and installed packages."""
-    found = []
+    found: list[str] = []
     for folder, folders, names in os.walk(root):
         folders[:] = set(folders) - NOT_SOURCES
         found += (os.path.join(folder, name) for name in names if name.endswith(".py"))
@@ -125,7 +126,7 @@ def _refuse_rows(entry: str, path: str) -> None:
 
 def _files_below(top: str, left_out: LeftOut, walked: set[str], entry: str = "") -> Iterator[tuple[str, str, bool]]:
     """The regular files of a folder to its bottom. Linked folders come last: what is there too has the plain path."""
-    folders, links = deque([top]), deque()
+    folders, links = deque([top]), deque[str]()
     while folders or links:
         folder = folders.popleft() if folders else links.popleft()
         real = os.path.realpath(folder)

@@ -42,9 +42,10 @@ def hold_out(corpus) -> HeldOut:
     if source.kind == "stream":
         candidates, total = ((key, 0, pieces) for key, pieces in source.first()), math.inf
     else:
-        total = source.bytes
+        total = source.total_bytes
         candidates = ((number, size, None) for number, size in source.sizes())
-    chosen, found, tokens, spent, read = {}, [], 0, 0, 0
+    chosen: dict = {}
+    found, tokens, spent, read = [], 0, 0, 0
 
     def counted(pieces):
         nonlocal read
@@ -60,7 +61,7 @@ def hold_out(corpus) -> HeldOut:
         here, length, digest = [], 0, TextDigest()
         try:
             pieces = digest.reading(source.one(key) if pieces is None else pieces)
-            for _, _, ids in tokens_of([(key, counted(pieces))], encoder, batch=1):
+            for _, _, ids in tokens_of(iter([(key, counted(pieces))]), encoder, batch=1):
                 here.append(ids)
                 length += len(ids)
                 if tokens + length >= wanted:

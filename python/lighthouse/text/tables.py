@@ -82,13 +82,14 @@ class Table:
         return f"{self.title}, row {number:,}"
 
     @property
-    def bytes(self) -> int:
+    def total_bytes(self) -> int:
         """Of text in all rows. Their lengths are read, not the text."""
         return sum(pc.sum(pc.binary_length(chunk)).as_py() or 0 for chunk in self.rows.data.column(self.column).chunks)
 
     def sizes(self) -> Iterator[tuple[int, int]]:
         """Candidates to hold out, by chance, each once: number and size in bytes."""
-        chance, seen, rows = np.random.default_rng([self.seed]), set(), self.rows.with_format("arrow")
+        chance, rows = np.random.default_rng([self.seed]), self.rows.with_format("arrow")
+        seen: set[int] = set()
         while len(seen) < len(self):
             number = int(chance.integers(len(self)))
             if number not in seen:

@@ -105,7 +105,7 @@ class Encoder:
         if self.is_bytes:
             return ""
         [ids] = self([SAMPLE.encode()])
-        back = self.tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False)
+        back = str(self.tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False))
         if back.strip() == SAMPLE.strip():
             return ""
         return f"Note: the tokenizer changes text: {SAMPLE!r} comes back as {back!r}, and that is what is learned."
@@ -144,7 +144,8 @@ def tokens_of(text: Documents, encoder: Encoder, batch: int | None = None) -> It
     An end mark follows the last piece of each document. `batch` bytes are tokenised at a time, by default `BATCH`.
     """
     batch = BATCH if batch is None else batch
-    waiting, size = [], 0  # (number, piece), None after the last piece
+    waiting: list[tuple[int, bytes | None]] = []  # None after the last piece
+    size = 0
     end = np.array([encoder.end], dtype=encoder.dtype)
     position = 0
 

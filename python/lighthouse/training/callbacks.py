@@ -38,10 +38,10 @@ class Record(TrainerCallback, ExportableState):
     def __init__(self, switch_step: int = 0, facts: dict | None = None):
         self.switch_step = switch_step
         self.facts = facts or {}
-        self.stages = {}  # name: {"steps": ..., "seconds": ..., "peak_memory": bytes or None}
-        self.held_out = []  # {"step": ..., "seconds": ..., "stage": ..., "loss": ...}
+        self.stages: dict[str, dict] = {}  # name: {"steps": ..., "seconds": ..., "peak_memory": bytes or None}
+        self.held_out: list[dict] = []  # {"step": ..., "seconds": ..., "stage": ..., "loss": ...}
         self.steps_used = Steps()
-        self._mark = None
+        self._mark = 0.0  # seconds on the clock
         self._peaks = False  # whether the peak is that since the mark
         self._timed = (0, 0.0)  # steps and seconds at the last log
         self._logged = (0, 0)  # steps, and those with Lighthouse, at the last log
@@ -90,7 +90,7 @@ class Record(TrainerCallback, ExportableState):
             forget_forwards(model)
         self._set_mark()
 
-    def on_step_end(self, args, state, control, model, **kwargs):
+    def on_step_end(self, args, state, control, model=None, **kwargs):
         if args.device.type == "cuda" and (control.should_log or control.should_evaluate or control.should_save):
             torch.cuda.synchronize(args.device)  # steps still in flight would be in no stage's seconds
         now = clock()

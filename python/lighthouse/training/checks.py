@@ -9,6 +9,7 @@ import dataclasses
 import logging
 import os
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from transformers import Trainer, TrainingArguments, get_scheduler
@@ -121,7 +122,7 @@ def _check_evaluation(training: TrainingOptions) -> None:
     if training.push_to_hub and str(getattr(training.hub_strategy, "value", training.hub_strategy)) == "end":
         raise ValueError(
             "hub_strategy='end': checkpoints are pushed while a run trains, and nothing at its end; take every_save, "
-            f"or upload the model afterwards: hf upload NAME {os.path.join(training.output_dir, 'model')}"
+            f"or upload the model afterwards: hf upload NAME {os.path.join(str(training.output_dir), 'model')}"
         )
 
 
@@ -154,7 +155,7 @@ def _check_rows(training: TrainingOptions) -> None:
 def _check_schedule(training: TrainingOptions) -> None:
     if training.lr_scheduler_type not in WITHOUT_WARM_UP:
         return
-    name = training.lr_scheduler_type.value
+    name = SchedulerType(training.lr_scheduler_type).value
     if training.warmup_steps != 0:
         raise ValueError(
             f"warmup_steps={training.warmup_steps}: the schedule {name!r} has no warm-up; leave it out, or take "
@@ -212,7 +213,7 @@ def _check_parts(training: TrainingOptions) -> None:
             optimizer,
             **steps,
             num_training_steps=training.max_steps,
-            scheduler_specific_kwargs=training.lr_scheduler_kwargs,
+            scheduler_specific_kwargs=cast(dict | None, training.lr_scheduler_kwargs),  # which the Trainer has read
         )
 
 

@@ -28,10 +28,10 @@ CONFIGURATION = "config.yaml"
 
 # Of the Trainer's options: what says how a run goes on, secrets, what is derived from others or refused, what the
 # launcher says, and a former name.
-LEFT_OUT = ("resume", "resume_from_checkpoint", "hub_token", "push_to_hub_token", "do_eval", "num_train_epochs")
-LEFT_OUT += ("local_rank",)
+LEFT_OUT = {"resume", "resume_from_checkpoint", "hub_token", "push_to_hub_token", "do_eval", "num_train_epochs"}
+LEFT_OUT |= {"local_rank"}
 if "activation_checkpointing" in {field.name for field in dataclasses.fields(TrainingArguments)}:
-    LEFT_OUT += ("gradient_checkpointing", "gradient_checkpointing_kwargs")
+    LEFT_OUT |= {"gradient_checkpointing", "gradient_checkpointing_kwargs"}
 
 STANDARD = "tag:yaml.org,2002:"
 
@@ -49,8 +49,8 @@ def read(path: str | Path) -> dict:
     try:
         loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))  # JSON is YAML
         root = loader.get_single_node()
-        mapping = isinstance(root, yaml.MappingNode)
-        if not mapping or not all(isinstance(name, yaml.ScalarNode) for name, _ in root.value):
+        named = isinstance(root, yaml.MappingNode) and all(isinstance(name, yaml.ScalarNode) for name, _ in root.value)
+        if not isinstance(root, yaml.MappingNode) or not named:
             raise ValueError(f"config={str(path)!r}: names with values are needed, such as 'context: 8192'")
         _check_once(root, f"config={str(path)!r}")
         loader.flatten_mapping(root)
@@ -92,10 +92,10 @@ def set_defaults(values: Mapping, parser: argparse.ArgumentParser, source: str) 
         for option in action.option_strings
         if option.startswith("--") and action.nargs != 0 and action.dest != "config"
     }
-    kinds = {}
+    kinds: dict[str, set] = {}
     for options in getattr(parser, "dataclass_types", ()):
         kinds |= kinds_of(options)
-    given = {}
+    given: dict[str, str] = {}
     for name, value in values.items():
         action = actions.get(name)
         if action is None:
@@ -141,7 +141,7 @@ def _one(text, action: argparse.Action):
     if action.type is string_to_bool:
         text = {"on": "true", "off": "false"}.get(text.lower(), text)  # YAML's, and not the command line's
     reader = argparse.ArgumentParser(add_help=False, exit_on_error=False)
-    reader.add_argument("--value", type=action.type, choices=action.choices)
+    reader.add_argument("--value", type=action.type or str, choices=action.choices)
     try:
         return reader.parse_args([f"--value={text}"]).value
     except argparse.ArgumentError as error:
@@ -153,7 +153,7 @@ def kinds_of(options: type) -> dict[str, set]:
 
     An option that is declared once more keeps the types that it had: ours say what the command line takes.
     """
-    found = {}
+    found: dict[str, set] = {}
     for declares in options.__mro__[:-1]:
         for name, hint in typing.get_type_hints(declares).items():
             union = typing.get_origin(hint) in (typing.Union, types.UnionType)
@@ -193,7 +193,7 @@ def _default(field: dataclasses.Field, training):
     if field.default_factory is not dataclasses.MISSING:
         return _plain(field.default_factory())
     value = getattr(training, field.name, None)
-    if field.default is None and dataclasses.is_dataclass(value):
+    if field.default is None and dataclasses.is_dataclass(value) and not isinstance(value, type):
         return _plain(type(value)())  # the Trainer makes one of None
     if field.default == "" and value == []:
         return []  # and an empty list of no text
@@ -208,7 +208,7 @@ def _plain(value):
         return [_plain(item) for item in value]
     if isinstance(value, Mapping):
         return {name: _plain(item) for name, item in value.items()}
-    if dataclasses.is_dataclass(value):
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return _plain(dataclasses.asdict(value))
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 

@@ -29,7 +29,7 @@ from transformers import LlamaConfig
 
 from lighthouse.core.settings import LighthouseSettings
 from lighthouse.huggingface.loss import chunk_tokens
-from lighthouse.training.model import empty_model
+from lighthouse.training.model import empty_model, head_dim_of
 
 GIB = 2**30
 
@@ -115,21 +115,22 @@ def estimate(
     """
     tokens, layers = rows * context, config.num_hidden_layers
     width, inner = config.hidden_size, config.intermediate_size
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
+    head_dim = head_dim_of(config)
     model = empty_model(config)
     count = sum(parameter.numel() for parameter in model.parameters())
     in_layers = sum(p.numel() for p in model.model.layers.parameters() if p.ndim == 2)
 
     stream = dtype.itemsize  # of the residual stream
     product = 2 if bf16 else stream  # of what matrix products read and write
-    parts = _dense_layer(width, inner, heads, kv_heads, config.head_dim, stream, product, bf16, compiled)
+    parts = _dense_layer(width, inner, heads, kv_heads, head_dim, stream, product, bf16, compiled)
     settings = None if lighthouse is None else lighthouse.for_layers(layers)
     acting = 0 if settings is None else sum(settings.acts_in_layer(layer, layers) for layer in range(layers))
     if settings is not None:
         # The attention keeps the sub-sequence instead of the tokens, and the choice; what follows keeps its output,
         # which compiled code makes again.
         share = settings.method.length(context) / context
-        out = 0 if compiled else product * heads * config.head_dim
+        out = 0 if compiled else product * heads * head_dim
         sub = (parts["attention"] * share) + out + CHOICE_BYTES * kv_heads
     layer = sum(parts.values())
     last_norm = tokens * width * ((stream if compiled else 4 + stream) + product)

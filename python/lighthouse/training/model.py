@@ -12,6 +12,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, set_seed
@@ -93,12 +94,17 @@ def check_model(name: str, context: int) -> int:
 
 def check_head_dim(name: str, context: int, device_type: str) -> None:
     """Lighthouse's kernels take the model's heads on such a device. Raises `ValueError`."""
-    head_dim = _config(name, context)[0].head_dim
+    head_dim = head_dim_of(_config(name, context)[0])
     if device_type == "cuda" and (head_dim % 8 or head_dim > MAX_HEAD_DIM):
         raise ValueError(
             f"model={name!r} has head_dim {head_dim}: Lighthouse on CUDA needs a multiple of 8 up to {MAX_HEAD_DIM}; "
             "choose another number of heads, or train dense with --dense_only"
         )
+
+
+def head_dim_of(config: LlamaConfig) -> int:
+    """Numbers in a head's vector of a token, as the configuration gives them or they follow."""
+    return config.head_dim or config.hidden_size // config.num_attention_heads
 
 
 def model_notes(name: str, context: int) -> list[str]:
@@ -150,7 +156,7 @@ def model_of(config: LlamaConfig, seed: int) -> LlamaForCausalLM:
 def empty_model(config: LlamaConfig) -> LlamaForCausalLM:
     """The same without memory for its weights, on the `meta` device, to count and measure with."""
     with torch.device("meta"):
-        return LlamaForCausalLM(config).to(torch.float32)
+        return LlamaForCausalLM(config).to(torch.float32)  # type: ignore[arg-type]  # its decorator hides the types
 
 
 def _config(name: str, context: int) -> tuple[LlamaConfig, list[str]]:
@@ -192,14 +198,15 @@ def _read(name: str) -> LlamaConfig:
         raise ValueError(f"model={name!r} is a folder without a {CONFIG}") from None
     except (OSError, ValueError) as error:
         raise ValueError(f"model={name!r} is no configuration in JSON: {error}") from None
-    kinds = {entry.causal.config_class.model_type: entry for entry in ARCHITECTURES}
+    configs: list[Any] = [entry.causal.config_class for entry in ARCHITECTURES]
+    kinds = {config.model_type: config for config in configs}
     kind = values.get("model_type") if isinstance(values, dict) else None
     if kind not in kinds:
         raise ValueError(f"model={name!r} has model_type {kind!r}: Lighthouse knows {', '.join(kinds)}, no others yet")
     if values.get("quantization_config"):
         raise ValueError(f"model={name!r} has a quantization_config: weights are trained in full, so take it out")
     try:
-        config = kinds[kind].causal.config_class.from_dict(values)
+        config = kinds[kind].from_dict(values)
     except Exception as error:  # of kinds that differ from version to version
         raise ValueError(f"model={name!r} is no {kind} configuration: {' '.join(str(error).split())}") from error
     check_config(config)
@@ -226,7 +233,7 @@ def _fit(name: str, config: LlamaConfig, context: int) -> list[str]:
     if config.max_position_embeddings < context:
         notes.append(f"max_position_embeddings was {config.max_position_embeddings:,}, is {context:,}: the context.")
         config.max_position_embeddings = context
-    rope = config.rope_parameters
+    rope, head_dim = rope_of(config), head_dim_of(config)
     kind, reach = rope.get("rope_type", "default"), wavelength(config)
     if kind != "default":
         if reach < context:
@@ -237,7 +244,7 @@ def _fit(name: str, config: LlamaConfig, context: int) -> list[str]:
             )
         notes.append(f"RoPE of type {kind!r} is kept as given: it is meant for stretching a trained model.")
     elif reach < context:
-        base = _rounded_up((context / (2 * math.pi)) ** (config.head_dim / (config.head_dim - 2)))
+        base = _rounded_up((context / (2 * math.pi)) ** (head_dim / (head_dim - 2)))
         notes.append(
             f"rope_theta was {rope['rope_theta']:,.0f}, whose longest wavelength is {reach:,.0f} tokens; it is "
             f"{base:,.0f}, so that it reaches over the context of {context:,}."
@@ -246,12 +253,18 @@ def _fit(name: str, config: LlamaConfig, context: int) -> list[str]:
     return notes
 
 
+def rope_of(config: LlamaConfig) -> dict:
+    """The parameters of the configuration's RoPE."""
+    return dict(config.rope_parameters or {})
+
+
 def wavelength(config: LlamaConfig) -> float:
     """Tokens in the longest period of the configuration's RoPE."""
-    kind = config.rope_parameters.get("rope_type", "default")
+    rope, head_dim = rope_of(config), head_dim_of(config)
+    kind = rope.get("rope_type", "default")
     if kind != "default":
         return 2 * math.pi / ROPE_INIT_FUNCTIONS[kind](config, "cpu")[0].min().item()
-    return 2 * math.pi * config.rope_parameters["rope_theta"] ** ((config.head_dim - 2) / config.head_dim)
+    return 2 * math.pi * rope["rope_theta"] ** ((head_dim - 2) / head_dim)
 
 
 def _rounded_up(number: float) -> float:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import SchedulerType
 
 from lighthouse.core.acting import why_it_cannot_act
@@ -98,7 +99,7 @@ class DataOptions:
     )
 
 
-def _as_text(setting: Field) -> tuple[str, type, Field]:
+def _as_text(setting: Field) -> tuple[str, Any, Any]:
     """A setting of `Method` as an option: text, which `Method.of` reads, or a switch."""
     if isinstance(setting.default, bool):
         return setting.name, bool, field(default=setting.default, metadata=setting.metadata)
@@ -191,7 +192,8 @@ class PretrainOptions(ModelOptions, DataOptions, LighthouseOptions):
 
     def lighthouse_steps(self, steps: int, tokens_per_step: int) -> int:
         """How many of a run's `steps` use Lighthouse; they are the first."""
-        return min(steps, self.switch.steps(steps, tokens_per_step))
+        planned = self.switch.steps(steps, tokens_per_step)
+        return steps if planned is None else min(steps, planned)
 
 
 @dataclass(kw_only=True)
@@ -252,7 +254,7 @@ class TrainingOptions(TrainingArguments):
         why_not = strangers(self.world_size)
         if why_not is not None:
             raise ValueError(why_not)
-        if moves_are_ours and self.device.type == "cuda":
+        if moves_are_ours and isinstance(self.accelerator_config, AcceleratorConfig) and self.device.type == "cuda":
             self.accelerator_config.non_blocking = True  # else each step waits for the one before, then for its launch
         self.logging_nan_inf_filter = False  # it hides what is to stop the run, and waits for the device in each step
         self.remove_unused_columns = False  # a row's place in the text is one

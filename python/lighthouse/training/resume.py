@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from transformers import TrainerState
 
@@ -43,7 +44,7 @@ DIGESTS = {
 
 def what_is_there(training: TrainingOptions) -> tuple[dict | None, str | None]:
     """The settings of the run in the output folder and the checkpoint to go on from; None where there is none."""
-    folder = Path(training.output_dir)
+    folder = Path(str(training.output_dir))
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"output_dir={str(folder)!r} is a file: a folder is needed")
     # Asked for by the environment too: every process looks before one of them writes.
@@ -124,7 +125,8 @@ def check_best(checkpoint: str | Path, training: TrainingOptions) -> None:
     if not training.load_best_model_at_end:
         return
     state = state_in(checkpoint)
-    record = state.stateful_callbacks.get(Record.__name__, {}).get("attributes", {})
+    saved: Any = state.stateful_callbacks  # a mapping by name, once it is read
+    record = saved.get(Record.__name__, {}).get("attributes", {})
     points = [point for point in record.get("held_out", ()) if point["step"] > 0]
     lowest = min(points, key=lambda point: point["loss"], default=None)
     if lowest is not None and (state.best_metric is None or lowest["loss"] < state.best_metric):

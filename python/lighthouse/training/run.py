@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState
 
 from lighthouse.core.devices import device_name
 from lighthouse.core.settings import LighthouseSettings
@@ -75,12 +75,17 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        return Path(self.training.output_dir)
+        return Path(str(self.training.output_dir))
 
     @property
     def finished(self) -> bool:
         """Whether the checkpoint to go on from has all the steps, so that only the end is left to do."""
-        return self.checkpoint is not None and state_in(self.checkpoint).global_step == self.training.max_steps
+        return self.checkpoint is not None and self.state.global_step == self.training.max_steps
+
+    @property
+    def state(self) -> TrainerState:
+        """What the checkpoint to go on from has of the Trainer's; of a run that begins, what that begins with."""
+        return TrainerState() if self.checkpoint is None else state_in(self.checkpoint)
 
     @property
     def tokens_per_step(self) -> int:
@@ -103,7 +108,7 @@ class Run:
         lines = [str(self.corpus), *model_notes(options.model, options.context)]
         if self.checkpoint is not None:
             lines.append(f"Going on from {self.checkpoint}.")
-            planned = state_in(self.checkpoint).max_steps
+            planned = self.state.max_steps
             if planned != steps:
                 what = "is the same" if self.training.lr_scheduler_type in WITHOUT_WARM_UP else "is now that of so many"
                 lines.append(f"max_steps was {planned:,}, is {steps:,}: the learning rate {what}.")
@@ -147,7 +152,7 @@ class Run:
                 trainer = self._trainer(record, stop, callbacks)
             with saying_how_to_go_on(trainer, self.folder):
                 if self.finished:
-                    trainer.state = state_in(self.checkpoint)
+                    trainer.state = self.state
                     record.on_train_begin(self.training, trainer.state, trainer.control)
                 else:
                     with stop:
@@ -173,7 +178,7 @@ class Run:
             if main:
                 checkpoints.remove_unfinished(self.folder)
                 if self.checkpoint is not None:  # a kill may have come between a checkpoint and the removal of an older
-                    best = state_in(self.checkpoint).best_model_checkpoint
+                    best = self.state.best_model_checkpoint
                     checkpoints.rotate(self.folder, self.training.save_total_limit, best)
                 self._write_settings()
         except Exception as error:
@@ -230,13 +235,12 @@ class Run:
         # A dense run too is wrapped, with Lighthouse off: for the loss that holds no logits. What is asked for is done,
         # also where dense attention would be as fast: no limits here.
         settings = LighthouseSettings(options.method, options.dense_layers, min_tokens=0, max_share=1.0)
-        model = wrap(model, settings)
-        model.lighthouse(self.switch_step > 0)
+        wrapped = wrap(model, settings).lighthouse(self.switch_step > 0)
         if options.compile_layers and not training.torch_compile:
-            for layer in model.base_model.layers:
+            for layer in model.model.layers:
                 layer.compile(fullgraph=True, dynamic=False)  # in place: no name changes
         return RunTrainer(
-            model=model,
+            model=wrapped,
             args=training,
             train_dataset=train_rows,
             eval_dataset=held_out_rows,
@@ -252,8 +256,7 @@ class Run:
 
     def _last_or_best(self) -> str:
         """Of a finished run, the checkpoint whose model is saved."""
-        state = state_in(self.checkpoint)
-        return str(best_checkpoint(state, self.training) or self.checkpoint)
+        return str(best_checkpoint(self.state, self.training) or self.checkpoint)
 
     def _finish(self, trainer: RunTrainer, record: Record, keep_model: bool) -> PretrainResult:
         trainer.check_finite(weights=True)

@@ -7,15 +7,16 @@ import math
 from contextlib import contextmanager
 from pathlib import Path
 
+from transformers import TrainingArguments
+
 from lighthouse.core.files import NO_SPACE, free_bytes
 from lighthouse.training.checkpoints import checkpoints_in
-from lighthouse.training.options import TrainingOptions
 from lighthouse.training.result import DiskFull
 
 logger = logging.getLogger(__name__)
 
 
-def check_space(model, training: TrainingOptions, folder: Path, *, finished: bool) -> None:
+def check_space(model, training: TrainingArguments, folder: Path, *, finished: bool) -> None:
     """Refuses a run that cannot save one checkpoint, and warns of one that cannot keep all it is to keep."""
     free = free_bytes(folder)
     if training.process_index != 0:
@@ -63,7 +64,7 @@ def weight_bytes(model) -> int:
     return sum(weight.numel() * weight.element_size() for weight in model.parameters())
 
 
-def checkpoint_bytes(model, training: TrainingOptions) -> int:
+def checkpoint_bytes(model, training: TrainingArguments) -> int:
     """About how large a checkpoint is: the weights, and of AdamW two numbers of 4 bytes for each."""
     states = 8 if training.optim in ("adamw_torch", "adamw_torch_fused") else 0
     return weight_bytes(model) + states * sum(weight.numel() for weight in model.parameters() if weight.requires_grad)

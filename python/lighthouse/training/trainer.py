@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sized
 from pathlib import Path
+from typing import cast
 
 import torch
 from accelerate.utils import gather_object
+from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import IterableDataset, RandomSampler, SequentialSampler
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
@@ -44,7 +47,7 @@ class RunTrainer(Trainer):
         self.stop = stop
         self.plan = options.method.plan(options.context)
         self.not_finite = FirstNotFinite(args.device)
-        self.places = []  # (step, places of a batch) since the last check
+        self.places: list[tuple[int, torch.Tensor]] = []  # (step, places of a batch) since the last check
         self.open_loss = _OpenLoss(self)
         self.add_callback(self.open_loss)
         self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
@@ -130,7 +133,7 @@ class RunTrainer(Trainer):
             return None
         if getattr(self.args, "train_sampling_strategy", "random") == "sequential":
             return SequentialSampler(range(self.rows_of_a_pass))
-        return RandomSampler(self.train_dataset, num_samples=self.rows_of_a_pass)
+        return RandomSampler(cast(Sized, self.train_dataset), num_samples=self.rows_of_a_pass)
 
     def _get_grad_norm(self, *args, **kwargs):
         norm = super()._get_grad_norm(*args, **kwargs)
@@ -158,7 +161,7 @@ class RunTrainer(Trainer):
         self.places.clear()
         if weights:
             finite = torch.ones((), dtype=torch.bool, device=self.args.device)
-            for weight in self.model.parameters():
+            for weight in cast(nn.Module, self.model).parameters():
                 local = weight.to_local() if hasattr(weight, "to_local") else weight  # of a DTensor
                 finite &= torch.isfinite(local.detach()).all()
             if not self.accelerator.gather(finite[None]).all():
