@@ -84,7 +84,8 @@ def test_a_wrapped_model_keeps_its_choices(model_class, name):
 
 def test_a_wrapped_model_keeps_its_choices_compiled():
     through = functools.partial(torch.compile, fullgraph=True, backend="aot_eager")
-    assert_keeps_its_choices(enabled(wrapped()), wrapped(), through)
+    layers = {"num_hidden_layers": LIGHTHOUSE_LAYERS}  # none of them dense: compiling takes its time by the layer
+    assert_keeps_its_choices(enabled(wrapped(config=dict(layers))), wrapped(config=dict(layers)), through)
 
 
 def test_a_context_of_the_users_own_stays():

@@ -388,11 +388,12 @@ FLASH_ATTN = [  # the package's code, CUDA it is linked to, status, what is said
     ("another_cuda_that_imports", "def flash_attn_func(*_, **__): ...", 9, "built for CUDA 9, but torch is built for"),
     ("the_process_dies", "import os; os.abort()", None, "the process died: SIGABRT"),
 ]
+TORCH = "__version__ = '2.12.0'\nclass version: cuda, hip = '12.8', None\n"  # importing the real one takes a second
 
 
 @pytest.mark.parametrize("code, cuda, message", [f[1:] for f in FLASH_ATTN], ids=[f[0] for f in FLASH_ATTN])
 def test_a_flash_attn_that_does_not_fit(tmp_path, code, cuda, message):
-    folder = package_of(tmp_path, "flash_attn", "2.8.3", code)
+    folder = package_of(package_of(tmp_path, "torch", "2.12.0", TORCH), "flash_attn", "2.8.3", code)
     if cuda is not None:
         (folder / "flash_attn_2_cuda.abi3.so").write_bytes(b"\x7fELF...\0libcudart.so.%d\0libc.so.6\0" % cuda)
     check, status, found, _, stops = one(examine("flash-attn", path=[folder]))

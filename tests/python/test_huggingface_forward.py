@@ -238,6 +238,7 @@ def test_compiled_code_looks_at_what_was_changed_before_it():
         torch.compile(model, backend="aot_eager", fullgraph=True)(LONG)
 
 
+@pytest.mark.slow  # three graphs of any length
 def test_compiled_for_any_length_a_short_batch_says_why_it_is_dense(said):
     model = wrapped(config=ONE_LAYER, min_tokens=50, max_share=0.9)
     compiled = torch.compile(model, backend="aot_eager", dynamic=True)
