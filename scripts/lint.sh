@@ -20,12 +20,12 @@ check() {
   fi
 }
 
-cpp_files() { find include src tests/cpp bench/cpp examples/cpp -name "$1"; }
+cpp_files() { find include src tests/cpp bench/cpp examples/cpp "$@"; }
 jobs=$(getconf _NPROCESSORS_ONLN)
 
-format_cpp() { { cpp_files '*.h'; cpp_files '*.cpp'; } | xargs clang-format --dry-run -Werror; }
+format_cpp() { cpp_files -regex '.*\.\(h\|cpp\|cuh?\)' | xargs clang-format --dry-run -Werror; }
 # The compiler's own warnings are the build's business (-w).
-tidy_cpp() { cpp_files '*.cpp' | xargs -P "$jobs" -n 1 clang-tidy --quiet --extra-arg=-w -p "$build"; }
+tidy_cpp() { cpp_files -name '*.cpp' | xargs -P "$jobs" -n 1 clang-tidy --quiet --extra-arg=-w -p "$build"; }
 
 check clang-format clang-format format_cpp
 check clang-tidy clang-tidy tidy_cpp

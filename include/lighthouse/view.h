@@ -30,8 +30,6 @@ using View = BasicView<void*>;
 struct ConstView : BasicView<const void*> {
   ConstView() = default;
   ConstView(const View& view) : BasicView{view.data, view.dtype, view.sizes, view.strides} {}
-  ConstView(const void* pointer, DType type, std::array<int64_t, 4> shape, std::array<int64_t, 4> steps)
-      : BasicView{pointer, type, shape, steps} {}
 };
 
 // Strides of a tensor without gaps, the last dimension fastest.

@@ -61,7 +61,7 @@ void check(const ScoreArgs& args) {
 void check(const SelectArgs& args) {
   const Selection& selection = args.selection;
   require(selection.kv_heads >= 1, "kv_heads=", selection.kv_heads, ": at least one is needed");
-  require(selection.sequences.each.parents >= 1, "select_topk=0: at least one parent per level is needed");
+  require(selection.sequences.at(0).parents >= 1, "sequences of a choice made elsewhere: Sequences::of_rows is needed");
   require(args.query_score != nullptr && args.key_score != nullptr, "scores have no data");
   check_arrays(selection);
 }

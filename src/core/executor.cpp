@@ -1,5 +1,5 @@
-// Threads started for each call, each with one piece. What a piece throws is kept until all have ended: a thread that
-// an exception leaves ends the process.
+// Threads started for each call, each with one piece; what a piece throws is kept until all have ended, since a thread
+// that an exception leaves ends the process.
 
 #include "lighthouse/executor.h"
 

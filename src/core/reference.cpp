@@ -25,14 +25,10 @@ int64_t last_token(const Method& method, const Entry& entry) {
 
 // METHOD 2: the maximum over the window, NaN if it holds one; and METHOD 3's entry 0.
 float entry_score(const Method& method, const Entry& entry, const float* token_score) {
-  if (method.cover_start && entry.index == 0) {
-    return std::numeric_limits<float>::infinity();
-  }
+  if (method.cover_start && entry.index == 0) return std::numeric_limits<float>::infinity();
   float result = -std::numeric_limits<float>::infinity();
   for (int64_t t = first_token(method, entry); t <= last_token(method, entry); ++t) {
-    if (std::isnan(token_score[t])) {
-      return token_score[t];
-    }
+    if (std::isnan(token_score[t])) return token_score[t];
     result = std::max(result, token_score[t]);
   }
   return result;
@@ -43,18 +39,12 @@ float entry_score(const Method& method, const Entry& entry, const float* token_s
 std::vector<Entry> take_best(const Method& method, const float* token_score, int64_t count,
                              std::vector<Entry>& candidates) {
   std::vector<std::pair<float, Entry>> scored;
-  for (const Entry& entry : candidates) {
-    scored.emplace_back(entry_score(method, entry, token_score), entry);
-  }
+  for (const Entry& entry : candidates) scored.emplace_back(entry_score(method, entry, token_score), entry);
   std::sort(scored.begin(), scored.end(), [](const auto& a, const auto& b) {
     const bool a_nan = std::isnan(a.first);
     const bool b_nan = std::isnan(b.first);
-    if (a_nan != b_nan) {
-      return b_nan;
-    }
-    if (!a_nan && a.first != b.first) {
-      return a.first > b.first;
-    }
+    if (a_nan != b_nan) return b_nan;
+    if (!a_nan && a.first != b.first) return a.first > b.first;
     return a.second.index < b.second.index;
   });
   std::vector<Entry> best;
@@ -96,9 +86,7 @@ void add_pool_gradient(const Method& method, const std::vector<Entry>& entries, 
 
 double dot(const double* a, const double* b, int64_t dim) {
   double sum = 0.0;
-  for (int64_t d = 0; d < dim; ++d) {
-    sum += a[d] * b[d];
-  }
+  for (int64_t d = 0; d < dim; ++d) sum += a[d] * b[d];
   return sum;
 }
 
@@ -117,9 +105,7 @@ Matrix probabilities(const Matrix& query, const Matrix& key, int64_t entries, in
       row[j] = std::exp(row[j] - highest);
       total += row[j];
     }
-    for (int64_t j = 0; j <= i; ++j) {
-      row[j] /= total;
-    }
+    for (int64_t j = 0; j <= i; ++j) row[j] /= total;
   }
   return result;
 }
@@ -144,9 +130,7 @@ void score(const Sequences& sequences, const Shape& shape, const double* query, 
           const double* q = query + ((row * shape.query_heads + h) * tokens + t) * dim;
           const double norm = std::sqrt(dot(q, q, dim));
           // A NaN stays: it compares false with everything.
-          if (!std::isnan(highest) && !(norm <= highest)) {
-            highest = norm;
-          }
+          if (!std::isnan(highest) && !(norm <= highest)) highest = norm;
         }
         const double* k = key + kv_token * dim;
         query_score[kv_token] = static_cast<float>(highest);
@@ -173,9 +157,7 @@ std::vector<Entry> select(const Method& method, const Sequence& sequence, const 
   for (int64_t j = 0; j < strata; ++j) {
     const int64_t size = coarse_entries / strata + (j < coarse_entries % strata ? 1 : 0);
     const int64_t budget = parents / strata + (j < parents % strata ? 1 : 0);
-    if (size == 0) {
-      break;  // and so are all strata after it
-    }
+    if (size == 0) break;  // and so are all strata after it
     std::vector<Entry> candidates;
     for (int64_t i = next; i < next + size; ++i) {
       candidates.push_back({coarsest, i});

@@ -21,14 +21,11 @@ Sequences Sequences::of_rows(int64_t rows, int64_t tokens, const Method& method)
   const int64_t entries = rules::chosen_entries(strata);
   require(entries <= std::numeric_limits<int32_t>::max(), "the sub-sequence of ", tokens, " tokens has ", entries,
           " entries: at most 2^31 - 1; choose larger windows or a smaller select_topk");
-  return {
-      .method = checked,
-      .rows = rows,
-      .tokens = tokens,
-      .entries = entries,
-      .each =
-          {.row = 0, .token_offset = 0, .tokens = tokens, .entry_offset = 0, .entries = entries, .parents = parents},
-      .each_strata = strata};
+  Sequences sequences = of_choice(rows, tokens, entries, checked.pyramid);
+  sequences.method = checked;
+  sequences.each.parents = parents;
+  sequences.each_strata = strata;
+  return sequences;
 }
 
 Sequences Sequences::of_choice(int64_t rows, int64_t tokens, int64_t entries, const Pyramid& pyramid) {

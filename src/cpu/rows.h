@@ -3,9 +3,10 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
-#include "lighthouse/view.h"
+#include "core/rows_at.h"
 
 namespace lighthouse::cpu {
 
@@ -17,15 +18,7 @@ struct Half {
 };
 
 template <class T>
-struct Accumulator {
-  using type = float;
-};
-template <>
-struct Accumulator<double> {
-  using type = double;
-};
-template <class T>
-using AccumulatorOf = typename Accumulator<T>::type;
+using AccumulatorOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 // Plain functions on plain pointers: nothing of one instruction set can leak into code that runs on another.
 template <class T, class A = AccumulatorOf<T>>
@@ -46,25 +39,13 @@ struct RowTable {
   RowFunctions<Half> f16;
 
   template <class T>
-  const RowFunctions<T>& of() const;
+  const RowFunctions<T>& of() const {
+    if constexpr (std::is_same_v<T, float>) return f32;
+    if constexpr (std::is_same_v<T, double>) return f64;
+    if constexpr (std::is_same_v<T, BFloat16>) return bf16;
+    if constexpr (std::is_same_v<T, Half>) return f16;
+  }
 };
-
-template <>
-inline const RowFunctions<float>& RowTable::of<float>() const {
-  return f32;
-}
-template <>
-inline const RowFunctions<double>& RowTable::of<double>() const {
-  return f64;
-}
-template <>
-inline const RowFunctions<BFloat16>& RowTable::of<BFloat16>() const {
-  return bf16;
-}
-template <>
-inline const RowFunctions<Half>& RowTable::of<Half>() const {
-  return f16;
-}
 
 extern const RowTable kRowsBase;
 #if defined(LIGHTHOUSE_X86)
@@ -78,17 +59,6 @@ const RowTable& rows();
 
 // Below this many numbers a second thread costs more than it brings.
 inline constexpr int64_t kNumbersPerPiece = 64 * 1024;
-
-// The first number of one token of one head.
-template <class T>
-const T* row_at(const ConstView& view, int64_t batch, int64_t head, int64_t token) {
-  return static_cast<const T*>(view.data) + batch * view.strides[0] + head * view.strides[1] + token * view.strides[2];
-}
-
-template <class T>
-T* row_at(const View& view, int64_t batch, int64_t head, int64_t token) {
-  return static_cast<T*>(view.data) + batch * view.strides[0] + head * view.strides[1] + token * view.strides[2];
-}
 
 // Calls function with a null pointer of the element type: the one place where a dtype becomes a type.
 template <class Function>

@@ -1,5 +1,4 @@
 // The row functions compiled for AVX2 (cmake sets the flags); nothing inline from outside may be called here.
-
 #include "cpu/rows_kernels.h"
 
 namespace lighthouse::cpu {

@@ -1,5 +1,4 @@
 // The row functions compiled for any CPU.
-
 #include "cpu/rows_kernels.h"
 
 namespace lighthouse::cpu {

@@ -40,14 +40,9 @@ struct HeadRows {
   T* operator[](int64_t row) const { return data + row * stride; }
 };
 
-template <class T>
-HeadRows<const T> rows_of(const ConstView& view, int64_t row, int64_t head, int64_t first) {
-  return {row_at<T>(view, row, head, first), view.strides[2]};
-}
-
-template <class T>
-HeadRows<T> rows_of(const View& view, int64_t row, int64_t head, int64_t first) {
-  return {row_at<T>(view, row, head, first), view.strides[2]};
+template <class T, class AnyView>
+auto rows_of(const AnyView& view, int64_t row, int64_t head, int64_t first) {
+  return HeadRows{row_at<T>(view, row, head, first), view.strides[2]};
 }
 
 template <class T>

@@ -14,6 +14,7 @@
 #include <type_traits>
 
 #include "core/require.h"
+#include "core/rows_at.h"
 #include "lighthouse/cuda.h"
 #include "rules/strata.h"
 
@@ -222,16 +223,13 @@ inline bool is_aligned(const ConstView& view) {
   return true;
 }
 
-inline void check_head_dim(int64_t head_dim) {
-  require(head_dim % kHeadDimStep == 0 && kHeadDimStep <= head_dim && head_dim <= kMaxHeadDim, "head_dim=", head_dim,
-          ": on a CUDA device a multiple of ", kHeadDimStep, " up to ", kMaxHeadDim, " is needed");
-}
-
 // Calls function with the element type and the numbers per column that all the views' rows can be read in.
 template <class Function>
 void with_column(std::span<const ConstView> views, const Function& function) {
   const ConstView& first = views.front();
-  check_head_dim(first.head_dim());
+  const int64_t head_dim = first.head_dim();
+  require(head_dim % kHeadDimStep == 0 && kHeadDimStep <= head_dim && head_dim <= kMaxHeadDim, "head_dim=", head_dim,
+          ": on a CUDA device a multiple of ", kHeadDimStep, " up to ", kMaxHeadDim, " is needed");
   const bool aligned = std::all_of(views.begin(), views.end(), is_aligned);
   visit(first.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;

@@ -18,17 +18,8 @@ constexpr int kTokens = 4;  // per thread, their loads in flight together
 template <class T>
 constexpr int kColumn = 16 / sizeof(T);  // numbers of a row that a lane takes at once
 
-template <class T>
-struct RowsIn {
-  const T* data;
-  int64_t row, head, token;  // strides in elements
-};
-
-template <class T>
 struct ScoreLaunch {
-  RowsIn<T> query, key;
-  float* query_score;
-  float* key_score;
+  ScoreArgs args;
   int64_t rows, kv_heads, tokens;
   int group, columns;
 };
@@ -73,7 +64,7 @@ __device__ void norms(const T* first, int64_t step, int count, int columns, floa
 }
 
 template <class T, bool kAligned>
-__global__ void __launch_bounds__(kThreads) score_rows(const __grid_constant__ ScoreLaunch<T> launch) {
+__global__ void __launch_bounds__(kThreads) score_rows(const __grid_constant__ ScoreLaunch launch) {
   const int64_t head = blockIdx.x;
   const int64_t tokens_per_block = int64_t{blockDim.y} * kTokens;
   for (int64_t row = blockIdx.z; row < launch.rows; row += gridDim.z) {
@@ -81,15 +72,15 @@ __global__ void __launch_bounds__(kThreads) score_rows(const __grid_constant__ S
       // All threads of a warp go on together: the sums are exchanged.
       const int64_t token = begin + threadIdx.y * kTokens;
       const int count = static_cast<int>(rules::larger(0, rules::smaller(kTokens, launch.tokens - token)));
-      const T* key = launch.key.data + row * launch.key.row + head * launch.key.head + token * launch.key.token;
-      const T* query = launch.query.data + row * launch.query.row + head * launch.group * launch.query.head +
-                       token * launch.query.token;
+      const ConstView &query_view = launch.args.query, &key_view = launch.args.key;
+      const T* key = row_at<T>(key_view, row, head, token);
+      const T* query = row_at<T>(query_view, row, head * launch.group, token);
       float key_norms[kTokens], query_norms[kTokens];
-      norms<T, kAligned>(key, launch.key.token, count, launch.columns, key_norms);
-      norms<T, kAligned>(query, launch.query.token, count, launch.columns, query_norms);
+      norms<T, kAligned>(key, key_view.strides[2], count, launch.columns, key_norms);
+      norms<T, kAligned>(query, query_view.strides[2], count, launch.columns, query_norms);
       for (int member = 1; member < launch.group; ++member) {
         float more[kTokens];
-        norms<T, kAligned>(query + member * launch.query.head, launch.query.token, count, launch.columns, more);
+        norms<T, kAligned>(query + member * query_view.strides[1], query_view.strides[2], count, launch.columns, more);
 #pragma unroll
         for (int i = 0; i < kTokens; ++i) query_norms[i] = rules::larger_score(query_norms[i], more[i]);
       }
@@ -97,8 +88,8 @@ __global__ void __launch_bounds__(kThreads) score_rows(const __grid_constant__ S
 #pragma unroll
       for (int i = 0; i < kTokens; ++i) {
         if (i < count && threadIdx.x == i % blockDim.x) {
-          launch.query_score[out + i] = query_norms[i];
-          launch.key_score[out + i] = key_norms[i];
+          launch.args.query_score[out + i] = query_norms[i];
+          launch.args.key_score[out + i] = key_norms[i];
         }
       }
     }
@@ -111,18 +102,12 @@ void run(const ScoreArgs& args, const Workspace&, Stream stream) {
   check(args);
   const ConstView &query = args.query, &key = args.key;
   with_column(std::array{query, key}, [&]<class T, int kWidth>(T*, std::integral_constant<int, kWidth>) {
-    const auto rows_of = [](const ConstView& view) {
-      return RowsIn<T>{static_cast<const T*>(view.data), view.strides[0], view.strides[1], view.strides[2]};
-    };
-    const ScoreLaunch<T> launch{.query = rows_of(query),
-                           .key = rows_of(key),
-                           .query_score = args.query_score,
-                           .key_score = args.key_score,
-                           .rows = key.batch(),
-                           .kv_heads = key.heads(),
-                           .tokens = key.tokens(),
-                           .group = static_cast<int>(query.heads() / key.heads()),
-                           .columns = static_cast<int>(key.head_dim() / kColumn<T>)};
+    const ScoreLaunch launch{.args = args,
+                             .rows = key.batch(),
+                             .kv_heads = key.heads(),
+                             .tokens = key.tokens(),
+                             .group = static_cast<int>(query.heads() / key.heads()),
+                             .columns = static_cast<int>(key.head_dim() / kColumn<T>)};
     constexpr bool kAligned = kWidth > 1;
     unsigned lanes = 1;
     while (lanes < 32 && static_cast<int>(lanes) < launch.columns) lanes *= 2;

@@ -332,7 +332,8 @@ __global__ void __launch_bounds__(kThreads) select_stratum(const __grid_constant
     ratio = static_cast<int>(window / pyramid.windows[level - 1]);
     candidates.count = wanted * ratio;
   }
-  number_places(mask, selection.mask + at, selection.prefix + at, tokens, sequence.entry_offset + stratum.place, counter);
+  number_places(mask, selection.mask + at, selection.prefix + at, tokens, sequence.entry_offset + stratum.place,
+                counter);
 }
 
 // What a launch needs besides its arguments.

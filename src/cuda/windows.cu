@@ -22,21 +22,12 @@ static_assert(rules::kLongestPiece <= kTokensHeld && rules::kLongestSum <= kToke
 constexpr int blocks_that_sum(int levels) { return levels <= 2 ? 7 : levels == 3 ? 6 : 4; }
 constexpr int blocks_that_spread(int levels) { return levels <= 1 ? 8 : levels == 2 ? 6 : 4; }
 
-// A pair on the device; strides in elements.
-template <class T>
-struct DevicePair {
-  const T* source;
-  T* target;
-  int64_t source_row, source_head, source_token;
-  int64_t target_row, target_head, target_token;
-  int heads;
-  int group;  // of its heads, so many share a choice
-};
-
 template <class T>
 struct WindowsLaunch {
-  DevicePair<T> pairs[kMaxPairs];
-  int heads;  // of all pairs together
+  Pair pairs[kMaxPairs];
+  int heads[kMaxPairs];   // of each pair
+  int groups[kMaxPairs];  // of its heads, so many share a choice
+  int all_heads;
   rules::Reach reach;
   Divisor divisors[kMaxLevels];
   Pieces units;
@@ -44,7 +35,7 @@ struct WindowsLaunch {
   int units_per_block;
   int inner;                // levels 1 to this one have windows that lie in one unit
   int windows[kMaxLevels];  // of the levels up to `inner`
-  float* sums;              // of each unit, [sequence, head, unit, head_dim]; null where no window is longer than a unit
+  float* sums;  // of each unit, [sequence, head, unit, head_dim]; null where no window is longer than a unit
   ConstSelection selection;
 };
 
@@ -58,7 +49,7 @@ struct Token {
 template <class T>
 struct Block {
   const WindowsLaunch<T>& launch;
-  DevicePair<T> pair;
+  Pair pair;
   int head;           // of the pair
   int64_t first_sum;  // of its sequence and head
   Sequence sequence;
@@ -69,10 +60,10 @@ struct Block {
       : launch(all), sequence(all.selection.sequences.at(index)) {
     int which = 0;
     head = static_cast<int>(blockIdx.x);
-    while (head >= all.pairs[which].heads) head -= all.pairs[which++].heads;
+    while (head >= all.heads[which]) head -= all.heads[which++];
     pair = all.pairs[which];
-    first_sum = all.units.before(index) * all.heads + blockIdx.x * all.units.of(index);
-    const int64_t start = all.selection.start(sequence, head / pair.group);
+    first_sum = all.units.before(index) * all.all_heads + blockIdx.x * all.units.of(index);
+    const int64_t start = all.selection.start(sequence, head / all.groups[which]);
     mask = all.selection.mask + start;
     prefix = all.selection.prefix + start;
   }
@@ -80,13 +71,11 @@ struct Block {
   // This thread's column of the first token, or of the first entry, of the row.
   template <int kWidth>
   __device__ const T* source(int64_t token_offset) const {
-    return pair.source + sequence.row * pair.source_row + head * pair.source_head +
-           token_offset * pair.source_token + threadIdx.x * kWidth;
+    return row_at<T>(pair.source, sequence.row, head, token_offset) + threadIdx.x * kWidth;
   }
   template <int kWidth>
   __device__ T* target(int64_t token_offset) const {
-    return pair.target + sequence.row * pair.target_row + head * pair.target_head +
-           token_offset * pair.target_token + threadIdx.x * kWidth;
+    return row_at<T>(pair.target, sequence.row, head, token_offset) + threadIdx.x * kWidth;
   }
 
   // The place of any entry, or -1 where it is not chosen.
@@ -140,7 +129,7 @@ __global__ void __launch_bounds__(threads_of(kWidth), blocks_that_sum(kLevels) *
       const auto close = [&](int level, int i) {
         const Token choice = tokens[at_end ? i : i - (i - own) % launch.windows[level]];
         if (rules::is_chosen(choice.mask, level)) {
-          store<T, kWidth>(target + rules::place(choice.mask, choice.prefix, level) * block.pair.target_token,
+          store<T, kWidth>(target + rules::place(choice.mask, choice.prefix, level) * block.pair.target.strides[2],
                            narrowed<T>(open[level] / launch.divisors[level]));
         }
       };
@@ -154,7 +143,7 @@ __global__ void __launch_bounds__(threads_of(kWidth), blocks_that_sum(kLevels) *
         for (int j = 0; j < kRowsAhead; ++j) {
           if (start + j < end) batch[j] = tokens[start + j];
           rows[j] = begin <= start + j && start + j < end ? load<T, kWidth>(row) : no_column<T, kWidth>();
-          row += block.pair.source_token;
+          row += block.pair.source.strides[2];
         }
 #pragma unroll
         for (int j = 0; j < kRowsAhead; ++j) {
@@ -162,7 +151,8 @@ __global__ void __launch_bounds__(threads_of(kWidth), blocks_that_sum(kLevels) *
           const Token token = batch[j];
           add(open[1], widened(rows[j]));
           if (rules::is_chosen(token.mask, 0)) {
-            store<T, kWidth>(target + rules::place(token.mask, token.prefix, 0) * block.pair.target_token, rows[j]);
+            store<T, kWidth>(target + rules::place(token.mask, token.prefix, 0) * block.pair.target.strides[2],
+                             rows[j]);
           }
           if (token.edges == 0) continue;
 #pragma unroll
@@ -177,8 +167,7 @@ __global__ void __launch_bounds__(threads_of(kWidth), blocks_that_sum(kLevels) *
         }
       }
       if (launch.sums != nullptr) {
-        float* const sums =
-            launch.sums + ((block.first_sum + unit + threadIdx.y) * blockDim.x + threadIdx.x) * kWidth;
+        float* const sums = launch.sums + ((block.first_sum + unit + threadIdx.y) * blockDim.x + threadIdx.x) * kWidth;
 #pragma unroll
         for (int level = 1; level <= kLevels; ++level) {
           if (level == rules::larger(1, launch.inner)) {
@@ -215,7 +204,7 @@ __global__ void __launch_bounds__(threads_of(kWidth))
       for (int i = 0; i < kWidth; ++i) sums[first * blockDim.x * kWidth + i] = sum.numbers[i];
       const int64_t place = block.place(level, window - static_cast<int>(launch.reach));
       if (place >= 0) {
-        store<T, kWidth>(block.template target<kWidth>(0) + place * block.pair.target_token,
+        store<T, kWidth>(block.template target<kWidth>(0) + place * block.pair.target.strides[2],
                          narrowed<T>(sum / launch.divisors[level]));
       }
     }
@@ -245,7 +234,7 @@ __global__ void __launch_bounds__(threads_of(kWidth), blocks_that_spread(kLevels
       if (unit + threadIdx.y >= launch.units.of(index)) continue;
 
       const auto entry = [&](const Token& choice, int level) {
-        return load<T, kWidth>(source + rules::place(choice.mask, choice.prefix, level) * block.pair.source_token);
+        return load<T, kWidth>(source + rules::place(choice.mask, choice.prefix, level) * block.pair.source.strides[2]);
       };
       const int begin = rules::larger(own, -first);
       const int end = rules::smaller(own + launch.unit, block.sequence.tokens - first);
@@ -256,7 +245,7 @@ __global__ void __launch_bounds__(threads_of(kWidth), blocks_that_spread(kLevels
             block.place(level, rules::entry_reaching(launch.reach, pyramid.windows[level], first + begin));
         if (at >= 0) {
           add(above[kLevels + 1],
-              widened(load<T, kWidth>(source + at * block.pair.source_token)) / launch.divisors[level]);
+              widened(load<T, kWidth>(source + at * block.pair.source.strides[2])) / launch.divisors[level]);
         }
       }
 #pragma unroll
@@ -302,7 +291,7 @@ __global__ void __launch_bounds__(threads_of(kWidth), blocks_that_spread(kLevels
           } else if (begin <= start + j) {
             store<T, kWidth>(row, coarse);
           }
-          row += block.pair.target_token;
+          row += block.pair.target.strides[2];
         }
       }
     }
@@ -346,26 +335,18 @@ WindowsLaunch<T> make_launch(std::span<const Pair> pairs, const ConstSelection& 
     if (rule.mean) launch.divisors[level] = divisor_of(window);
   }
   for (size_t i = 0; i < pairs.size(); ++i) {
-    const ConstView& source = pairs[i].source;
-    const View& target = pairs[i].target;
-    launch.pairs[i] = {.source = static_cast<const T*>(source.data),
-                       .target = static_cast<T*>(target.data),
-                       .source_row = source.strides[0],
-                       .source_head = source.strides[1],
-                       .source_token = source.strides[2],
-                       .target_row = target.strides[0],
-                       .target_head = target.strides[1],
-                       .target_token = target.strides[2],
-                       .heads = static_cast<int>(source.heads()),
-                       .group = static_cast<int>(source.heads() / selection.kv_heads)};
-    launch.heads += launch.pairs[i].heads;
+    launch.pairs[i] = pairs[i];
+    launch.heads[i] = static_cast<int>(pairs[i].source.heads());
+    launch.groups[i] = static_cast<int>(pairs[i].source.heads() / selection.kv_heads);
+    launch.all_heads += launch.heads[i];
   }
   return launch;
 }
 
 template <class T>
 dim3 grid_of(const WindowsLaunch<T>& launch, const Pieces& pieces, int64_t pieces_per_block) {
-  return grid_over(launch.heads, rules::ceil_div(pieces.most(), pieces_per_block), launch.selection.sequences.count());
+  return grid_over(launch.all_heads, rules::ceil_div(pieces.most(), pieces_per_block),
+                   launch.selection.sequences.count());
 }
 
 // Calls function with the smallest of the compiled numbers of levels that holds `levels`. Each window is at least twice
@@ -420,7 +401,7 @@ void sum_windows(std::span<const Pair> pairs, const ConstSelection& selection, r
       const int64_t window = pyramid.windows[static_cast<size_t>(level)];
       const Pieces windows = cut_by(selection.sequences, rule.reach, window);
       sum_level<T, kWidth><<<grid_of(launch, windows, threads.y), threads, 0, queue>>>(launch, level, finer / cut.unit,
-                                                                                      window / finer, windows);
+                                                                                       window / finer, windows);
       check_launch("sum_level");
       finer = window;
     }

@@ -139,6 +139,16 @@ Tensor scatter_backward(Tensor grad_output, Tensor mask, Tensor prefix, std::vec
   return grad_output_sub;
 }
 
+template <class Device, class Library>
+void register_on(Library& library) {
+  library.impl("score", TORCH_BOX(&score<Device>));
+  library.impl("select", TORCH_BOX(&lighthouse::bindings::select<Device>));
+  library.impl("gather", TORCH_BOX(&gather<Device>));
+  library.impl("gather_backward", TORCH_BOX(&gather_backward<Device>));
+  library.impl("scatter", TORCH_BOX(&scatter<Device>));
+  library.impl("scatter_backward", TORCH_BOX(&scatter_backward<Device>));
+}
+
 }  // namespace
 }  // namespace lighthouse::bindings
 
@@ -164,13 +174,7 @@ STABLE_TORCH_LIBRARY(lighthouse, library) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lighthouse, CPU, library) {
-  using namespace lighthouse::bindings;
-  library.impl("score", TORCH_BOX(&score<Cpu>));
-  library.impl("select", TORCH_BOX(&lighthouse::bindings::select<Cpu>));
-  library.impl("gather", TORCH_BOX(&gather<Cpu>));
-  library.impl("gather_backward", TORCH_BOX(&gather_backward<Cpu>));
-  library.impl("scatter", TORCH_BOX(&scatter<Cpu>));
-  library.impl("scatter_backward", TORCH_BOX(&scatter_backward<Cpu>));
+  lighthouse::bindings::register_on<lighthouse::bindings::Cpu>(library);
 }
 
 // What the CUDA kernels were compiled for, as CMake spells it; empty without them.
@@ -184,12 +188,6 @@ extern "C" [[gnu::visibility("default")]] const char* lighthouse_cuda_architectu
 
 #if defined(LIGHTHOUSE_CUDA)
 STABLE_TORCH_LIBRARY_IMPL(lighthouse, CUDA, library) {
-  using namespace lighthouse::bindings;
-  library.impl("score", TORCH_BOX(&score<Cuda>));
-  library.impl("select", TORCH_BOX(&lighthouse::bindings::select<Cuda>));
-  library.impl("gather", TORCH_BOX(&gather<Cuda>));
-  library.impl("gather_backward", TORCH_BOX(&gather_backward<Cuda>));
-  library.impl("scatter", TORCH_BOX(&scatter<Cuda>));
-  library.impl("scatter_backward", TORCH_BOX(&scatter_backward<Cuda>));
+  lighthouse::bindings::register_on<lighthouse::bindings::Cuda>(library);
 }
 #endif

@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <exception>
@@ -125,15 +126,9 @@ inline constexpr std::array<int64_t, 4> kTokensFirst{0, 2, 1, 3};  // [batch, to
 
 inline std::array<int64_t, 4> order_of(const char* argument, const std::vector<int64_t>& order) {
   require(order.size() == 4 && order[3] == 3, argument, " must name four dimensions, the head dimension last");
-  std::array<int64_t, 4> result{};
-  unsigned seen = 0;
-  for (size_t i = 0; i < 4; ++i) {
-    require(0 <= order[i] && order[i] < 4, argument, " must be a permutation of 0, 1, 2, 3");
-    seen |= 1u << order[i];
-    result[i] = order[i];
-  }
-  require(seen == 0b1111u, argument, " must be a permutation of 0, 1, 2, 3");
-  return result;
+  require(std::is_permutation(order.begin(), order.end(), kHeadsFirst.begin()), argument,
+          " must be a permutation of 0, 1, 2, 3");
+  return {order[0], order[1], order[2], order[3]};
 }
 
 // Torch's own threads. What a piece throws is kept: it must not cross torch's C interface.

@@ -151,6 +151,21 @@ TEST(Sequences, AreTheRows) {
   }
 }
 
+TEST(Sequences, ArePiecedOneAfterAnother) {
+  const Sequences sequences = sequences_of(3, 40, pyramid({1, 4}), TopK::count(2));
+  const Pieces pieces = sequences.pieces([&](int64_t index) { return sequences.at(index).tokens / 8; });
+  EXPECT_EQ(pieces.total(), 15);
+  EXPECT_EQ(pieces.most(), 5);
+  int64_t number = 0;
+  for (int64_t index = 0; index < sequences.count(); ++index) {
+    EXPECT_EQ(pieces.before(index), number);
+    for (int64_t piece = 0; piece < pieces.of(index); ++piece, ++number) {
+      EXPECT_EQ(pieces.at(number).sequence, index);
+      EXPECT_EQ(pieces.at(number).piece, piece);
+    }
+  }
+}
+
 TEST(DTypes, HaveNamesAndSizes) {
   EXPECT_STREQ(lighthouse::name(DType::bfloat16), "bfloat16");
   EXPECT_STREQ(lighthouse::name(DType::float16), "float16");
