@@ -1,6 +1,7 @@
 """The rooms of the package depend on one another one way, and no two modules lead to each other (docs/design.md)."""
 
 import ast
+import re
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -69,3 +70,9 @@ def test_no_modules_lead_to_each_other():
 
 def test_rooms_lead_one_way():
     TopologicalSorter(ROOMS).prepare()
+
+
+def test_a_setting_stands_in_few_files():
+    """`Method` describes the settings for every command, file, report and card: a new one is a line there."""
+    files = [module for module, path in MODULES.items() if re.search(r"\bselect_topk\b", path.read_text())]
+    assert len(files) <= 16, files
