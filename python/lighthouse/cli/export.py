@@ -51,6 +51,7 @@ def main(arguments: Sequence[str]) -> int:
         return 1
     finally:
         signal.signal(signal.SIGTERM, before)
+    assert exported is not None  # that is for the others of several processes
     console.print(_table(exported))
     try:
         write_json(asdict(exported), options.json)

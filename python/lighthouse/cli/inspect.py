@@ -8,6 +8,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from lighthouse.training.extra import require_train_extra
 
@@ -89,9 +90,10 @@ def _choices(options: argparse.Namespace) -> tuple[Choices, list[str], list[str]
     tokenizer_folder = options.tokenizer or (options.model if (folder / "tokenizer_config.json").is_file() else None)
     tokenizer = load_tokenizer(tokenizer_folder)
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, output_loading_info=True)
     except SafetensorError as error:
         raise ValueError(f"model={options.model!r}: its weights cannot be read, the file is damaged: {error}") from None
+    model, loading = loaded
     missing = sorted(loading["missing_keys"])
     if missing:
         raise ValueError(
@@ -135,7 +137,7 @@ def _choices(options: argparse.Namespace) -> tuple[Choices, list[str], list[str]
         choices = choices_of(model.to(device), torch.tensor([ids], device=device))
     finally:
         logging.disable(logging.NOTSET)
-    return choices, [tokenizer.decode([i]) or "\ufffd" for i in ids], notes  # a byte alone may be no character
+    return choices, [str(tokenizer.decode([i])) or "\ufffd" for i in ids], notes  # a byte alone may be no character
 
 
 def _ids(encode: Encoder, name: str, most: int) -> list[int]:

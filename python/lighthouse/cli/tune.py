@@ -18,6 +18,7 @@ from lighthouse.cli.shared import check_folders, write_text  # noqa: E402
 from lighthouse.report.study import nothing_known, of_the_given  # noqa: E402
 from lighthouse.studies.tune import Study, TuneOptions, prepare_study  # noqa: E402
 from lighthouse.training import RunFailed, Stopped  # noqa: E402
+from lighthouse.training.result import STOPPED  # noqa: E402
 
 EXAMPLE = """\
 examples:
@@ -62,7 +63,7 @@ def _run(study: Study, json_file: str | None) -> int:
             write_text(result.results.read_text(encoding="utf-8"), json_file)
     except (KeyboardInterrupt, Stopped) as error:
         print(f"\nInterrupted. What is trained is kept, and `{study.go_on}` goes on.", file=sys.stderr)
-        return 130 if isinstance(error, KeyboardInterrupt) else error.code
+        return 130 if isinstance(error, KeyboardInterrupt) else STOPPED
     except (RunFailed, OSError) as error:
         print(f"lighthouse tune: error: {error}", file=sys.stderr)
         if study.begun:

@@ -77,9 +77,9 @@ class History:
     @property
     def stages(self) -> list[tuple[str, int, int | None]]:
         """(name, steps, tokens or None) of the stages up to `step`."""
-        if self.step is None or self.switch_step is None:
-            return []
         first = self.steps_with_lighthouse
+        if self.step is None or first is None:
+            return []
         tokens = first_tokens = rest = None
         if self.tokens is not None:
             tokens, first_tokens = self.tokens, self.lighthouse_tokens
@@ -153,11 +153,12 @@ def _of_a_run(folder: Path, record: dict, state: dict) -> History:
     """A checkpoint of `lighthouse pretrain`. Those of earlier versions tell nothing of their run by themselves."""
     run, facts = _read(folder.parent / SETTINGS), record["args"].get("facts")
     attributes = record["attributes"]
-    if run is None and not facts:
+    told = facts or run
+    if told is None:
         history = _of_a_trainer(folder, state)
         history.switch_step = steps_in_record(attributes).last
         return history
-    history = _settings_of(facts or run, steps_in_record(attributes), state["global_step"])
+    history = _settings_of(told, steps_in_record(attributes), state["global_step"])
     history.held_out = [(point["step"], point["loss"]) for point in attributes["held_out"]]
     history.tokenizer_identity = ((run or {}) | (facts or {})).get("tokenizer_identity")
     if facts and run is not None:
@@ -174,11 +175,12 @@ def _of_a_run(folder: Path, record: dict, state: dict) -> History:
 def _settings_of(run: dict, steps: Steps, step: int) -> History:
     """`steps` are those of the whole run; of them the weights have the first `step`."""
     last = min(step, steps.last)
-    history = History(step=step, switch_step=last, lighthouse_steps=min(step, steps.lighthouse))
+    lighthouse = min(step, steps.lighthouse)
+    history = History(step=step, switch_step=last, lighthouse_steps=lighthouse)
     history.context, history.losses_are_dense, history.losses_are_ours = run["context"], True, True
     history.tokens = step * run["tokens_per_step"]
-    history.lighthouse_tokens = history.lighthouse_steps * run["tokens_per_step"]
-    if history.lighthouse_steps > 0:
+    history.lighthouse_tokens = lighthouse * run["tokens_per_step"]
+    if lighthouse > 0:
         history.method = Method.of(run)
         history.dense_layers = run["dense_layers"]
     return history
@@ -191,7 +193,8 @@ def _of_a_trainer(folder: Path, state: dict) -> History:
     """
     attributes = _ours_in(state)
     if "loaded" in attributes and _told_until(attributes) == state["global_step"]:
-        state, doubts = state | (attributes["loaded"] or {}), []
+        state = state | (attributes["loaded"] or {})
+        doubts: list[str] = []
     else:
         state, doubts = _of_these_weights(folder, state)
     attributes, step = _ours_in(state), state["global_step"]
@@ -210,11 +213,12 @@ def _of_a_trainer(folder: Path, state: dict) -> History:
             )
             return _up_to_its_step(history)
         # By tokens the switch's step is None until it is there: all steps so far used Lighthouse.
-        history.switch_step = history.step if attributes["step"] is None else attributes["step"]
+        switch_step = step if attributes["step"] is None else attributes["step"]
+        history.switch_step = switch_step
         history.lighthouse_tokens = attributes["tokens"]
         if attributes.get("steps") is not None:  # what happened; earlier versions saved what was planned alone
             steps = Steps(**attributes["steps"])
-            if steps.lighthouse != min(history.step, history.switch_step):
+            if steps.lighthouse != min(step, switch_step):
                 history.lighthouse_tokens = None  # it counts up to the switch
             history.switch_step, history.lighthouse_steps = steps.last, steps.lighthouse
         if history.lighthouse_steps != 0:
@@ -246,7 +250,7 @@ def _of_these_weights(folder: Path, state: dict) -> tuple[dict, list[str]]:
     weights = weights_in(folder)
     for checkpoint in (best, best.with_name(f"{PREFIX_CHECKPOINT_DIR}-{step}")):
         if (checkpoint / STATE).is_file() and weights_in(checkpoint) == weights:
-            return _read(checkpoint / STATE), []
+            return _read(checkpoint / STATE) or state, []
     return state, [
         f"Whether these weights are of step {step:,}, as is told here, or with load_best_model_at_end of the best "
         f"checkpoint, of step {step_of(best):,}, is not recorded beside them."
@@ -255,7 +259,8 @@ def _of_these_weights(folder: Path, state: dict) -> tuple[dict, list[str]]:
 
 def _up_to_its_step(history: History) -> History:
     """An evaluation is logged twice where the Trainer repeats it: once will do."""
-    history.held_out = sorted(dict(point for point in history.held_out if point[0] <= history.step).items())
+    step = history.step or 0
+    history.held_out = sorted(dict(point for point in history.held_out if point[0] <= step).items())
     return history
 
 
@@ -361,7 +366,7 @@ def _table(head: tuple[str, ...], rows: list[tuple]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def settings_shown(method: Method, dense_layers: int) -> list[tuple[str, str]]:
+def settings_shown(method: Method, dense_layers: int | None) -> list[tuple[str, str]]:
     """Rows of the card's table of settings."""
     rows = [(f"`{name}`", text.replace(" ", ", ")) for name, text in method.texts().items()]
     return [*rows, ("dense layers at each end", str(dense_layers))]

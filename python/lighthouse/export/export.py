@@ -18,8 +18,10 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -106,16 +108,20 @@ def export(
         ExportFailed: no space, or the written folder does not give the source's logits. Nothing is left of it.
     """
     dtype = _dtype_of(dtype)
-    is_path = isinstance(model, (str, os.PathLike))
     first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-    if not first and (is_path or not is_sharded(model)):
+    if not first and (isinstance(model, (str, os.PathLike)) or not is_sharded(model)):
         return None
     folder = Path(os.path.abspath(folder))
-    source_folder = checkpoint_in(Path(model)) if is_path else None
+    source_folder: Path | None = None
+    if isinstance(model, (str, os.PathLike)):
+        source_folder = checkpoint_in(Path(model))
+        described = partial(from_checkpoint, source_folder)
+    else:
+        described = partial(from_model, model)
     _check_folder(folder, source_folder, force)
     if isinstance(tokenizer, (str, os.PathLike)):
         tokenizer = load_tokenizer(os.fspath(tokenizer))
-    source = from_checkpoint(source_folder, tokenizer) if is_path else from_model(model, tokenizer)
+    source = described(tokenizer)
 
     say(f"reading {source.name}")
     weights = source.weights()  # of shards by all processes
@@ -221,7 +227,7 @@ def _make_readable(folder: Path) -> None:
 
 
 def _plain_model(source: Source, weights: dict[str, torch.Tensor], dtype: torch.dtype) -> PreTrainedModel:
-    model, loading = source.model_class.from_pretrained(
+    loaded: Any = source.model_class.from_pretrained(
         None,
         config=type(source.config).from_dict(source.config.to_dict()),
         state_dict=dict(weights),
@@ -229,6 +235,7 @@ def _plain_model(source: Source, weights: dict[str, torch.Tensor], dtype: torch.
         attn_implementation="sdpa",
         output_loading_info=True,
     )
+    model, loading = loaded
     faults = {name: sorted(map(str, found)) for name, found in loading.items() if found}
     if faults:
         raise ValueError(f"{source.name} does not fit a plain {source.model_class.__name__}: {faults}")

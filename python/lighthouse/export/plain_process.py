@@ -98,7 +98,7 @@ def inference(request):
         done = synchronize()
         return filled - begin, (done - filled) / request["new_tokens"], first, torch.cat(tokens)
 
-    times = {"exported": [], "plain": []}
+    times: dict[str, list] = {"exported": [], "plain": []}
     with torch.inference_mode():
         begin = time.perf_counter()
         *_, one_logits, one_tokens = generate(exported)

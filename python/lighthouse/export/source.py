@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -108,19 +109,21 @@ def from_checkpoint(folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> 
     if named not in classes:
         raise ValueError(f"checkpoint={str(folder)!r} is of {named}: one of {', '.join(classes)} is needed")
     model_class = classes[named]
+    config_class = model_class.config_class or PretrainedConfig
     generation_config, history = None, history_of_checkpoint(folder)
     if (folder / GENERATION_CONFIG).is_file():
         generation_config = GenerationConfig.from_pretrained(folder)
 
     def weights() -> dict[str, torch.Tensor]:
         try:
-            model, loading = model_class.from_pretrained(
+            loaded: Any = model_class.from_pretrained(
                 folder, dtype="auto", local_files_only=True, use_safetensors=True, output_loading_info=True
             )
         except SafetensorError as error:
             raise ValueError(
                 f"checkpoint={str(folder)!r}: its weights cannot be read, the file is damaged: {error}"
             ) from None
+        model, loading = loaded
         faults = {name: sorted(map(str, found)) for name, found in loading.items() if found}
         if faults:
             raise ValueError(f"checkpoint={str(folder)!r} does not fit its {CONFIG}: {faults}")
@@ -129,7 +132,7 @@ def from_checkpoint(folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> 
     return Source(
         name=str(folder),
         model_class=model_class,
-        config=model_class.config_class.from_pretrained(folder),
+        config=config_class.from_pretrained(folder),
         generation_config=generation_config,
         weights=weights,
         tokenizer=tokenizer or tokenizer_of(folder, history),

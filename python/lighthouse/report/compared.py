@@ -8,7 +8,7 @@ runs: each run's dense steps tell, since they do the same work (`Control`).
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -18,6 +18,7 @@ from lighthouse.core.files import write_whole
 from lighthouse.core.method import Method
 from lighthouse.export.export import Exported
 from lighthouse.export.plain import Inference
+from lighthouse.report.known import known
 from lighthouse.training.depends import FREE_BETWEEN_RUNS
 from lighthouse.training.result import HeldOut, PretrainResult, crossing, versions
 from lighthouse.training.resume import differences
@@ -53,15 +54,15 @@ def recovery_of(run: PretrainResult) -> Recovery | None:
     if at is None or at + 1 == len(run.held_out):
         return None
     switch, *after = run.held_out[at:]
-    first = {"first_steps": after[0].step - switch.step, "first": after[0].loss}
+    first_steps, first = after[0].step - switch.step, after[0].loss
     if after[0].loss <= switch.loss:
-        return Recovery(switch.loss, 0.0, 0.0, 0.0, **first)
+        return Recovery(switch.loss, 0.0, 0.0, 0.0, first_steps, first)
     back = next((i for i, point in enumerate(after) if point.loss <= switch.loss), None)
     jump = max(point.loss for point in after[:back]) - switch.loss
     if back is None:
-        return Recovery(switch.loss, jump, None, None, **first)
+        return Recovery(switch.loss, jump, None, None, first_steps, first)
     step, seconds = crossing(after[back - 1], after[back], switch.loss)
-    return Recovery(switch.loss, jump, step - switch.step, seconds - switch.seconds, **first)
+    return Recovery(switch.loss, jump, step - switch.step, seconds - switch.seconds, first_steps, first)
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,8 @@ class Control:
     @property
     def difference(self) -> float:
         """By how much the faster run's dense steps were faster than the other's."""
-        return max(self.baseline, self.two_stage) / min(self.baseline, self.two_stage) - 1
+        rates = known(self.baseline), known(self.two_stage)
+        return max(rates) / min(rates) - 1
 
 
 def step_seconds(run: PretrainResult, begin: int, end: int) -> list[float]:
@@ -106,8 +108,8 @@ def control_of(baseline: PretrainResult, two_stage: PretrainResult) -> Control:
     dense = [step_seconds(run, run.switch_step, run.steps) for run in runs]
     enough = min(map(len, dense)) >= LEAST_DENSE_STEPS
     tokens = two_stage.settings.get("tokens_per_step", two_stage.context)
-    rates = [tokens / median(steps) for steps in dense] if enough else (None, None)
-    found = Control(*rates, slow=tuple(map(_slow, runs)), why_not=None)
+    ours, theirs = (tokens / median(steps) if enough else None for steps in dense)
+    found = Control(ours, theirs, (_slow(baseline), _slow(two_stage)), why_not=None)
     why_not = None
     if baseline.device != two_stage.device:
         why_not = (
@@ -125,15 +127,15 @@ def control_of(baseline: PretrainResult, two_stage: PretrainResult) -> Control:
         )
     elif found.difference > AGREE:
         why_not = (
-            f"The machine was not quiet: dense steps, the same work in both runs, ran at {rates[0]:,.0f} tokens/s in "
-            f"the baseline and at {rates[1]:,.0f} in the two-stage run; they must agree within {AGREE:.0%}."
+            f"The machine was not quiet: dense steps, the same work in both runs, ran at {ours:,.0f} tokens/s in "
+            f"the baseline and at {theirs:,.0f} in the two-stage run; they must agree within {AGREE:.0%}."
         )
     elif max(found.slow) > SLOW:
         why_not = (
             f"The machine was not quiet: {found.slow[0]:.0%} of the baseline's time and {found.slow[1]:.0%} of the "
             f"two-stage run's went into stretches slower than the run's own median; at most {SLOW:.0%} may."
         )
-    return Control(*rates, slow=found.slow, why_not=why_not)
+    return replace(found, why_not=why_not)
 
 
 @dataclass(frozen=True)
@@ -160,9 +162,9 @@ class Pair:
         found = differences(baseline.settings, two_stage.settings, FREE_BETWEEN_RUNS | OF_ONE_RUN)
         if baseline.steps != two_stage.steps:
             found.append(f"the baseline has {baseline.steps:,} steps and the two-stage run {two_stage.steps:,}")
-        first = [run.held_out[0] if run.held_out else None for run in self.runs]
-        if None not in first and first[0].step == first[1].step == 0 and first[0].loss != first[1].loss:
-            found.append(f"the loss before the first step is {first[0].loss:.4f} and {first[1].loss:.4f}")
+        first = [point.loss for run in self.runs for point in run.held_out[:1] if point.step == 0]
+        if len(first) == 2 and first[0] != first[1]:
+            found.append(f"the loss before the first step is {first[0]:.4f} and {first[1]:.4f}")
         if baseline.lighthouse is not None:
             found.append(f"the baseline had Lighthouse in {baseline.lighthouse.steps:,} steps")
         return found
@@ -194,17 +196,17 @@ class Pair:
     @property
     def loss_difference(self) -> float:
         """Of the dense held-out loss of the saved models (`which`), two-stage less baseline."""
-        return self.two_stage.loss - self.baseline.loss
+        return known(self.two_stage.loss) - known(self.baseline.loss)
 
     @cached_property
     def passes(self) -> tuple[float, float] | None:
         """Steps and training seconds at which the two-stage run has the baseline's loss; None if it never has."""
-        return self.two_stage.reaches(self.baseline.loss)
+        return self.two_stage.reaches(known(self.baseline.loss))
 
     @cached_property
     def baseline_passes(self) -> tuple[float, float]:
         """The same of the baseline itself, which may have had that loss before its end."""
-        return self.baseline.reaches(self.baseline.loss)
+        return known(self.baseline.reaches(known(self.baseline.loss)))
 
     @property
     def sooner(self) -> float | None:
@@ -262,7 +264,7 @@ class Comparison:
 
     def mean_loss(self, which: str) -> float:
         """Dense held-out loss of the models of the "baseline" or "two_stage" runs, over the seeds."""
-        return mean(getattr(pair, which).loss for pair in self.pairs)
+        return mean(known(getattr(pair, which).loss) for pair in self.pairs)
 
     def numbers(self) -> dict:
         """As JSON takes them; the checklist is the report's."""

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from statistics import mean
 
 from lighthouse.report.compared import Comparison, Pair, Stripped
+from lighthouse.report.known import known
 from lighthouse.report.page import Check, Page
 from lighthouse.report.picture import losses
 from lighthouse.report.table import minutes, speed
@@ -82,8 +83,8 @@ def _faster(found: Comparison) -> Check:
     ]
     evidence = f"The whole training took {', '.join(each)}"
     if all(pair.control.why_not is None for pair in found.pairs) and len(found.devices) == 1:
-        stages = [pair.stage_times_as_fast for pair in found.pairs]
-        of_stage = "" if None in stages else f"; its stage with Lighthouse {mean(stages):.2f} times"
+        stages = [pair.stage_times_as_fast for pair in found.pairs if pair.stage_times_as_fast is not None]
+        of_stage = "" if len(stages) < len(found.pairs) else f"; its stage with Lighthouse {mean(stages):.2f} times"
         evidence += f": {mean(pair.times_as_fast for pair in found.pairs):.2f} times as fast{of_stage}"
     said = [f"{_seed(found, pair)}{sentence}" for pair, sentence in zip(found.pairs, sentences, strict=True)]
     if len(found.devices) > 1:
@@ -125,7 +126,8 @@ def _as_good(found: Comparison) -> Check:
         if len(found.pairs) > 1
         else "One seed is one sample: with another the other run may end lower."
     )
-    passed, why = two_stage <= baseline, []
+    passed: bool | None = two_stage <= baseline
+    why = []
     for pair in found.pairs:
         run = pair.two_stage
         if pair.differences:
@@ -172,7 +174,7 @@ def _stripped(found: Comparison) -> Check:
     what, stripped = "Stripped and inference benchmarked", found.stripped
     if stripped.failure is not None:
         return Check(what, False, _sentence(stripped.failure))
-    inference = stripped.inference
+    inference, exported = known(stripped.inference), known(stripped.exported)
     ratios = [
         inference.exported.prefill_seconds / inference.plain.prefill_seconds,
         inference.exported.decode_seconds / inference.plain.decode_seconds,
@@ -186,12 +188,12 @@ def _stripped(found: Comparison) -> Check:
     return Check(
         what,
         None if plain and noisy else plain and max(ratios) <= SLOWER,
-        f"{_sentence(stripped.exported.check)} Beside a plain model with its weights it gives {outputs} outputs, bit "
+        f"{_sentence(exported.check)} Beside a plain model with its weights it gives {outputs} outputs, bit "
         f"for bit; its modules are {modules}. It takes {ratios[0]:.2f} of the plain model's time for a prefill of "
         f"{inference.exported.prompt:,} tokens and {ratios[1]:.2f} for a token of decoding (at most {SLOWER} passes), "
         f"medians of {inference.rounds} round{'' if inference.rounds == 1 else 's'}."
         + (" A model is not that much faster than the same model: the machine was not quiet." if noisy else "")
-        + "".join(f" Warning: {_sentence(warning)}" for warning in stripped.exported.warnings),
+        + "".join(f" Warning: {_sentence(warning)}" for warning in exported.warnings),
     )
 
 
@@ -238,7 +240,7 @@ def recovery(pair: Pair) -> str:
     back = (
         "not back there at the end"
         if found.steps is None
-        else f"back there after {found.steps:,.0f} steps, {minutes(found.seconds)}"
+        else f"back there after {found.steps:,.0f} steps, {minutes(known(found.seconds))}"
     )
     return (
         f"Seed {pair.seed}: {found.before:.4f} right before the switch, behind step {switch:,}; it rises by up to "

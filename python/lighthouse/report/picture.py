@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator
 
+from lighthouse.report.known import known
 from lighthouse.report.page import new_figure
 from lighthouse.report.table import minutes
 from lighthouse.training.result import HeldOut, PretrainResult
@@ -41,7 +43,7 @@ def losses(runs: Sequence[PretrainResult], against: str) -> Figure:
     axes.set_ylim(lowest - 0.06 * (top - lowest), top + 0.04 * (top - lowest))
     axes.set_xlim(left=0)
     if len(runs) > 1:
-        axes.axhline(runs[0].loss, color=OF_RUN[runs[0].name], linewidth=0.9, linestyle=":")
+        axes.axhline(known(runs[0].loss), color=OF_RUN[runs[0].name], linewidth=0.9, linestyle=":")
     if against == "time":
         longest = max(point.seconds for run in runs for point in run.held_out)
         axes.xaxis.set_major_locator(MultipleLocator(next((s for s in TICKS if longest <= 7 * s), longest / 7)))
@@ -84,9 +86,9 @@ def _curve(axes: Axes, run: PretrainResult, place: Place, label: bool) -> None:
     with_it = sum(point.step <= run.switch_step for point in run.held_out) if acted else 0
     first = points[:with_it]
     second = points[len(first) - 1 :] if first else points  # joined where the stage changes
-    style = {"color": colour, "marker": "o", "markersize": 3.5}
-    labels = ["two-stage, Lighthouse", "switch to dense", "two-stage, dense" if first else run.name]
-    labels = labels if label else [None] * 3
+    style: dict[str, Any] = {"color": colour, "marker": "o", "markersize": 3.5}
+    labels: list[str | None] = ["two-stage, Lighthouse", "switch to dense", "two-stage, dense" if first else run.name]
+    labels = labels if label else [None, None, None]
     if first:
         axes.plot(*zip(*first, strict=True), **style, ls=(0, (4, 2)), label=labels[0])
         axes.plot(*first[-1], color=colour, marker="D", markersize=7, ls="", label=labels[1])

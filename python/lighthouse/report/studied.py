@@ -14,6 +14,7 @@ from statistics import median
 
 from lighthouse.core.files import write_whole
 from lighthouse.core.method import Method
+from lighthouse.report.known import known
 from lighthouse.training.result import DENSE, LIGHTHOUSE, RESULTS, HeldOut
 
 COMPLETE, UNEQUAL, PRUNED, FAILED, SKIPPED, INTERRUPTED, RUNNING, WAITING = STATES = (
@@ -89,13 +90,13 @@ def judged(trials: Sequence[Trial], judge: str, budget: float) -> list[Trial]:
 
 def _unequal(trial: Trial, judge: str, budget: float, usual: dict[float, float]) -> str | None:
     if trial.switch_step is not None:
-        why = too_few(trial.steps, trial.switch_step)
+        why = too_few(known(trial.steps), trial.switch_step)
         if why is not None:
             return why
         acted = trial.stages.get(LIGHTHOUSE, {}).get("steps", 0)
         if acted != trial.switch_step:
             return f"Lighthouse acted in {acted:,} of the {trial.switch_step:,} steps that were to be its"
-    had = trial.seconds if judge == "time" else trial.tokens
+    had = known(trial.seconds if judge == "time" else trial.tokens)
     if abs(had / budget - 1) > TOLERANCE:
         of_each = (
             f"{had:,.1f} s where each has {budget:,.1f}" if judge == "time" else f"{had:,} tokens of {budget:,.0f}"
@@ -103,7 +104,7 @@ def _unequal(trial: Trial, judge: str, budget: float, usual: dict[float, float])
         return f"it had {of_each} ({had / budget - 1:+.0%}; {TOLERANCE:.0%} are allowed)"
     expected = usual.get(_tokens_per_step(trial))
     if expected is not None:
-        off = trial.seconds_per_step[DENSE] / expected - 1
+        off = known(trial.seconds_per_step)[DENSE] / expected - 1
         if abs(off) > TOLERANCE:
             return (
                 f"the machine was not as fast: a dense step, the same work in all trials of its batch, took {off:+.0%} "
@@ -113,12 +114,12 @@ def _unequal(trial: Trial, judge: str, budget: float, usual: dict[float, float])
 
 
 def _tokens_per_step(trial: Trial) -> float:
-    return trial.tokens / trial.steps
+    return known(trial.tokens) / known(trial.steps)
 
 
 def _usual_dense_seconds(trials: Sequence[Trial]) -> dict[float, float]:
     """By tokens of a step, what a dense one took when trials were timed: the median over these."""
-    by_batch = {}
+    by_batch: dict[float, list[float]] = {}
     for trial in trials:
         if trial.state == COMPLETE and trial.seconds_per_step:
             by_batch.setdefault(_tokens_per_step(trial), []).append(trial.seconds_per_step[DENSE])
@@ -149,7 +150,7 @@ class StudyResult:
     @property
     def best(self) -> Trial | None:
         """The complete trial with the smallest loss; None where none is complete, or none comparable."""
-        return min(self.of(COMPLETE), key=lambda trial: trial.loss, default=None)
+        return min(self.of(COMPLETE), key=lambda trial: known(trial.loss), default=None)
 
     @property
     def given(self) -> Trial | None:
@@ -159,9 +160,9 @@ class StudyResult:
     @property
     def front(self) -> list[Trial]:
         """The complete trials that none is both faster and better than, fastest first."""
-        front = []
-        for trial in sorted(self.of(COMPLETE), key=lambda trial: (trial.seconds, trial.loss)):
-            if not front or trial.loss < front[-1].loss:
+        front: list[Trial] = []
+        for trial in sorted(self.of(COMPLETE), key=lambda trial: (known(trial.seconds), known(trial.loss))):
+            if not front or known(trial.loss) < known(front[-1].loss):
                 front.append(trial)
         return front
 

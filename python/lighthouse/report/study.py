@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lighthouse.core.method import Method
+from lighthouse.report.known import known
 from lighthouse.report.page import Page
 from lighthouse.report.studied import (
     COMPLETE,
@@ -38,12 +39,12 @@ def page_of(result: StudyResult, best_file: Path | None) -> Page:
     if result.best is None:
         page.text(nothing_known(result))
     else:
-        _best(page, result, best_file)
+        _best(page, result, result.best, best_file)
         page.section("Loss against time")
         page.figure("loss-against-time", curves(result), _curves_alt(result))
         page.table(
             ("trial", "loss", "time", *_heads(names)),
-            [(t.number, f"{t.loss:.4f}", _time(t.seconds), *_values(t, names)) for t in result.front],
+            [(t.number, f"{t.loss:.4f}", _time(known(t.seconds)), *_values(t, names)) for t in result.front],
             caption="The front: no other complete trial is both faster and better.",
         )
         _importance(page, result)
@@ -66,10 +67,8 @@ def nothing_known(result: StudyResult) -> str:
     return text
 
 
-def of_the_given(result: StudyResult) -> str | None:
-    """What is to be said of the given setting where it is not compared; None where it is."""
-    if result.given is not None:
-        return None
+def of_the_given(result: StudyResult) -> str:
+    """What is to be said of the given setting where it is not compared."""
     trial = next((trial for trial in reversed(result.trials) if trial.given), None)
     why = "it was not tried" if trial is None else f"{trial.state}{f': {trial.why}' if trial.why else ''}"
     return f"Whether this is better than the given setting is not known: {why}."
@@ -80,11 +79,11 @@ def _lead(result: StudyResult) -> str:
     return f"Trials: {', '.join(counts)}. Sampler: {result.sampler}. Device: {result.device}."
 
 
-def _best(page: Page, result: StudyResult, best_file: Path | None) -> None:
-    best, given = result.best, result.given
+def _best(page: Page, result: StudyResult, best: Trial, best_file: Path | None) -> None:
+    given = result.given
     page.section("The best setting")
     names = list(best.texts)
-    rows = list(zip(_heads(names), _values(best, names), strict=True))
+    rows: list[tuple[str, ...]] = list(zip(_heads(names), _values(best, names), strict=True))
     head = ["", f"best: trial {best.number}".replace(" ", NBSP)]
     if given is not None and given is not best:
         head.append(f"given: trial {given.number}".replace(" ", NBSP))
@@ -147,7 +146,7 @@ def _judged(result: StudyResult) -> str:
     text += "How many steps these are follows from steps of both stages that were timed before the trial, the "
     text += "fastest of a few. "
     if complete:
-        least, most = (limit(trial.seconds for trial in complete) for limit in (min, max))
+        least, most = (limit(known(trial.seconds) for trial in complete) for limit in (min, max))
         text += f"The comparable trials really took {least:,.1f} to {most:,.1f} s, "
         text += f"{least / result.budget - 1:+.0%} to {most / result.budget - 1:+.0%}. "
     return text + always
@@ -159,7 +158,7 @@ def _trials(page: Page, result: StudyResult) -> None:
     alike = [f"{name} {text}" for name, text in first.items() if name not in names]
     if alike:
         page.text(f"Alike in all trials: {', '.join(alike)}.")
-    trials = sorted(result.of(COMPLETE), key=lambda trial: trial.loss)
+    trials = sorted(result.of(COMPLETE), key=lambda trial: known(trial.loss))
     page.table(
         ("trial", "loss", *_heads(names), "time", "steps", "state", ""),
         [

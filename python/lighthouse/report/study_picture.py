@@ -9,6 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
+from lighthouse.report.known import known
 from lighthouse.report.page import new_figure
 from lighthouse.report.picture import COLOURS, make_plain
 from lighthouse.report.studied import COMPLETE, PRUNED, StudyResult
@@ -45,8 +46,8 @@ def curves(result: StudyResult) -> Figure:
             )
     front = result.front
     axes.step(
-        [trial.seconds for trial in front],
-        [trial.loss for trial in front],
+        [known(trial.seconds) for trial in front],
+        [known(trial.loss) for trial in front],
         where="post",
         color=BLUE,
         linewidth=1,
@@ -54,11 +55,11 @@ def curves(result: StudyResult) -> Figure:
         markersize=4,
         label="front",
     )
-    ends = [trial.loss for trial in result.of(COMPLETE)]
+    ends = [known(trial.loss) for trial in result.of(COMPLETE)]
     reach = max(max(ends) - min(ends), 0.02)
     highest = max(point.loss for trial in result.of(COMPLETE, PRUNED) for point in trial.held_out)
     axes.set_ylim(min(ends) - 0.15 * reach, min(highest, max(ends) + 1.5 * reach) + 0.1 * reach)
-    longest = max(trial.seconds for trial in result.of(COMPLETE, PRUNED))
+    longest = max(known(trial.seconds) for trial in result.of(COMPLETE, PRUNED))
     if longest > SECONDS:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda seconds, _: minutes(seconds)))
     unit = "minutes:seconds" if longest > SECONDS else "seconds"
@@ -109,7 +110,7 @@ def slices(result: StudyResult) -> Figure | None:
     for place, (name, values) in enumerate(columns.items(), 1):
         axes = figure.add_subplot(rows, 2, place)
         colours = [AMBER if trial is result.best else GREY for trial in trials]
-        axes.scatter(values, [trial.loss for trial in trials], s=14, c=colours)
+        axes.scatter(values, [known(trial.loss) for trial in trials], s=14, c=colours)
         if name.startswith(("coarsest", "select")):
             axes.set_xscale("log", base=2)
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
+from lighthouse.report.known import known
 from lighthouse.training.result import PretrainResult, Stage
 
 
@@ -28,7 +29,7 @@ def table(runs: Sequence[PretrainResult], *, times_compare: bool = True) -> Tabl
             time += f" ({baseline.seconds / run.seconds:.2f}x as fast)"
         loss = f"{run.loss:.4f}"
         if run is not baseline:
-            loss += f" ({run.loss - baseline.loss:+.4f})"
+            loss += f" ({known(run.loss) - known(baseline.loss):+.4f})"
         result.add_row(run.name, time, speed(run.lighthouse), speed(run.dense), loss)
     return result
 

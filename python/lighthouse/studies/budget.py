@@ -12,9 +12,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from lighthouse.core.files import remove
 from lighthouse.report.studied import too_few
 from lighthouse.studies.trial import StepClock, Timed, Unequal, made_quiet
-from lighthouse.training import checkpoints
 from lighthouse.training.callbacks import StopOnSignal
 from lighthouse.training.form import tokens_per_step
 from lighthouse.training.options import PretrainOptions, TrainingOptions
@@ -33,7 +33,8 @@ def too_few_of(options: PretrainOptions, training: TrainingOptions, steps: int) 
 
 def seconds_of(options: PretrainOptions, training: TrainingOptions, steps: float, per_step: PerStep) -> float:
     """What so many steps take."""
-    lighthouse = options.lighthouse_steps(steps, tokens_per_step(options, training))
+    # Half a step more or less decides which number is the nearest.
+    lighthouse = options.lighthouse_steps(steps, tokens_per_step(options, training))  # type: ignore[arg-type]
     return lighthouse * per_step[LIGHTHOUSE] + (steps - lighthouse) * per_step[DENSE]
 
 
@@ -68,12 +69,12 @@ def time_steps(
     options = replace(options, switch_step=steps, switch_tokens=None)
     training.max_steps = 2 * steps
     clock = StepClock(training.device)
-    checkpoints.remove(folder)
+    remove(folder)
     try:
         prepared(options, made_quiet(training, folder)).train(callbacks=[clock], keep_model=False, stop=stop)
     except Timed:
         pass
     finally:
-        checkpoints.remove(folder)
+        remove(folder)
     # The fastest: what the device can do, whoever else uses it just now.
     return {LIGHTHOUSE: min(clock.seconds[WARM_UP:steps]), DENSE: min(clock.seconds[steps + WARM_UP :])}

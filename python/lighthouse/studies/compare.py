@@ -31,6 +31,7 @@ from lighthouse.export.export import ExportFailed, NoSpace, export
 from lighthouse.export.plain import NEW_TOKENS, PlainProcessFailed, inference
 from lighthouse.report import comparison as report
 from lighthouse.report.compared import Comparison, Pair, Stripped
+from lighthouse.report.known import known
 from lighthouse.text.data import Corpus, find_corpus, key_of
 from lighthouse.text.tokenizer import load_tokenizer
 from lighthouse.training.callbacks import StopOnSignal
@@ -100,9 +101,10 @@ def prepare_comparison(
     options, training = options or PretrainOptions(), training or TrainingOptions()
     seeds = [training.seed] if seeds is None else list(seeds)
     _check(options, training, seeds)
-    folder = Path(training.output_dir)
+    folder = Path(known(training.output_dir))
     _check_folder(folder, training.resume)
-    runs, corpus = [], None
+    runs: list[Run | PretrainResult] = []
+    corpus: Corpus | None = None
     for seed in seeds:
         for name in (DENSE, TWO_STAGE):
             its = replace(options, dense_only=name == DENSE)
@@ -161,15 +163,16 @@ def _prepare_one(
     begun = (folder / SETTINGS).is_file()
     training.resume = begun and not finished
     if finished:
-        run = PretrainResult.load(folder / RESULTS)
-        earlier, settings = [run.settings], form_of(options, training)
+        result = PretrainResult.load(folder / RESULTS)
+        earlier, settings = [result.settings], form_of(options, training)
         key = key_of(options, context=options.context, seed=seed)
         if corpus is None or corpus.key != key:
             tokenizer = load_tokenizer(options.tokenizer)
             corpus = find_corpus(options, context=options.context, seed=seed, tokenizer=tokenizer)
         settings |= found_by(training, corpus)
+        found: Run | PretrainResult = result
     else:
-        run = prepare(options, training, corpus=corpus)
+        found = run = prepare(options, training, corpus=corpus)
         earlier, settings, corpus = [], run.settings(), run.corpus
     steps, first = training.max_steps, settings["lighthouse_steps"]
     if not options.dense_only and not 0 < first < steps:
@@ -184,7 +187,7 @@ def _prepare_one(
             check_same(its, settings, FREE_BETWEEN_RUNS)
         except ValueError as error:
             raise ValueError(f"{folder} is of another comparison: {error}") from None
-    return run, corpus
+    return found, corpus
 
 
 @dataclass(frozen=True)
@@ -220,7 +223,7 @@ class Plan:
     def _finish(self, pairs: list[Pair], say: Callable[[str], None]) -> Comparison:
         say("Exporting the plain model, and timing it beside one that Transformers alone has built ...")
         _give_back_memory()
-        best = min(pairs, key=lambda pair: pair.two_stage.loss)
+        best = min(pairs, key=lambda pair: known(pair.two_stage.loss))
         run_folder = self.folder / f"seed-{best.seed}" / TWO_STAGE
         config = json.loads((run_folder / MODEL / "config.json").read_text(encoding="utf-8"))
         found = Comparison(

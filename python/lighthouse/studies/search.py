@@ -95,6 +95,7 @@ class Space:
         asked_topk = tuning.topk and [
             replace(method, select_topk=number("topk", end)).parents(context) for end in tuning.topk
         ]
+        asked_factors = None if tuning.level_ratio is None else _factors(tuning.level_ratio)
         within = RATE_WITHIN if tuning.rate_within is None else tuning.rate_within
         rate = training.learning_rate
         space = cls(
@@ -104,7 +105,7 @@ class Space:
             batch_option=batch_option,
             searched=tuple(searched),
             levels=_range("levels", tuning.levels, LEVELS, [len(method.windows)]),
-            factors=_range("level_ratio", _factors(tuning.level_ratio), _factors(LEVEL_RATIO), factors, ratio=True),
+            factors=_range("level_ratio", asked_factors, _factors(LEVEL_RATIO), factors, ratio=True),
             topk=_range("topk", asked_topk, default_topk, [method.parents(context)]),
             rates=(rate * (1 - within), rate * (1 + within)),
             batches=batches,
@@ -155,9 +156,8 @@ class Space:
         """With levels that each pool so many entries of the one below; as it was written where it is the given one."""
         if list(factors) == factors_of(self.given.method):
             return replace(method, pool_ratios=self.given.method.pool_ratios)
-        windows = itertools.accumulate(factors, operator.mul)
-        # Further ones no `Method` takes, nor has any text room for.
-        windows = itertools.takewhile(lambda window: window <= MAX_WINDOW, windows)
+        # No `Method` takes larger ones, nor has any text room for them.
+        windows = (window for window in itertools.accumulate(factors, operator.mul) if window <= MAX_WINDOW)
         return replace(method, pool_ratios=tuple(1 / window for window in windows))
 
     def _choosing(self, method: Method, parents: int) -> Method:
@@ -319,17 +319,15 @@ def _batches(training: TrainingOptions, tuning: TuneOptions, searched: bool) -> 
     return ROWS, (options[ROWS], options[ROWS]), note
 
 
-def _factors(ratios: Sequence | None) -> tuple[int, ...] | None:
+def _factors(ratios: Sequence) -> tuple[int, int]:
     """Ratios from a level to the next as whole factors, smallest first."""
-    if ratios is None:
-        return None
     values = sorted((number("level_ratio", ratio) for ratio in ratios), reverse=True)
     if not all(isinstance(ratio, float) and 0 < ratio <= 0.5 for ratio in values):
         raise ValueError(f"level_ratio={' '.join(map(str, ratios))}: ratios above 0 and up to 1/2 are needed")
     return math.ceil(1 / values[0] - 1e-6), math.floor(1 / values[-1] + 1e-6)
 
 
-def _range(name: str, asked: Sequence | None, default: tuple, given: Sequence, ratio: bool = False) -> tuple:
+def _range(name: str, asked: Sequence | None, default: Sequence, given: Sequence, ratio: bool = False) -> tuple:
     """The range asked for, or the default one, widened to hold what is given."""
     if asked is None:
         return min(*default, *given), max(*default, *given)

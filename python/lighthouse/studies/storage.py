@@ -17,12 +17,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import URL
 
+from lighthouse.core.files import remove
 from lighthouse.report.studied import (
     COMPLETE,
     FAILED,
@@ -35,7 +36,6 @@ from lighthouse.report.studied import (
     Trial,
 )
 from lighthouse.studies.trial import Say
-from lighthouse.training import checkpoints
 from lighthouse.training.result import HeldOut
 
 INTERRUPTIONS = 3  # of one setting: a fourth process is not risked on it
@@ -115,7 +115,7 @@ class StudyFolder:
             # Without a setting it was killed at its beginning, with a reason at its end. Told last: a kill between the
             # two lines has its setting tried twice and not never.
             if "parameters" in attributes and not {SKIPPED, FAILED, UNEQUAL} & attributes.keys():
-                checkpoints.remove(self.log(trial.number).with_suffix(""))
+                remove(self.log(trial.number).with_suffix(""))
                 _line_up_again(study, trial, say)
             study.tell(trial.number, state=TrialState.FAIL)
 
@@ -133,7 +133,7 @@ def _line_up_again(study: optuna.Study, trial: FrozenTrial, say: Say) -> None:
     if times >= INTERRUPTIONS:
         say(f"trial {trial.number}: interrupted {times} times by now, its setting is not tried again")
         return
-    again = {name: attributes[name] for name in ("parameters", "given") if name in attributes}
+    again: dict[str, Any] = {name: attributes[name] for name in ("parameters", "given") if name in attributes}
     study.enqueue_trial(attributes["parameters"], user_attrs={"interruptions": times, **again})
     say(f"trial {trial.number}: was interrupted, its setting is tried again")
 

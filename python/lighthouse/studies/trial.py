@@ -56,10 +56,10 @@ class Judge(Record):
         """Until now."""
         return sum(stage["steps"] for stage in self.stages.values())
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step in self.places:
             control.should_evaluate = True  # ahead of the clock, which then waits for the device
-        super().on_step_end(args, state, control, **kwargs)
+        super().on_step_end(args, state, control, model=model, **kwargs)
         self.status(f"{self.what}: step {state.global_step} of {state.max_steps}")
         if self.seconds > self.most:
             raise Unequal(
@@ -150,7 +150,7 @@ def made_quiet(training: TrainingOptions, folder: Path) -> TrainingOptions:
     training.resume = False
     training.eval_strategy, training.save_strategy = IntervalStrategy.NO, SaveStrategy.NO
     training.eval_on_start = training.push_to_hub = False
-    training.report_to = []
+    training.report_to = []  # type: ignore[assignment]  # as its own check has left it where it was none
     training.disable_tqdm = True
     return training
 

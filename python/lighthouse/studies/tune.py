@@ -1,6 +1,7 @@
 """A study of settings: each a short two-stage run, judged by its dense held-out loss at equal time or equal tokens.
 
-    from lighthouse.studies.tune import TuneOptions, tune
+    from lighthouse.core.files import remove, write_whole
+from lighthouse.studies.tune import TuneOptions, tune
 
     result = tune(options, TrainingOptions(output_dir="runs/tune", max_steps=200), TuneOptions(trials=20))
 
@@ -25,6 +26,7 @@ from accelerate.utils.memory import clear_device_cache
 from optuna.trial import FrozenTrial, TrialState
 
 from lighthouse.core.devices import device_name
+from lighthouse.report.known import known
 from lighthouse.report.studied import COMPLETE, FAILED, PRUNED, SKIPPED, TOLERANCE, UNEQUAL, StudyResult, Trial, judged
 from lighthouse.report.study import page_of
 from lighthouse.studies.budget import TIMED, WARM_UP, PerStep, seconds_of, steps_in, time_steps, too_few_of
@@ -33,7 +35,7 @@ from lighthouse.studies.storage import StudyFolder, importance, take_lock, trial
 from lighthouse.studies.trial import Judge, SameRows, Say, Unequal, made_quiet, out_of_memory, output_into
 from lighthouse.studies.tune_options import TuneOptions
 from lighthouse.text.data import Corpus
-from lighthouse.training import checkpoints, configuration
+from lighthouse.training import configuration
 from lighthouse.training.callbacks import StopOnSignal
 from lighthouse.training.depends import FREE_ON_RESUME
 from lighthouse.training.form import tokens_per_step
@@ -95,7 +97,7 @@ def prepare_study(
         why = too_few_of(options, training, training.max_steps)
         if why is not None:
             raise ValueError(f"max_steps={training.max_steps}: {why}; take more --max_steps, or another --share")
-    quiet = made_quiet(training, Path(training.output_dir) / "given")
+    quiet = made_quiet(training, Path(known(training.output_dir)) / "given")
     given = prepare(options, quiet)
     fixed = given.settings()
     free = FREE_ON_RESUME - {"max_steps"}
@@ -121,7 +123,7 @@ class Study:
 
     @property
     def folder(self) -> Path:
-        return Path(self.training.output_dir)
+        return Path(known(self.training.output_dir))
 
     @property
     def files(self) -> StudyFolder:
@@ -198,9 +200,9 @@ class Study:
         if not self.files.fixed.exists():
             values = {**asdict(self.tuning), **configuration.resolved(self.options, self.training)}
             values = {name: value for name, value in values.items() if value not in (None, [])}
-            checkpoints.write_whole(self.files.configuration, configuration.text_of(values))
-            checkpoints.write_whole(self.files.fixed, json.dumps(self.fixed, indent=1) + "\n")
-        pruner = optuna.pruners.NopPruner()
+            write_whole(self.files.configuration, configuration.text_of(values))
+            write_whole(self.files.fixed, json.dumps(self.fixed, indent=1) + "\n")
+        pruner: optuna.pruners.BasePruner = optuna.pruners.NopPruner()
         if self.tuning.pruner == "median":
             # The first loss behind the switch says how far the jump was and not how far the recovery goes.
             pruner = optuna.pruners.MedianPruner(n_startup_trials=NOT_PRUNED, n_warmup_steps=2)
@@ -259,9 +261,8 @@ class Study:
                 if not trial.user_attrs.get("given") and "interruptions" not in trial.user_attrs:
                     reason = self.space.pointless(setting) or self._known(setting, trial, trials)
                 if reason is None:
-                    log = take_lock(self.files.log(trial.number))
                     _say_skipped(skipped, say)
-                    return _Claimed(trial, setting, log)
+                    return _Claimed(trial, setting, known(take_lock(self.files.log(trial.number))))
                 trial.set_user_attr(SKIPPED, reason)
                 study.tell(trial, state=TrialState.FAIL)
                 skipped.append(reason)
@@ -326,7 +327,7 @@ class Study:
             trial.set_user_attr("memory", (setting.method.length(self.options.context), setting.batch))
         if why:
             trial.set_user_attr(end, why)
-        loss = judge.held_out[-1]["loss"] if state == TrialState.COMPLETE else None
+        loss = known(judge).held_out[-1]["loss"] if state == TrialState.COMPLETE else None
         study.tell(trial, loss, state=state)
         say(self._line(study, trial.number))
 
@@ -337,7 +338,7 @@ class Study:
     def _line(self, study: optuna.Study, number: int) -> str:
         trials = self._trials(study)
         trial = trials[number]
-        best = min((t.loss for t in trials if t.state == COMPLETE), default=None)
+        best = min((known(t.loss) for t in trials if t.state == COMPLETE), default=None)
         end = trial.state if trial.why is None else f"{trial.state}: {trial.why}"
         if trial.state == COMPLETE and trial.loss == best:
             end = "complete, best so far"
@@ -368,7 +369,7 @@ class Study:
         except Unequal as error:
             # Else these options would be the folder's, where only others do.
             for path in (self.files.fixed, self.files.configuration, self.files.database):
-                checkpoints.remove(path)
+                remove(path)
             raise RunFailed(
                 f"seconds={budget:g}: {error}. That is the given setting: take more --seconds or an earlier switch; "
                 "--share moves it with the number of steps."
@@ -410,17 +411,17 @@ class Study:
         )
         result.save(result.results)
         best_file = None
-        checkpoints.remove(self.files.best)  # a trial that was best may not be comparable by now
+        remove(self.files.best)  # a trial that was best may not be comparable by now
         if result.best is not None:
             best_file = self.files.best
-            checkpoints.write_whole(best_file, self._best_text(result.best, len(result.of(COMPLETE))))
+            write_whole(best_file, self._best_text(result.best, len(result.of(COMPLETE))))
         for name, content in page_of(result, best_file).files().items():
-            checkpoints.write_whole(self.folder / name, content)
+            write_whole(self.folder / name, content)
         return result
 
     def _best_text(self, best: Trial, comparable: int) -> str:
         options, training = with_values(self.options, self.training, best.options)
-        training.max_steps = best.steps
+        training.max_steps = known(best.steps)
         values = configuration.resolved(options, training)
         del values["output_dir"]  # the study's
         head = [
