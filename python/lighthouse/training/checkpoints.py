@@ -18,17 +18,7 @@ from time import monotonic, sleep
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from lighthouse.core.files import (  # noqa: F401 - also for those who have them from here
-    NO_SPACE,
-    PARTIAL,
-    REPLACED,
-    free_bytes,
-    remove,
-    sync,
-    sync_all,
-    write_whole,
-    write_whole_folder,
-)
+from lighthouse.core.files import PARTIAL, REPLACED, remove, sync, sync_all, write_whole
 from lighthouse.huggingface.trainer_state import step_of
 
 MANIFEST = "manifest.json"

@@ -11,8 +11,8 @@ from platform import python_version
 import torch
 import transformers
 
+from lighthouse.core.files import write_whole
 from lighthouse.core.version import VERSION
-from lighthouse.training.checkpoints import write_whole
 
 LIGHTHOUSE = "lighthouse"
 DENSE = "dense"

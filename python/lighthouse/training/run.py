@@ -20,6 +20,7 @@ from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState
 
 from lighthouse.core.devices import device_name
+from lighthouse.core.files import NO_SPACE, remove, write_whole, write_whole_folder
 from lighthouse.core.settings import LighthouseSettings
 from lighthouse.huggingface import wrap
 from lighthouse.huggingface.steps import not_as_wished, not_ready
@@ -185,9 +186,9 @@ class Run:
             if main and new:
                 with suppress(OSError):
                     for name in (SETTINGS, configuration.CONFIGURATION):
-                        checkpoints.remove(self.folder / name)
+                        remove(self.folder / name)
                     self.folder.rmdir()
-            if isinstance(error, OSError) and error.errno in checkpoints.NO_SPACE:
+            if isinstance(error, OSError) and error.errno in NO_SPACE:
                 raise DiskFull(str(error)) from error
             if isinstance(error, (ValueError, OSError, ImportError)):
                 raise Refused(str(error)) from error
@@ -205,7 +206,7 @@ class Run:
             if self.earlier is None and (self.folder / SETTINGS).exists():
                 raise FileExistsError(f"output_dir={str(self.folder)!r} holds a run that another process has begun")
         except OSError as error:
-            raise (DiskFull if error.errno in checkpoints.NO_SPACE else Refused)(str(error)) from error
+            raise (DiskFull if error.errno in NO_SPACE else Refused)(str(error)) from error
 
     @property
     def _resolved(self) -> str:
@@ -213,8 +214,8 @@ class Run:
 
     def _write_settings(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        checkpoints.write_whole(self.folder / SETTINGS, json.dumps(self.settings(), indent=2) + "\n")
-        checkpoints.write_whole(self.folder / configuration.CONFIGURATION, self._resolved)
+        write_whole(self.folder / SETTINGS, json.dumps(self.settings(), indent=2) + "\n")
+        write_whole(self.folder / configuration.CONFIGURATION, self._resolved)
 
     def _trainer(self, record: Record, stop: StopOnSignal, callbacks: Sequence[TrainerCallback]) -> RunTrainer:
         """The rows are cut, by the first process that comes, and the model is made."""
@@ -304,7 +305,7 @@ class Run:
 
             with space_for("the model", self.folder, weight_bytes(plain)):
                 if keep_model:
-                    checkpoints.write_whole_folder(self.folder / MODEL, write)
+                    write_whole_folder(self.folder / MODEL, write)
                     result = replace(result, weights=checkpoints.weights_in(self.folder / MODEL))
                 result.save(self.folder / RESULTS)  # the last of all: with it the run is at its end
         return result

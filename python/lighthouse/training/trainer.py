@@ -15,6 +15,7 @@ from torch.utils.data import IterableDataset, RandomSampler, SequentialSampler
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from lighthouse.core.files import remove
 from lighthouse.text import data
 from lighthouse.training import checkpoints
 from lighthouse.training.callbacks import FirstNotFinite, Lines, PlainLines, Record, StopOnSignal, memory
@@ -186,7 +187,7 @@ class RunTrainer(Trainer):
                     if args.should_save:
                         checkpoints.seal(checkpoint)
                 except BaseException:
-                    checkpoints.remove(checkpoint)
+                    remove(checkpoint)
                     raise
         finally:
             args.save_total_limit = limit
