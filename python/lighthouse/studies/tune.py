@@ -1,7 +1,6 @@
 """A study of settings: each a short two-stage run, judged by its dense held-out loss at equal time or equal tokens.
 
-    from lighthouse.core.files import remove, write_whole
-from lighthouse.studies.tune import TuneOptions, tune
+    from lighthouse.studies.tune import TuneOptions, tune
 
     result = tune(options, TrainingOptions(output_dir="runs/tune", max_steps=200), TuneOptions(trials=20))
 
@@ -26,6 +25,7 @@ from accelerate.utils.memory import clear_device_cache
 from optuna.trial import FrozenTrial, TrialState
 
 from lighthouse.core.devices import device_name
+from lighthouse.core.files import remove, write_whole
 from lighthouse.report.known import known
 from lighthouse.report.studied import COMPLETE, FAILED, PRUNED, SKIPPED, TOLERANCE, UNEQUAL, StudyResult, Trial, judged
 from lighthouse.report.study import page_of
