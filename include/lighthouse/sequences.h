@@ -40,7 +40,6 @@ struct Pieces {
     int64_t sequence;
     int64_t piece;  // within the sequence
   };
-
   constexpr int64_t of(int64_t) const { return each; }
   constexpr int64_t before(int64_t sequence) const { return sequence * each; }
   constexpr int64_t total() const { return sequences * each; }
@@ -49,7 +48,6 @@ struct Pieces {
     const int64_t sequence = index / each;
     return {sequence, index - sequence * each};  // one division
   }
-
   int64_t sequences, each;  // closed formulas: every sequence has as many
 };
 
@@ -62,8 +60,7 @@ struct Sequences {
 
   // A sequence per row, each of `tokens` tokens. Throws std::invalid_argument.
   static Sequences of_rows(int64_t rows, int64_t tokens, const Method& method);
-  // As of_rows, for a choice made elsewhere, of which the windows and S are known: k and strata are zero, so that
-  // nothing can be selected by it.
+  // As of_rows, for a choice made elsewhere: k and strata are not known and zero, and `select` refuses it.
   static Sequences of_choice(int64_t rows, int64_t tokens, int64_t entries, const Pyramid& pyramid);
 
   constexpr int64_t count() const { return rows; }
@@ -72,7 +69,6 @@ struct Sequences {
     sequence.row = index;
     return sequence;
   }
-
   constexpr const Strata& strata(int64_t) const { return each_strata; }
 
   // `of(index)` pieces of work on each sequence.
@@ -80,11 +76,9 @@ struct Sequences {
   Pieces pieces(const Function& of) const {
     return {count(), of(0)};
   }
-
   int64_t longest() const { return each.tokens; }  // tokens of the longest sequence
   double kept_share() const;                       // the part of the tokens that are in at level 0
   std::string str() const;
-
   // Closed formulas: the sequence of row `i` is `each` with row=i.
   Sequence each{};
   Strata each_strata{};

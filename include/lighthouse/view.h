@@ -4,6 +4,7 @@
 
 #include <array>
 #include <cstdint>
+#include <type_traits>
 
 namespace lighthouse {
 
@@ -23,6 +24,13 @@ struct BasicView {
   int64_t heads() const { return sizes[1]; }
   int64_t tokens() const { return sizes[2]; }
   int64_t head_dim() const { return sizes[3]; }
+
+  // The first number of one token of one head.
+  template <class T>
+  constexpr auto* row(int64_t batch, int64_t head, int64_t token) const {
+    using Number = std::conditional_t<std::is_same_v<Pointer, void*>, T, const T>;
+    return static_cast<Number*>(data) + batch * strides[0] + head * strides[1] + token * strides[2];
+  }
 };
 
 using View = BasicView<void*>;

@@ -12,18 +12,13 @@ void check_arrays(const ConstSelection& selection) {
 
 // A tensor of whole sequences and its part of the sub-sequences, either being the other's source.
 void check_pair(const char* argument, const ConstView& whole, const char* sub_argument, const ConstView& sub,
-                const ConstView& like, const ConstSelection& selection) {
-  const Sequences& sequences = selection.sequences;
+                const ConstView& like, int64_t heads, const ConstSelection& selection) {
   check_view(argument, whole, like);
   check_view(sub_argument, sub, like);
   check_heads(whole.heads(), selection.kv_heads);
-  check_sizes(argument, whole, sequences.rows, whole.heads(), sequences.tokens);
-  check_sizes(sub_argument, sub, sequences.rows, whole.heads(), sequences.entries);
+  check_sizes(argument, whole, selection.sequences.rows, heads, selection.sequences.tokens);
+  check_sizes(sub_argument, sub, selection.sequences.rows, heads, selection.sequences.entries);
   check_arrays(selection);
-}
-
-void check_kv_heads(const char* argument, const ConstView& whole, const ConstSelection& selection) {
-  check_sizes(argument, whole, selection.sequences.rows, selection.kv_heads, selection.sequences.tokens);
 }
 
 }  // namespace
@@ -67,28 +62,27 @@ void check(const SelectArgs& args) {
 }
 
 void check(const GatherArgs& args) {
-  check_pair("query", args.query, "query_sub", args.query_sub, args.query, args.selection);
-  check_pair("key", args.key, "key_sub", args.key_sub, args.query, args.selection);
-  check_pair("value", args.value, "value_sub", args.value_sub, args.query, args.selection);
-  check_kv_heads("key", args.key, args.selection);
-  check_kv_heads("value", args.value, args.selection);
+  const auto& [query, key, value, selection, query_sub, key_sub, value_sub] = args;
+  check_pair("query", query, "query_sub", query_sub, query, query.heads(), selection);
+  check_pair("key", key, "key_sub", key_sub, query, selection.kv_heads, selection);
+  check_pair("value", value, "value_sub", value_sub, query, selection.kv_heads, selection);
 }
 
 void check(const GatherBackwardArgs& args) {
-  check_pair("grad_query", args.grad_query, "grad_query_sub", args.grad_query_sub, args.grad_query, args.selection);
-  check_pair("grad_key", args.grad_key, "grad_key_sub", args.grad_key_sub, args.grad_query, args.selection);
-  check_pair("grad_value", args.grad_value, "grad_value_sub", args.grad_value_sub, args.grad_query, args.selection);
-  check_kv_heads("grad_key", args.grad_key, args.selection);
-  check_kv_heads("grad_value", args.grad_value, args.selection);
+  const auto& [query_sub, key_sub, value_sub, selection, query, key, value] = args;
+  check_pair("grad_query", query, "grad_query_sub", query_sub, query, query.heads(), selection);
+  check_pair("grad_key", key, "grad_key_sub", key_sub, query, selection.kv_heads, selection);
+  check_pair("grad_value", value, "grad_value_sub", value_sub, query, selection.kv_heads, selection);
 }
 
 void check(const ScatterArgs& args) {
-  check_pair("output", args.output, "output_sub", args.output_sub, args.output_sub, args.selection);
+  const ConstView sub = args.output_sub;
+  check_pair("output", args.output, "output_sub", sub, sub, args.output.heads(), args.selection);
 }
 
 void check(const ScatterBackwardArgs& args) {
-  check_pair("grad_output", args.grad_output, "grad_output_sub", args.grad_output_sub, args.grad_output,
-             args.selection);
+  const ConstView whole = args.grad_output;
+  check_pair("grad_output", whole, "grad_output_sub", args.grad_output_sub, whole, whole.heads(), args.selection);
 }
 
 }  // namespace lighthouse

@@ -1,5 +1,4 @@
-// Threads started for each call, each with one piece; what a piece throws is kept until all have ended, since a thread
-// that an exception leaves ends the process.
+// Threads started for each call. What a piece throws is kept until all have ended: it must not leave its thread.
 
 #include "lighthouse/executor.h"
 

@@ -71,15 +71,12 @@ std::shared_ptr<const AttentionState> attention_forward(const AttentionArgs& arg
   state->mask.resize(count);
   state->prefix.resize(count);
 
-  std::vector<float> query_score, key_score;
-  Scores scores;
-  if (args.scores) {
-    scores = *args.scores;
-  } else {
-    query_score.resize(count);
-    key_score.resize(count);
-    scores = {query_score.data(), key_score.data()};
-    run(ScoreArgs{args.query, args.key, query_score.data(), key_score.data()}, executor);
+  std::vector<float> norms;
+  Scores scores = args.scores.value_or(Scores{});
+  if (!args.scores) {
+    norms.resize(2 * count);
+    scores = {norms.data(), norms.data() + count};
+    run(ScoreArgs{args.query, args.key, norms.data(), norms.data() + count}, executor);
   }
   run(SelectArgs{.query_score = scores.query,
                  .key_score = scores.key,

@@ -45,7 +45,7 @@ template <class T>
 auto widened(const ConstView& view, const Executor& executor) {
   auto wide = zeros_like<AccumulatorOf<T>>(view);
   for_each_row(view, executor, [&](int64_t batch, int64_t head, int64_t token) {
-    const T* row = row_at<T>(view, batch, head, token);
+    const T* row = view.row<T>(batch, head, token);
     rows().of<T>().add_rows(wide.row(batch, head, token), row, 0, 1, view.head_dim());
   });
   return wide;
@@ -54,7 +54,7 @@ auto widened(const ConstView& view, const Executor& executor) {
 template <class T, class A>
 void store(const View& view, const Wide<A>& wide, const Executor& executor) {
   for_each_row(view, executor, [&](int64_t batch, int64_t head, int64_t token) {
-    T* row = row_at<T>(view, batch, head, token);
+    T* row = view.row<T>(batch, head, token);
     rows().of<T>().store_quotient(row, wide.row(batch, head, token), A{1}, view.head_dim());
   });
 }

@@ -6,7 +6,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "core/rows_at.h"
+#include "lighthouse/view.h"
 
 namespace lighthouse::cpu {
 

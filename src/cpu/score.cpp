@@ -45,11 +45,11 @@ void run(const ScoreArgs& args, const Executor& executor) {
         const int64_t end = std::min(tokens, begin + kTokensPerNorms);
         for_each_head_and_token(query, begin, end, [&](int64_t head, int64_t token) {
           float& largest = query_score[(batch * heads + head / group) * tokens + token];
-          const float own = norm(row_at<T>(query, batch, head, token), n);
+          const float own = norm(query.row<T>(batch, head, token), n);
           largest = head % group == 0 ? own : rules::larger_score(largest, own);
         });
         for_each_head_and_token(key, begin, end, [&](int64_t head, int64_t token) {
-          key_score[(batch * heads + head) * tokens + token] = norm(row_at<T>(key, batch, head, token), n);
+          key_score[(batch * heads + head) * tokens + token] = norm(key.row<T>(batch, head, token), n);
         });
       }
     });

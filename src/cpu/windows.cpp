@@ -42,7 +42,7 @@ struct HeadRows {
 
 template <class T, class AnyView>
 auto rows_of(const AnyView& view, int64_t row, int64_t head, int64_t first) {
-  return HeadRows{row_at<T>(view, row, head, first), view.strides[2]};
+  return HeadRows{view.template row<T>(row, head, first), view.strides[2]};
 }
 
 template <class T>
@@ -56,6 +56,8 @@ class WindowSummer {
   using A = AccumulatorOf<T>;
 
  public:
+  static constexpr bool kSums = true;
+
   WindowSummer(const Pyramid& pyramid, rules::WindowRule rule, int64_t head_dim)
       : pyramid_(pyramid),
         rule_(rule),
@@ -128,6 +130,8 @@ class WindowSpreader {
   using A = AccumulatorOf<T>;
 
  public:
+  static constexpr bool kSums = false;
+
   WindowSpreader(const Pyramid& pyramid, rules::WindowRule rule, int64_t head_dim)
       : pyramid_(pyramid),
         rule_(rule),
@@ -188,22 +192,23 @@ class WindowSpreader {
   const RowFunctions<T>& row_ = rows().of<T>();
 };
 
-// For a thread's part of the work calls body(for_each): for_each(work) calls work(pair, sequence, head, choice, begin,
-// end) for every piece of it.
-template <class Body>
-void for_each_piece(std::span<const Pair> pairs, const ConstSelection& selection, rules::Reach reach,
-                    const Executor& executor, const Body& body) {
+// Every piece of work, in parallel, each thread with a walker of its own.
+template <template <class> class Walker>
+void walk(std::span<const Pair> pairs, const ConstSelection& selection, rules::WindowRule rule,
+          const Executor& executor) {
   const Sequences& sequences = selection.sequences;
-  const int64_t coarsest = sequences.method.pyramid.coarsest();
-  const int64_t length = rules::ceil_div(kTokensPerWalk, coarsest) * coarsest;
+  const Pyramid& pyramid = sequences.method.pyramid;
+  const int64_t length = rules::ceil_div(kTokensPerWalk, pyramid.coarsest()) * pyramid.coarsest();
+  const int64_t head_dim = pairs[0].source.head_dim();
   int64_t heads = 0;
   for (const Pair& pair : pairs) heads += pair.source.heads();
   const Pieces pieces = sequences.pieces(
-      [&](int64_t index) { return rules::pieces_of(sequences.at(index).tokens, reach, length) * heads; });
-  const int64_t numbers = std::min(length, sequences.longest()) * pairs[0].source.head_dim();
-  const int64_t grain = std::max<int64_t>(1, kNumbersPerPiece / numbers);
-  executor.parallel_for(0, pieces.total(), grain, [&](int64_t first, int64_t last) {
-    body([&](const auto& work) {
+      [&](int64_t index) { return rules::pieces_of(sequences.at(index).tokens, rule.reach, length) * heads; });
+  const int64_t grain = std::max<int64_t>(1, kNumbersPerPiece / (std::min(length, sequences.longest()) * head_dim));
+  visit(pairs[0].source.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    executor.parallel_for(0, pieces.total(), grain, [&](int64_t first, int64_t last) {
+      Walker<T> walker(pyramid, rule, head_dim);
       for (int64_t item = first; item < last; ++item) {
         const auto [index, piece] = pieces.at(item);
         const Sequence sequence = sequences.at(index);
@@ -211,11 +216,14 @@ void for_each_piece(std::span<const Pair> pairs, const ConstSelection& selection
         int64_t head = piece % heads;
         size_t which = 0;
         while (head >= pairs[which].source.heads()) head -= pairs[which++].source.heads();
-        const int64_t group = pairs[which].source.heads() / selection.kv_heads;
-        const int64_t start = selection.start(sequence, head / group);
+        const auto& [source, target] = pairs[which];
+        const int64_t start = selection.start(sequence, head / (source.heads() / selection.kv_heads));
         const int64_t begin = piece / heads * length;
-        work(pairs[which], sequence, head, Choice{selection.mask + start, selection.prefix + start, sequence.tokens},
-             begin, begin + length);
+        const int64_t tokens_at = sequence.token_offset, entries_at = 0;  // places count within the row
+        walker.run({selection.mask + start, selection.prefix + start, sequence.tokens},
+                   rows_of<T>(source, sequence.row, head, Walker<T>::kSums ? tokens_at : entries_at),
+                   rows_of<T>(target, sequence.row, head, Walker<T>::kSums ? entries_at : tokens_at), begin,
+                   begin + length);
       }
     });
   });
@@ -225,32 +233,12 @@ void for_each_piece(std::span<const Pair> pairs, const ConstSelection& selection
 
 void sum_windows(std::span<const Pair> pairs, const ConstSelection& selection, rules::WindowRule rule,
                  const Executor& executor) {
-  visit(pairs[0].source.dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    for_each_piece(pairs, selection, rule.reach, executor, [&](const auto& for_each) {
-      WindowSummer<T> summer(selection.sequences.method.pyramid, rule, pairs[0].source.head_dim());
-      for_each([&](const Pair& pair, const Sequence& sequence, int64_t head, const Choice& choice, int64_t begin,
-                   int64_t end) {
-        summer.run(choice, rows_of<T>(pair.source, sequence.row, head, sequence.token_offset),
-                   rows_of<T>(pair.target, sequence.row, head, 0), begin, end);
-      });
-    });
-  });
+  walk<WindowSummer>(pairs, selection, rule, executor);
 }
 
 void spread_windows(std::span<const Pair> pairs, const ConstSelection& selection, rules::WindowRule rule,
                     const Executor& executor) {
-  visit(pairs[0].source.dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    for_each_piece(pairs, selection, rule.reach, executor, [&](const auto& for_each) {
-      WindowSpreader<T> spreader(selection.sequences.method.pyramid, rule, pairs[0].source.head_dim());
-      for_each([&](const Pair& pair, const Sequence& sequence, int64_t head, const Choice& choice, int64_t begin,
-                   int64_t end) {
-        spreader.run(choice, rows_of<T>(pair.source, sequence.row, head, 0),
-                     rows_of<T>(pair.target, sequence.row, head, sequence.token_offset), begin, end);
-      });
-    });
-  });
+  walk<WindowSpreader>(pairs, selection, rule, executor);
 }
 
 }  // namespace lighthouse::cpu

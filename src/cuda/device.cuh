@@ -14,7 +14,6 @@
 #include <type_traits>
 
 #include "core/require.h"
-#include "core/rows_at.h"
 #include "lighthouse/cuda.h"
 #include "rules/strata.h"
 

@@ -73,8 +73,8 @@ __global__ void __launch_bounds__(kThreads) score_rows(const __grid_constant__ S
       const int64_t token = begin + threadIdx.y * kTokens;
       const int count = static_cast<int>(rules::larger(0, rules::smaller(kTokens, launch.tokens - token)));
       const ConstView &query_view = launch.args.query, &key_view = launch.args.key;
-      const T* key = row_at<T>(key_view, row, head, token);
-      const T* query = row_at<T>(query_view, row, head * launch.group, token);
+      const T* key = key_view.row<T>(row, head, token);
+      const T* query = query_view.row<T>(row, head * launch.group, token);
       float key_norms[kTokens], query_norms[kTokens];
       norms<T, kAligned>(key, key_view.strides[2], count, launch.columns, key_norms);
       norms<T, kAligned>(query, query_view.strides[2], count, launch.columns, query_norms);

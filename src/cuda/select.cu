@@ -20,14 +20,19 @@ constexpr int64_t kBytesPerCandidate = 12;   // two ranks and a flag, and the ne
 constexpr int64_t kSharedTokens = 16384;     // whose mask is made in shared memory; larger strata make it in the output
 constexpr int kTokensPerThread = 8;          // whose places are counted together
 
-struct SelectLaunch {
-  const float* query_score;
-  const float* key_score;
-  Selection selection;
+// What a launch needs besides its arguments.
+struct Sizing {
   Pieces pieces;       // a block each: for each head of a sequence the strata that hold anything, and the tail
-  uint8_t* workspace;  // null: candidates are in shared memory
   int64_t capacity;    // candidates of one block
+  bool fits;           // the candidates in shared memory
   int64_t mask_bytes;  // of shared memory; 0: the mask is made in the output
+  int64_t workspace_bytes() const { return fits ? 0 : pieces.total() * capacity * kBytesPerCandidate; }
+};
+
+struct SelectLaunch {
+  SelectArgs args;
+  Sizing sizing;
+  uint8_t* workspace;
 };
 
 // Sums over the block. Two sets of slots take turns, so that one barrier per sum is enough.
@@ -250,10 +255,10 @@ __global__ void __launch_bounds__(kThreads) select_stratum(const __grid_constant
   __shared__ int64_t parent_lists[2][rules::kParentsPerStratum];  // of the level above, and of this one
   Counter counter(slots);
 
-  const Selection& selection = launch.selection;
+  const Selection& selection = launch.args.selection;
   const Method& method = selection.sequences.method;
   const Pyramid& pyramid = method.pyramid;
-  const auto [index, piece] = launch.pieces.at(blockIdx.x);
+  const auto [index, piece] = launch.sizing.pieces.at(blockIdx.x);
   const Sequence sequence = selection.sequences.at(index);
   const Strata& strata = selection.sequences.strata(index);
   const int64_t head = piece / (strata.filled + 1);
@@ -273,16 +278,17 @@ __global__ void __launch_bounds__(kThreads) select_stratum(const __grid_constant
   const rules::Stratum stratum = rules::stratum_at(strata, which);
   const int64_t tokens = stratum.entries * pyramid.windows[pyramid.levels - 1];
   const int64_t at = start + stratum.first_entry * pyramid.windows[pyramid.levels - 1];
-  const float* const query_score = launch.query_score + at;
-  const float* const key_score = launch.key_score + at;
-  uint8_t* const mask = launch.mask_bytes > 0 ? shared_memory : selection.mask + at;
+  const float* const query_score = launch.args.query_score + at;
+  const float* const key_score = launch.args.key_score + at;
+  uint8_t* const mask = launch.sizing.mask_bytes > 0 ? shared_memory : selection.mask + at;
   const bool by_four = is_multiple(query_score, 16) && is_multiple(key_score, 16);
 
-  uint8_t* memory = shared_memory + launch.mask_bytes;
-  if (launch.workspace != nullptr)
-    memory = launch.workspace + int64_t{blockIdx.x} * launch.capacity * kBytesPerCandidate;
-  Candidates candidates{reinterpret_cast<uint32_t*>(memory), reinterpret_cast<uint32_t*>(memory) + launch.capacity,
-                        memory + launch.capacity * 8, static_cast<int>(stratum.entries)};
+  uint8_t* memory = shared_memory + launch.sizing.mask_bytes;
+  if (!launch.sizing.fits)
+    memory = launch.workspace + int64_t{blockIdx.x} * launch.sizing.capacity * kBytesPerCandidate;
+  Candidates candidates{reinterpret_cast<uint32_t*>(memory),
+                        reinterpret_cast<uint32_t*>(memory) + launch.sizing.capacity,
+                        memory + launch.sizing.capacity * 8, static_cast<int>(stratum.entries)};
 
   for (int64_t i = threadIdx.x; i < tokens; i += kThreads) mask[i] = 0;
   __syncthreads();
@@ -336,15 +342,6 @@ __global__ void __launch_bounds__(kThreads) select_stratum(const __grid_constant
                 counter);
 }
 
-// What a launch needs besides its arguments.
-struct Sizing {
-  Pieces pieces;
-  int64_t capacity;
-  bool fits;           // the candidates in shared memory
-  int64_t mask_bytes;  // of shared memory
-  int64_t workspace_bytes() const { return fits ? 0 : pieces.total() * capacity * kBytesPerCandidate; }
-};
-
 Sizing sizing_of(const Selection& selection) {
   const Pyramid& pyramid = selection.sequences.method.pyramid;
   int64_t candidates = 1;  // the most that any stratum has at any level where parents are chosen
@@ -380,13 +377,7 @@ void run(const SelectArgs& args, const Workspace& workspace, Stream stream) {
   const int64_t blocks = sizing.pieces.total(), needed = sizing.workspace_bytes();
   require(blocks <= 0x7FFFFFFF, "select_topk makes ", blocks, " strata: more than one launch can take");
   require(workspace.bytes >= needed, "workspace of ", workspace.bytes, " bytes: ", needed, " are needed");
-  const SelectLaunch launch{.query_score = args.query_score,
-                            .key_score = args.key_score,
-                            .selection = args.selection,
-                            .pieces = sizing.pieces,
-                            .workspace = sizing.fits ? nullptr : static_cast<uint8_t*>(workspace.data),
-                            .capacity = sizing.capacity,
-                            .mask_bytes = sizing.mask_bytes};
+  const SelectLaunch launch{args, sizing, static_cast<uint8_t*>(workspace.data)};
   const int64_t shared_bytes = sizing.mask_bytes + (sizing.fits ? sizing.capacity * kBytesPerCandidate : 0);
   select_stratum<<<static_cast<unsigned>(blocks), kThreads, static_cast<size_t>(shared_bytes),
                    static_cast<cudaStream_t>(stream)>>>(launch);

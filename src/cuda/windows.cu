@@ -71,11 +71,11 @@ struct Block {
   // This thread's column of the first token, or of the first entry, of the row.
   template <int kWidth>
   __device__ const T* source(int64_t token_offset) const {
-    return row_at<T>(pair.source, sequence.row, head, token_offset) + threadIdx.x * kWidth;
+    return pair.source.row<T>(sequence.row, head, token_offset) + threadIdx.x * kWidth;
   }
   template <int kWidth>
   __device__ T* target(int64_t token_offset) const {
-    return row_at<T>(pair.target, sequence.row, head, token_offset) + threadIdx.x * kWidth;
+    return pair.target.row<T>(sequence.row, head, token_offset) + threadIdx.x * kWidth;
   }
 
   // The place of any entry, or -1 where it is not chosen.
