@@ -121,7 +121,8 @@ class Checks:
         self.head = {
             "command": sys.argv,
             "began": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "commit": self._answer(["git", "-C", str(ROOT), "rev-parse", "HEAD"]),
+            # Of a checkout alone: a copy of the files may lie within another one.
+            "commit": self._answer(["git", "-C", str(ROOT), "rev-parse", "HEAD"]) if (ROOT / ".git").exists() else None,
             "driver": self._answer(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]),
         }
         self.head |= json.loads(self._answer([options.python, "-c", VERSIONS]) or "{}")

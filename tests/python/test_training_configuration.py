@@ -6,14 +6,17 @@ import json
 from dataclasses import asdict, fields
 
 import pytest
-import yaml
-from transformers import TrainingArguments
 
-from lighthouse.cli.pretrain import parse_run, run_parser
-from lighthouse.training import PretrainOptions, TrainingOptions, configuration
-from lighthouse.training.checks import check_followed
-from training_runs import CONTEXT
-from training_runs import training as training_options
+pytest.importorskip("datasets", reason="the train extra is needed")
+
+import yaml  # noqa: E402
+from transformers import TrainingArguments  # noqa: E402
+
+from lighthouse.cli.pretrain import parse_run, run_parser  # noqa: E402
+from lighthouse.training import PretrainOptions, TrainingOptions, configuration  # noqa: E402
+from lighthouse.training.checks import check_followed  # noqa: E402
+from training_runs import CONTEXT  # noqa: E402
+from training_runs import training as training_options  # noqa: E402
 
 
 def parser():
