@@ -11,19 +11,20 @@ import lighthouse
 
 PACKAGE = Path(lighthouse.wrapper.__file__).parent
 
-# A room and those that it may use. "" is what users import: `lighthouse`, `lighthouse.wrapper`.
-ROOMS = {
-    "core": set(),
-    "text": set(),
-    "huggingface": {"core"},
-    "": {"core", "huggingface"},
-    "training": {"core", "text", "huggingface"},
-    "speed": {"core", "huggingface", "training"},
-    "export": {"core", "text", "huggingface", "training"},
-    "report": {"core", "huggingface", "training", "export"},
-    "studies": {"core", "text", "huggingface", "training", "speed", "export", "report"},
-    "cli": {"", "core", "text", "huggingface", "training", "speed", "export", "report", "studies"},
-}
+DESIGN = Path(__file__).parents[2] / "docs" / "design.md"
+
+
+def rooms_in_the_design() -> dict[str, set[str]]:
+    """A room and those that it may use, from the table there; "" is what users import."""
+    found: dict[str, set[str]] = {}
+    for line in DESIGN.read_text().splitlines():
+        row = re.fullmatch(r"\| `\.\.\./(\w*)/?` \|.*\| ([^|]*)\|", line)
+        if row:
+            found[row[1]] = set(found) if row[2].startswith("all") else set(re.findall(r"`(\w+)`", row[2]))
+    return found
+
+
+ROOMS = rooms_in_the_design()
 
 
 def name_of(path: Path) -> str:
