@@ -162,7 +162,7 @@ def test_between_runs(again, done, text):
     assert [isinstance(run, Run) for run in plan.runs] == [False, False, False, True]
     said = []
     found = plan.run(said.append)
-    assert [line for line in said if "finished before" in line] == said[:3] and "seed 1, two-stage" in said[3]
+    assert [line for line in said if "already finished" in line] == said[:3] and "seed 1, two-stage" in said[3]
     for one, two in zip(found.pairs, done[1].pairs, strict=True):
         assert one.baseline == two.baseline
         assert [(p.step, p.loss) for p in one.two_stage.held_out] == [(p.step, p.loss) for p in two.two_stage.held_out]
@@ -182,7 +182,7 @@ def test_within_a_run_by_the_command(done, tmp_path, monkeypatch, capsys, text):
     folder = tmp_path / "run"
     assert main(command(text, folder, "--seed", "0")) == 130
     said = capsys.readouterr()
-    assert f"comparison in {folder} is not at its end. The same command with --resume" in said.err
+    assert f"comparison in {folder} is not finished. The same command with --resume" in said.err
     assert "Traceback" not in said.err and "Run 2 of 2: seed 0, two-stage" in said.out
     assert checkpoints.last_whole(folder / "seed-0" / "two-stage").name == "checkpoint-2"
     assert main(command(text, folder, "--seed", "0", "--resume", "--json", "-")) == 0
@@ -201,7 +201,7 @@ def test_a_signal_in_the_last_step_of_a_run_ends_it_before_the_next(tmp_path, te
         return before(trainer, *args, **kwargs)
 
     monkeypatch.setattr(run_module.RunTrainer, "training_step", stopped)
-    with pytest.raises(Stopped, match="behind run 1 of 2: seed 42, dense"):
+    with pytest.raises(Stopped, match="after run 1 of 2: seed 42, dense"):
         compare(options(text), training(tmp_path / "run"))
     assert (tmp_path / "run" / "seed-42" / "dense" / "results.json").is_file()
     assert not (tmp_path / "run" / "seed-42" / "two-stage").exists()
@@ -248,10 +248,10 @@ REFUSED = [
     ("no_step_with_it", {"share": 0.01}, {}, "0 of 5 steps would use Lighthouse"),
     ("no_evaluation", {}, {"eval_strategy": "no"}, "eval_strategy='no'"),
     ("the_same_seed_twice", {}, {"seeds": [3, 3]}, "seeds=[3, 3]: one seed or several different ones"),
-    ("no_seed", {}, {"seeds": [-1]}, "seeds=[-1]: -1 is no seed"),
+    ("no_seed", {}, {"seeds": [-1]}, "seeds=[-1]: -1 is not a seed"),
     ("nothing_to_resume", {}, {"resume": True}, "holds no comparison to resume"),
     ("a_checkpoint", {}, {"resume_from_checkpoint": "x"}, "a comparison has several runs"),
-    ("a_text_shorter_than_a_context", {"context": 8192}, {}, "holds 181 tokens, and 16,384 are needed"),
+    ("a_text_shorter_than_a_context", {"context": 8192}, {}, "holds 181 tokens, but 16,384 are needed"),
     ("a_missing_text", {"data": "/no/such/folder"}, {}, "'/no/such/folder' does not exist"),
 ]
 
@@ -270,7 +270,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path, text, change, how, message
 def test_a_run_in_the_folder_is_not_written_over(done, text, resume):
     folder = done[0] / "seed-0" / "two-stage"
     before = sorted(folder.rglob("*"))
-    with pytest.raises(FileExistsError, match="holds something else, a run or its results: take another folder"):
+    with pytest.raises(FileExistsError, match="holds something else, a run or its results: use another folder"):
         prepare_comparison(options(text), training(folder, **EVERY, resume=resume))
     assert sorted(folder.rglob("*")) == before
 
@@ -288,7 +288,7 @@ OTHER = [
 def test_another_comparison_in_the_folder_is_refused_with_the_differences(done, text, change, how, message):
     folder = done[0]
     before = sorted(folder.rglob("*"))
-    with pytest.raises(ValueError, match=f"seed-0/dense is of another comparison: .*{re.escape(message)}"):
+    with pytest.raises(ValueError, match=f"seed-0/dense belongs to another comparison: .*{re.escape(message)}"):
         prepare_comparison(options(text, **change), training(folder, **{**EVERY, **how, "resume": True}), seeds=SEEDS)
     with pytest.raises(FileExistsError, match="holds a comparison already: .*--resume"):
         prepare_comparison(options(text, **change), training(folder, **how), seeds=[9])
@@ -335,7 +335,7 @@ def test_a_disk_full_at_the_end_leaves_nothing_half_written(small_disk, text, ca
     one = command(text, disk / "run", "--save_strategy", "no")
     assert main(one) == 1
     said = capsys.readouterr().err
-    assert "no space for the model" in said and "with --resume goes on" in said and "Traceback" not in said
+    assert "no space for the model" in said and "with --resume continues" in said and "Traceback" not in said
     assert {path.name for path in (disk / "run").iterdir()} == {"seed-42"}
     small_disk(40.0)
     plan = prepare_comparison(options(text), training(disk / "run", eval_on_start=True, resume=True))

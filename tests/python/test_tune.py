@@ -58,7 +58,7 @@ def test_pointless_settings_are_skipped_with_the_reason_and_listed(by_tpe):
     study, result, said = by_tpe
     skipped = result.of("skipped")
     assert skipped and all(trial.why and trial.seconds is None for trial in skipped)
-    assert any("parents per level are asked" in trial.why for trial in skipped)
+    assert any("parents per level were asked for" in trial.why for trial in skipped)
     assert not any((study.folder / "trials" / f"{trial.number:04}.log").exists() for trial in skipped)
     stored = optuna.load_study(storage=f"sqlite:///{study.folder / 'study.db'}", study_name="lighthouse")
     assert stored.trials[skipped[0].number].user_attrs["skipped"] == skipped[0].why
@@ -123,7 +123,7 @@ def test_a_study_with_other_options_is_an_error_that_lists_them(by_tpe, text, ru
 
 def test_a_study_on_other_text_is_an_error_before_any_work(by_tpe, tmp_path):
     other = write_text(tmp_path, seed=1)
-    with pytest.raises(ValueError, match="the text, its order, its tokenizer or the way it is cut is another"):
+    with pytest.raises(ValueError, match="the text, its order, its tokenizer or how it is split into rows has changed"):
         study_of(other, by_tpe[0].folder, {"evaluations": 2, "topk": ["4", "64"]}, resume=True)
 
 
@@ -187,7 +187,8 @@ def test_an_interruption_says_how_to_go_on(text, tmp_path, capsys, monkeypatch, 
 
     monkeypatch.setattr(run_module.RunTrainer, "training_step", step)
     assert main(["tune", *SMALL, "--data", str(text), "--output_dir", str(tmp_path / "study")]) == code
-    assert f"`lighthouse tune --config {tmp_path / 'study' / 'study.yaml'} --resume` goes on" in capsys.readouterr().err
+    command = f"lighthouse tune --config {tmp_path / 'study' / 'study.yaml'} --resume"
+    assert f"ontinue with `{command}`" in capsys.readouterr().err
 
 
 WRONG = [

@@ -152,7 +152,7 @@ def test_equal_time(text, tmp_path, monkeypatch):
 
 def test_seconds_too_few_for_the_given_switch_end_the_study_before_a_trial(text, tmp_path):
     study = study_of(text, tmp_path, {"judge": "time", "seconds": 0.3}, switch_step=1000, steps=1100)
-    with pytest.raises(RunFailed, match=r"seconds=0.3: 0.3 s are .* and 0 dense; .*take more --seconds"):
+    with pytest.raises(RunFailed, match=r"seconds=0.3: 0.3 s are .* and 0 dense; .*use more --seconds"):
         study.run(quiet)
     assert not list((tmp_path / "trials").glob("0*"))
     study_of(text, tmp_path, {"judge": "time", "seconds": 30.0})  # other options may begin there
@@ -225,7 +225,7 @@ def test_a_setting_that_ends_its_process_is_tried_again_and_then_given_up(text, 
     first, again = result.of("interrupted")
     assert first.number == 0 and again.parameters == first.parameters and again.given
     assert result.given is None and len(result.of("complete")) == 2
-    assert any("interrupted 2 times by now, its setting is not tried again" in line for line in said)
+    assert any("interrupted 2 times, its setting is not tried again" in line for line in said)
 
 
 def test_what_a_dead_process_was_at_is_lined_up_again_and_what_a_living_one_is_at_is_not(text, tmp_path):

@@ -43,8 +43,8 @@ def trial_of(number=0, state="complete", seconds=10.0, lighthouse=60, dense=40, 
 JUDGED = [
     ("as_much_as_each_has", "time", {}, None),
     ("within_a_tenth", "time", {"seconds": 10.9}, None),
-    ("more_time", "time", {"seconds": 27.0}, "it had 27.0 s where each has 10.0 (+170%; 10% are allowed)"),
-    ("less_time", "time", {"seconds": 7.0}, "it had 7.0 s where each has 10.0 (-30%"),
+    ("more_time", "time", {"seconds": 27.0}, "it had 27.0 s instead of 10.0 (+170%; 10% is allowed)"),
+    ("less_time", "time", {"seconds": 7.0}, "it had 7.0 s instead of 10.0 (-30%"),
     ("more_tokens", "tokens", {"lighthouse": 100}, "it had 14,000 tokens of 10,000 (+40%"),
     ("time_does_not_count_at_equal_tokens", "tokens", {"seconds": 27.0, "timed": 0.9}, None),
     (
@@ -80,13 +80,13 @@ def test_a_trial_that_did_not_have_what_each_has_cannot_win(judge, changes, why)
 
 
 def test_where_nothing_is_comparable_and_where_the_given_setting_is_not():
-    trials = [trial_of(0, state="not comparable", why="it had 27.0 s where each has 10.0"), trial_of(1)]
+    trials = [trial_of(0, state="not comparable", why="it had 27.0 s instead of 10.0"), trial_of(1)]
     result = StudyResult("study", "time", 10.0, "tpe", "a device", trials, {}, [])
-    assert "better than the given setting is not known: not comparable: it had 27.0 s" in of_the_given(result)
+    assert "whether this is better than the given setting: not comparable: it had 27.0 s" in of_the_given(result)
     assert of_the_given(result) in page_of(result, Path("best.yaml")).markdown()
     none = StudyResult("study", "time", 10.0, "tpe", "a device", trials[:1], {}, [])
     assert none.best is None and nothing_known(none) in page_of(none, None).markdown()
-    assert "take --judge tokens" in nothing_known(none)
+    assert "use --judge tokens" in nothing_known(none)
 
 
 class DenseModel:
@@ -118,7 +118,7 @@ def test_the_page_shows_whatever_settings_of_the_method_there_are():
     trials = [trial_of(n, options=options | {"cover_start": n < 2, "select_topk": 1 / 64}) for n in range(3)]
     text = page_of(StudyResult("study", "time", 10.0, "tpe", "a device", trials, {}, []), Path("best.yaml")).markdown()
     assert "| trial | loss | cover_start | time |" in text
-    assert "Alike in all trials: pool_ratios 1/4, select_topk 1/64, learning_rate 0.001" in text
+    assert "The same in all trials: pool_ratios 1/4, select_topk 1/64, learning_rate 0.001" in text
     for row in ("| pool_ratios | 1/4 | 1/4 |", "| cover_start | False | True |", "| rows | 1 | 1 |"):
         assert row in text, row
 

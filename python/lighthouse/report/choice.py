@@ -1,7 +1,6 @@
 """Which tokens are kept, as a picture and as a page with the text itself (`Choices` of huggingface.inspection).
 
-The page is one file without anything from elsewhere. Its trap is the text: it is put in as data and shown as text
-content, never as markup.
+The page is one self-contained file. The text is inserted as data and shown as text content, never as markup.
 """
 
 from __future__ import annotations

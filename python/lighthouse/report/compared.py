@@ -1,8 +1,8 @@
 """What a comparison found: the baseline and the two-stage run of each seed, and the model that was stripped.
 
-Everything is judged by the dense held-out loss. There are two traps. Training losses of the stage with Lighthouse do
-not compare with dense ones, so none of them is looked at. And times compare only if the machine was as fast in both
-runs: each run's dense steps tell, since they do the same work (`Control`).
+Everything is judged by the dense held-out loss. Training losses of the stage with Lighthouse are not comparable with
+dense ones, so none of them is used. And times are comparable only if the machine was equally fast in both runs: each
+run's dense steps show this, since they do the same work (`Control`).
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from lighthouse.training.result import HeldOut, PretrainResult, crossing, versio
 from lighthouse.training.resume import differences
 
 AGREE = 0.05  # dense steps of two runs on a quiet machine differ by less than this
-SLOW = 0.1  # the most of a run's time that may be lost in stretches slower than its own median; first steps are such
-LEAST_DENSE_STEPS = 8  # of each run: fewer do not tell how fast the machine was
+SLOW = 0.1  # the most of a run's time that may be in stretches slower than its own median, such as first steps
+LEAST_DENSE_STEPS = 8  # of each run: fewer do not show how fast the machine was
 
 # In which the two runs of a seed differ on purpose.
 OF_ONE_RUN = frozenset({"dense_only", "dense_layers"})
@@ -33,11 +33,11 @@ OF_ONE_RUN = frozenset({"dense_only", "dense_layers"})
 
 @dataclass(frozen=True)
 class Recovery:
-    """The dense held-out loss behind the switch, against `before`, that right before it.
+    """The dense held-out loss after the switch, compared with `before`, the loss right before it.
 
-    `jump` is how far it rises above, at the evaluations until it is back; 0 where none of them is higher. It is back
-    `steps` optimizer steps and `seconds` of training behind the switch, on the line between two evaluations: 0 where it
-    never rose, None where it does not come back. It was first measured, with `first`, `first_steps` behind the switch.
+    `jump` is how far it rises above `before` until it is back; 0 if no evaluation is higher. It is back after `steps`
+    optimizer steps and `seconds` of training, interpolated linearly between two evaluations: 0 if it never rose, None
+    if it does not come back. The first measurement after the switch, `first_steps` after it, is `first`.
     """
 
     before: float
@@ -49,7 +49,7 @@ class Recovery:
 
 
 def recovery_of(run: PretrainResult) -> Recovery | None:
-    """None where nothing was evaluated at the switch or behind it."""
+    """None if nothing was evaluated at the switch or after it."""
     at = next((i for i, point in enumerate(run.held_out) if point.step == run.switch_step), None)
     if at is None or at + 1 == len(run.held_out):
         return None
@@ -67,11 +67,11 @@ def recovery_of(run: PretrainResult) -> Recovery | None:
 
 @dataclass(frozen=True)
 class Control:
-    """Whether the times of a pair's two runs compare. The dense steps of both do the same work.
+    """Whether the times of a pair's two runs are comparable. The dense steps of both do the same work.
 
     `baseline` and `two_stage` are their tokens per second in the median step, None where there are fewer than
     `LEAST_DENSE_STEPS`. `slow` is the part of each run's training time that went into stretches slower than its stages'
-    own medians. `why_not` is a sentence where the times do not compare.
+    own medians. `why_not` says why the times are not comparable, if so.
     """
 
     baseline: float | None
@@ -87,7 +87,7 @@ class Control:
 
 
 def step_seconds(run: PretrainResult, begin: int, end: int) -> list[float]:
-    """Training seconds of each step after `begin` and up to `end`, as the mean between two evaluations tells them."""
+    """Training seconds of each step after `begin` and up to `end`, each the mean between two evaluations."""
     points = [HeldOut(0, 0.0, "", 0.0), *(point for point in run.held_out if point.step > 0)]
     return [
         (b.seconds - a.seconds) / (b.step - a.step)
@@ -119,20 +119,21 @@ def control_of(baseline: PretrainResult, two_stage: PretrainResult) -> Control:
         named = sorted(baseline.versions.keys() | two_stage.versions.keys())
         which = [name for name in named if baseline.versions.get(name) != two_stage.versions.get(name)]
         of_each = [", ".join(f"{name} {run.versions.get(name, 'unknown')}" for name in which) for run in runs]
-        why_not = f"The runs had other versions: the baseline {of_each[0]}, the two-stage run {of_each[1]}."
+        why_not = f"The runs had different versions: the baseline {of_each[0]}, the two-stage run {of_each[1]}."
     elif not enough:
         why_not = (
-            f"Whether the machine was as fast in both runs is not known: {LEAST_DENSE_STEPS} dense steps of each would "
-            f"tell, measured are {len(dense[0]):,} of the baseline and {len(dense[1]):,} of the two-stage run."
+            f"It is not known whether the machine was equally fast in both runs: this needs {LEAST_DENSE_STEPS} dense "
+            f"steps of each, and {len(dense[0]):,} of the baseline and {len(dense[1]):,} of the two-stage run were "
+            "measured."
         )
     elif found.difference > AGREE:
         why_not = (
-            f"The machine was not quiet: dense steps, the same work in both runs, ran at {ours:,.0f} tokens/s in "
+            f"The machine was busy: dense steps, the same work in both runs, ran at {ours:,.0f} tokens/s in "
             f"the baseline and at {theirs:,.0f} in the two-stage run; they must agree within {AGREE:.0%}."
         )
     elif max(found.slow) > SLOW:
         why_not = (
-            f"The machine was not quiet: {found.slow[0]:.0%} of the baseline's time and {found.slow[1]:.0%} of the "
+            f"The machine was busy: {found.slow[0]:.0%} of the baseline's time and {found.slow[1]:.0%} of the "
             f"two-stage run's went into stretches slower than the run's own median; at most {SLOW:.0%} may."
         )
     return replace(found, why_not=why_not)
@@ -156,7 +157,7 @@ class Pair:
 
     @cached_property
     def differences(self) -> list[str]:
-        """What keeps the two runs from being a comparison of attention alone; empty where nothing does."""
+        """In what the two runs differ besides attention; empty if in nothing."""
         baseline, two_stage = self.runs
         # What the baseline "was" the two-stage run "is".
         found = differences(baseline.settings, two_stage.settings, FREE_BETWEEN_RUNS | OF_ONE_RUN)
@@ -176,13 +177,13 @@ class Pair:
 
     @property
     def left_dense(self) -> int:
-        """Steps of the two-stage run that were to be Lighthouse's and in which it did not act."""
+        """Steps of the two-stage run that were planned for Lighthouse but in which it did not act."""
         lighthouse = self.two_stage.lighthouse
         return self.two_stage.switch_step - (lighthouse.steps if lighthouse else 0)
 
     @property
     def times_as_fast(self) -> float:
-        """Of the whole training. Says something only where `control` lets the times compare."""
+        """Of the whole training. Meaningful only if `control` says that the times are comparable."""
         return self.baseline.seconds / self.two_stage.seconds
 
     @property
@@ -230,14 +231,14 @@ class Stripped:
     seed: int
     exported: Exported | None
     inference: Inference | None
-    card_names: list[str]  # what of this run was looked for in the model card, and found
+    card_names: list[str]  # facts of this run that were searched for in the model card, and found
     card_lacks: list[str]
     failure: str | None = None
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """All of it. `layers` are the model's."""
+    """The whole comparison. `layers` are the model's."""
 
     layers: int
     pairs: list[Pair]

@@ -1,7 +1,7 @@
 """A `Comparison` as a page, as a checklist and as lines for the terminal.
 
-A line of the checklist is ticked by numbers of this comparison alone, which stand behind it. Where they cannot show
-what it claims, as times of a machine that was not quiet, it is neither ticked nor failed but not checked.
+A line of the checklist is ticked only by numbers of this comparison, which follow it as evidence. If they cannot show
+what it claims, for example times of a busy machine, it is neither ticked nor failed but not checked.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lighthouse.report.table import minutes, speed
 from lighthouse.training.result import PretrainResult, Stage
 
 MIB = 2**20
-SLOWER = 1.2  # a stripped model that takes more than so many times a plain one's time is not a plain one
+SLOWER = 1.2  # times a plain model's time: a stripped model that takes longer is not a plain one
 
 # Settings in the table, before and after those of the method.
 OF_RUN = ("model", "context", "share", "switch_step")
@@ -44,8 +44,8 @@ def _integrated(found: Comparison) -> Check:
     planned = [[run.switch_step, run.steps - run.switch_step] for run in two_stage]
     different = [f"{_seed(found, pair)}{what}" for pair in found.pairs for what in pair.differences]
     other = [
-        f"{_seed(found, pair)}{its[0]:,} steps went through Lighthouse and {its[1]:,} were dense, planned were "
-        f"{was[0]:,} and {was[1]:,}"
+        f"{_seed(found, pair)}{its[0]:,} steps went through Lighthouse and {its[1]:,} were dense; "
+        f"{was[0]:,} and {was[1]:,} were planned"
         for pair, its, was in zip(found.pairs, counted, planned, strict=True)
         if its != was
     ]
@@ -61,7 +61,7 @@ def _integrated(found: Comparison) -> Check:
         evidence += f"Not as planned: {'; '.join(other)}. "
     evidence += "".join(f"{_sentence(warning)} " for warning in warned)
     if different:
-        evidence += f"From the baseline to the two-stage run more differs than attention: {'; '.join(different)}."
+        evidence += f"From the baseline to the two-stage run not only attention differs: {'; '.join(different)}."
     else:
         evidence += f"Settings, text, seed ({_seeds(found)}){_first_losses(found)} are the baseline's."
     return Check("Wrapper integrated", passed, evidence)
@@ -96,10 +96,10 @@ def _faster(found: Comparison) -> Check:
 
 
 def _faster_pair(pair: Pair) -> tuple[bool | None, str]:
-    """Whether the two-stage run of a pair was faster, None where that is not known; and what the control shows."""
+    """Whether the two-stage run of a pair was faster, None if that is not known; and what the control shows."""
     control, lighthouse = pair.control, pair.two_stage.lighthouse
     if lighthouse is None or lighthouse.steps == 0:
-        return False, "Lighthouse acted in no step: there is no speed-up of it."
+        return False, "Lighthouse acted in no step: there is no speed-up by it."
     if pair.differences:
         return None, "The runs differ in more than the attention."
     if control.why_not is not None:
@@ -113,7 +113,7 @@ def _faster_pair(pair: Pair) -> tuple[bool | None, str]:
     # As if all that was slower than the baseline's own median had come from elsewhere.
     least = (1 - control.slow[0]) * pair.times_as_fast
     if least <= 1 + control.difference:
-        return None, f"{shown} By so little, a run may be faster by chance."
+        return None, f"{shown} So small a difference may be chance."
     return True, shown
 
 
@@ -124,7 +124,7 @@ def _as_good(found: Comparison) -> Check:
     seeds = (
         f"Not higher with {lower} of {len(found.pairs)} seeds."
         if len(found.pairs) > 1
-        else "One seed is one sample: with another the other run may end lower."
+        else "One seed is one sample: with another seed the other run may end lower."
     )
     passed: bool | None = two_stage <= baseline
     why = []
@@ -136,14 +136,14 @@ def _as_good(found: Comparison) -> Check:
         elif pair.left_dense:
             passed = None if passed else passed
             why.append(
-                f"{_seed(found, pair)}in {pair.left_dense:,} of the {run.switch_step:,} steps that were to be "
-                "Lighthouse's it did not act, so that the loss says little of it."
+                f"{_seed(found, pair)}Lighthouse did not act in {pair.left_dense:,} of the {run.switch_step:,} steps "
+                "planned for it, so the loss says little about it."
             )
         if run.model_step <= run.switch_step:
             passed = False
             why.append(
-                f"{_seed(found, pair)}the saved model is that behind step {run.model_step:,}, which had no dense step "
-                f"after the switch behind step {run.switch_step:,}."
+                f"{_seed(found, pair)}the saved model is from step {run.model_step:,} and had no dense step after the "
+                f"switch (after step {run.switch_step:,})."
             )
     return Check(
         f"{found.pairs[0].which.capitalize()} held-out loss matches or improves the baseline",
@@ -161,7 +161,7 @@ def _as_good(found: Comparison) -> Check:
 
 
 def _of_best(pair: Pair) -> str:
-    """What the losses are where each run's best checkpoint was taken; a sentence."""
+    """What the losses are if each run's best checkpoint was used; a sentence."""
     baseline, two_stage = pair.runs
     return (
         f"As load_best_model_at_end asks for, these are the losses of the best checkpoints, after step "
@@ -181,7 +181,7 @@ def _stripped(found: Comparison) -> Check:
     ]
     ours = inference.modules.get("lighthouse", 0) + len(inference.imported)
     plain = inference.same_outputs and bool(inference.modules) and ours == 0
-    # The same modules with the same weights are not faster either: then the clock shows what else the machine did.
+    # The same modules with the same weights cannot be faster: then the machine did something else meanwhile.
     noisy = min(ratios) < 1 / SLOWER
     modules = ", ".join(f"{count} of {package}" for package, count in sorted(inference.modules.items()))
     outputs = "the same" if inference.same_outputs else "other"
@@ -192,7 +192,7 @@ def _stripped(found: Comparison) -> Check:
         f"for bit; its modules are {modules}. It takes {ratios[0]:.2f} of the plain model's time for a prefill of "
         f"{inference.exported.prompt:,} tokens and {ratios[1]:.2f} for a token of decoding (at most {SLOWER} passes), "
         f"medians of {inference.rounds} round{'' if inference.rounds == 1 else 's'}."
-        + (" A model is not that much faster than the same model: the machine was not quiet." if noisy else "")
+        + (" A model cannot be that much faster than the same model: the machine was busy." if noisy else "")
         + "".join(f" Warning: {_sentence(warning)}" for warning in exported.warnings),
     )
 
@@ -211,40 +211,40 @@ def passing(pair: Pair) -> str:
     """When the two-stage run of a pair has the baseline's final, or best, loss; a sentence."""
     baseline, two_stage = pair.baseline, pair.two_stage
     name = f"Seed {pair.seed}: the two-stage run"
-    doubt = "" if pair.control.why_not is None else " These times do not compare."
+    doubt = "" if pair.control.why_not is None else " These times are not comparable."
     if pair.passes is not None:
         steps, seconds = pair.passes
         times = f", after {pair.sooner:.2f} times as long" if not doubt else ""
         return (
-            f"{name} is at the baseline's {pair.which} {baseline.loss:.4f} behind step {steps:,.0f}, at "
-            f"{minutes(seconds)}; the baseline got there at {minutes(pair.baseline_passes[1])}{times}.{doubt}"
+            f"{name} reaches the baseline's {pair.which} loss {baseline.loss:.4f} after step {steps:,.0f}, at "
+            f"{minutes(seconds)}; the baseline reached it at {minutes(pair.baseline_passes[1])}{times}.{doubt}"
         )
     ends = f"it ends with {two_stage.loss:.4f} at {minutes(two_stage.seconds)}"
     if pair.which == "best":
         ends = f"its best is {two_stage.loss:.4f}, and it ends at {minutes(two_stage.seconds)}"
     if pair.baseline_then is not None and two_stage.seconds < baseline.seconds:
         ends += f", when the baseline was last measured at {pair.baseline_then:.4f}"
-    return f"{name} does not get to the baseline's {pair.which} {baseline.loss:.4f} within its steps; {ends}.{doubt}"
+    return f"{name} does not reach the baseline's {pair.which} loss {baseline.loss:.4f}; {ends}.{doubt}"
 
 
 def recovery(pair: Pair) -> str:
     """What the switch did to the dense held-out loss of a pair's two-stage run; a sentence."""
     found, switch = pair.recovery, pair.two_stage.switch_step
     if found is None:
-        return f"Seed {pair.seed}: nothing was measured behind the switch."
+        return f"Seed {pair.seed}: nothing was measured after the switch."
     if found.jump == 0:
         return (
-            f"Seed {pair.seed}: no rise; {found.before:.4f} right before the switch, behind step {switch:,}, and "
-            f"{found.first:.4f} behind step {switch + found.first_steps:,}, when it was next measured."
+            f"Seed {pair.seed}: no rise: {found.before:.4f} right before the switch, after step {switch:,}, and "
+            f"{found.first:.4f} at the next measurement, after step {switch + found.first_steps:,}."
         )
     back = (
-        "not back there at the end"
+        "not back at the end"
         if found.steps is None
-        else f"back there after {found.steps:,.0f} steps, {minutes(known(found.seconds))}"
+        else f"back after {found.steps:,.0f} steps, {minutes(known(found.seconds))}"
     )
     return (
-        f"Seed {pair.seed}: {found.before:.4f} right before the switch, behind step {switch:,}; it rises by up to "
-        f"{found.jump:.4f}, and is {back}."
+        f"Seed {pair.seed}: {found.before:.4f} right before the switch, after step {switch:,}; the loss rises by up "
+        f"to {found.jump:.4f}, and is {back}."
     )
 
 
@@ -281,7 +281,7 @@ def page(found: Comparison, checks: Sequence[Check] | None = None) -> Page:
                 ["" if pair.sooner is None or pair.control.why_not else f"{pair.sooner:.2f}" for pair in found.pairs],
             ),
         ],
-        "When the two-stage run had the baseline's loss: on the line between two evaluations, from the switch on.",
+        "When the two-stage run reached the baseline's loss: interpolated between two evaluations, from the switch on.",
     )
 
     result.section("Time, speed, memory")
@@ -304,9 +304,9 @@ def page(found: Comparison, checks: Sequence[Check] | None = None) -> Page:
     )
     for pair in found.pairs:
         if pair.control.why_not is not None:
-            result.text(f"{_seed(found, pair)}the times do not compare. {pair.control.why_not}")
+            result.text(f"{_seed(found, pair)}the times are not comparable. {pair.control.why_not}")
 
-    result.section("Recovery behind the switch")
+    result.section("Recovery after the switch")
     for pair in found.pairs:
         result.text(recovery(pair))
 
@@ -319,7 +319,7 @@ def page(found: Comparison, checks: Sequence[Check] | None = None) -> Page:
     names = [name for name in (*OF_RUN, *of_method, *OF_TRAINING) if values.get(name) is not None]
     result.table(("setting", "value"), [(f"`{name}`", values[name]) for name in names])
     result.text(
-        "All of them are in `config.yaml` of each run's folder, and every number of this page is in `results.json`."
+        "All settings are in `config.yaml` of each run's folder, and every number of this page is in `results.json`."
     )
     return result
 
@@ -356,26 +356,26 @@ def _stripped_part(result: Page, stripped: Stripped) -> None:
 
 
 def _table(result: Page, columns: list[str], rows: list[tuple[str, list[str]]], caption: str) -> None:
-    """Quantities one below the other, which a phone has room for. One that nothing is known of is left out."""
+    """Quantities one below the other, which a phone has room for. Unknown ones are left out."""
     result.table(("", *columns), [(name, *values) for name, values in rows if any(values)], caption)
 
 
 def _of_memory(runs: Sequence[PretrainResult]) -> str:
-    """What the peaks are of, and whether one may be held against another."""
+    """What the peaks measure, and which of them are comparable."""
     kinds = {run.settings["device"] for run in runs}
     if kinds == {"cuda"}:
         return "Peak memory of each stage's steps: what PyTorch had allocated."
     text = (
-        "Peak memory of each stage's steps: what was resident of the whole process, interpreter and libraries included "
-        "and whatever an earlier run in it left there. So peaks of one run's stages compare, those of two runs hardly."
+        "Peak memory of each stage's steps: resident memory of the whole process, including interpreter, libraries and "
+        "what an earlier run left in it. So the peaks of one run's stages are comparable, those of two runs hardly."
     )
     if len(kinds) > 1:
-        text += " On a GPU it is what PyTorch had allocated, which does not compare with it."
+        text += " On a GPU it is what PyTorch had allocated, which is not comparable with it."
     return text
 
 
 def _seed(found: Comparison, pair: Pair) -> str:
-    """Ahead of what is said of one pair of several."""
+    """The prefix of a sentence about one of several pairs."""
     return f"Seed {pair.seed}: " if len(found.pairs) > 1 else ""
 
 

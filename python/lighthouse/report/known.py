@@ -1,4 +1,4 @@
-"""Values that may be missing in general and are there where they are asked for, as the loss of a complete trial."""
+"""Values that may be missing in general but exist where they are used, such as the loss of a complete trial."""
 
 from __future__ import annotations
 

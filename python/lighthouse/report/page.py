@@ -2,14 +2,14 @@
 
     page = Page("Comparison", "Two runs from the same weights.")
     page.section("Speed")
-    page.text("Where the `dense` run stood.")
+    page.text("How the `dense` run ended.")
     page.table(("run", "time"), [("dense", "2:12"), ("two-stage", "1:30")])
     page.figure("time", figure, "loss against time")             # a matplotlib Figure
-    page.checklist([Check("the speed-up is there", True, "1.47 times")])
+    page.checklist([Check("faster than dense", True, "1.47 times")])
     for name, content in page.files().items(): ...               # report.html, report.md, time.png
 
-Every text is escaped; only `code` between backticks is markup. Pictures are seen at a phone's width too: in a `Figure`
-of about 5.5 x 3.8 inches, as `new_figure` gives it, letters stay readable there.
+Every text is escaped; only `code` between backticks is markup. Letters stay readable at a phone's width in a `Figure`
+of about 5.5 x 3.8 inches, as `new_figure` gives it.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ class Check:
 
     @property
     def verdict(self) -> str:
-        """A word for what is not ticked, else nothing."""
+        """A word for a line that is not ticked, else nothing."""
         return {True: "", False: "failed", None: "not checked"}[self.passed]
 
 
 class Page:
-    """A title, what is said below it, and parts in the order in which they are added."""
+    """A title, the lead below it, and parts in the order in which they are added."""
 
     def __init__(self, title: str, lead: str = ""):
         self.title = title
@@ -80,12 +80,12 @@ class Page:
         self._add("table", {"head": head, "rows": rows, "caption": caption}, markdown)
 
     def figure(self, name: str, figure: Figure, alt: str) -> None:
-        """A picture, `name.png` in Markdown; `alt` says what is seen, also below it."""
+        """A picture, `name.png` in Markdown; `alt` describes it, also below it."""
         self._figures[f"{name}.png"] = figure
         self._add("figure", {"alt": alt, "name": f"{name}.png"}, f"![{alt}]({name}.png)")
 
     def checklist(self, checks: Sequence[Check]) -> None:
-        """What holds is ticked; what does not, or could not be checked, is said to; the evidence stands behind each."""
+        """Lines that hold are ticked; others say that they failed or were not checked; the evidence follows each."""
         kind = {"": "passed", "failed": "failed", "not checked": "open"}
         heads = [check.what + (f": {check.verdict}" if check.verdict else "") for check in checks]
         shown = list(zip(checks, heads, strict=True))
@@ -107,7 +107,7 @@ class Page:
 
     @cached_property
     def _pictures(self) -> dict[str, bytes]:
-        """Drawn once they are asked for, when no part is added any more."""
+        """Drawn when first asked for, after the last part was added."""
         return {name: png_of(figure) for name, figure in self._figures.items()}
 
     def _add(self, kind: str, part: Any, markdown: str) -> None:

@@ -1,7 +1,7 @@
 """What a study found, as plain numbers in `results.json`: trials, the best of them, the front of loss against time.
 
-The trap is a loss that was had for more than the others had: a trial counts as complete only if it had what each of
-them has (`judged`).
+A loss reached with more time or tokens than the others had must not win: a trial counts as complete only if it had the
+same as each of them (`judged`).
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ class Trial:
     is what ended it early.
 
     `seconds` of training and `tokens` are of a trial that trained, up to where it ended; `loss` is the dense held-out
-    loss at the end, in nats per token. `seconds_per_step` were measured beforehand, by stage, where time is judged.
-    `switch_step` steps were to be Lighthouse's; `stages` has the steps in which it acted and the others, with their
-    seconds.
+    loss at the end, in nats per token. `seconds_per_step` were measured before, by stage, if time is judged.
+    `switch_step` steps were planned for Lighthouse; `stages` has the steps in which it acted and the others, with
+    their seconds.
     """
 
     number: int
@@ -68,7 +68,7 @@ class Trial:
 
 
 def too_few(steps: int, lighthouse: int) -> str | None:
-    """Why so many steps, the first of them Lighthouse's, say nothing of a setting; None where they may."""
+    """Why this many steps, the first of them with Lighthouse, say nothing about a setting; None if they may."""
     dense = steps - lighthouse
     if steps >= LEAST_STEPS and lighthouse > 0 and dense >= LEAST_DENSE:
         return None
@@ -79,7 +79,7 @@ def too_few(steps: int, lighthouse: int) -> str | None:
 
 
 def judged(trials: Sequence[Trial], judge: str, budget: float) -> list[Trial]:
-    """The same trials, of which a complete one that did not have what each has is `UNEQUAL`, and says why."""
+    """The same trials; a complete one that did not have the same time or tokens becomes `UNEQUAL`, with the reason."""
     usual = _usual_dense_seconds(trials) if judge == "time" else {}
     found = []
     for trial in trials:
@@ -95,20 +95,18 @@ def _unequal(trial: Trial, judge: str, budget: float, usual: dict[float, float])
             return why
         acted = trial.stages.get(LIGHTHOUSE, {}).get("steps", 0)
         if acted != trial.switch_step:
-            return f"Lighthouse acted in {acted:,} of the {trial.switch_step:,} steps that were to be its"
+            return f"Lighthouse acted in {acted:,} of the {trial.switch_step:,} steps planned for it"
     had = known(trial.seconds if judge == "time" else trial.tokens)
     if abs(had / budget - 1) > TOLERANCE:
-        of_each = (
-            f"{had:,.1f} s where each has {budget:,.1f}" if judge == "time" else f"{had:,} tokens of {budget:,.0f}"
-        )
-        return f"it had {of_each} ({had / budget - 1:+.0%}; {TOLERANCE:.0%} are allowed)"
+        of_each = f"{had:,.1f} s instead of {budget:,.1f}" if judge == "time" else f"{had:,} tokens of {budget:,.0f}"
+        return f"it had {of_each} ({had / budget - 1:+.0%}; {TOLERANCE:.0%} is allowed)"
     expected = usual.get(_tokens_per_step(trial))
     if expected is not None:
         off = known(trial.seconds_per_step)[DENSE] / expected - 1
         if abs(off) > TOLERANCE:
             return (
                 f"the machine was not as fast: a dense step, the same work in all trials of its batch, took {off:+.0%} "
-                f"of the usual time when its steps were counted ({TOLERANCE:.0%} are allowed)"
+                f"of the usual time when its steps were counted ({TOLERANCE:.0%} is allowed)"
             )
     return None
 
@@ -130,8 +128,8 @@ def _usual_dense_seconds(trials: Sequence[Trial]) -> dict[float, float]:
 class StudyResult:
     """A study as it stands. `budget` is what each trial has: seconds of training, or tokens.
 
-    `importance` is each parameter's share, by Optuna; empty where too few trials are complete. `notes` say what of the
-    ranges is not as one might expect.
+    `importance` is each parameter's share, by Optuna; empty if too few trials are complete. `notes` explain
+    ranges that a user may not expect.
     """
 
     folder: str

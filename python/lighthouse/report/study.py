@@ -60,18 +60,18 @@ def nothing_known(result: StudyResult) -> str:
     """Of a study without a best setting."""
     unequal = result.of(UNEQUAL)
     if not unequal:
-        return "No trial is complete yet, so that nothing is known of any setting."
-    text = f"No trial is comparable, so that no setting is the best. The last of {len(unequal)}: {unequal[-1].why}."
+        return "No trial is complete yet, so nothing is known about any setting."
+    text = f"No trial is comparable, so no setting is the best. The last of {len(unequal)}: {unequal[-1].why}."
     if result.judge == "time":
-        text += " On a machine that does other things too, take --judge tokens, in another --output_dir."
+        text += " On a shared machine use --judge tokens, in another --output_dir."
     return text
 
 
 def of_the_given(result: StudyResult) -> str:
-    """What is to be said of the given setting where it is not compared."""
+    """Why the given setting is not compared."""
     trial = next((trial for trial in reversed(result.trials) if trial.given), None)
     why = "it was not tried" if trial is None else f"{trial.state}{f': {trial.why}' if trial.why else ''}"
-    return f"Whether this is better than the given setting is not known: {why}."
+    return f"It is not known whether this is better than the given setting: {why}."
 
 
 def _lead(result: StudyResult) -> str:
@@ -98,11 +98,11 @@ def _best(page: Page, result: StudyResult, best: Trial, best_file: Path | None) 
         rows.append((name, *map(text, shown)))
     page.table(head, rows)
     if given is best:
-        page.text("None of the others was better than the given setting.")
+        page.text("No other setting was better than the given one.")
     if given is None:
         page.text(of_the_given(result))
     page.text(
-        "Each trial is one run with one seed: a difference as small as another seed makes decides nothing. Before a "
+        "Each trial is one run with one seed: a difference no larger than that between seeds decides nothing. Before a "
         "long run, try the best two or three with other seeds."
     )
     page.code(f"lighthouse pretrain --config {best_file} --steps 5000 --output_dir runs/tuned")
@@ -122,7 +122,7 @@ def _importance(page: Page, result: StudyResult) -> None:
         if complete < EVIDENCE:
             page.text(f"With {complete} complete trials these shares are little more than chance.")
     else:
-        page.text(f"{complete} complete trials are too few to tell the importance of a parameter.")
+        page.text(f"{complete} complete trials are too few to estimate the importance of a parameter.")
     figure = slices(result)
     if figure is not None:
         page.figure("parameters", figure, "Loss of each complete trial against each parameter.")
@@ -130,24 +130,23 @@ def _importance(page: Page, result: StudyResult) -> None:
 
 def _judged(result: StudyResult) -> str:
     always = (
-        "The loss is that of held-out text under dense attention, in nats per token, behind the last step of a "
-        "schedule of the learning rate that fits the trial's steps. Losses from before the switch judge nothing."
+        "The loss is that of held-out text under dense attention, in nats per token, after the last step of a "
+        "learning-rate schedule that fits the trial's steps. Losses from before the switch are not used."
     )
     complete, unequal = result.of(COMPLETE), result.of(UNEQUAL)
     always += (
-        f" A trial counts only if it had what each has, within {TOLERANCE:.0%}, in at least {LEAST_STEPS} steps, "
-        f"{LEAST_DENSE} of them dense, and if Lighthouse acted in all that were to be its"
+        f" A trial counts only if it had the same {result.judge} as the others, within {TOLERANCE:.0%}, in at least "
+        f"{LEAST_STEPS} steps, {LEAST_DENSE} of them dense, and if Lighthouse acted in all steps planned for it"
         + (", and if its dense steps, the same work for all, took the usual time" if result.judge == "time" else "")
-        + f": {len(unequal) or 'none'} of {len(complete) + len(unequal)} did not and can not be the best."
+        + f": {len(unequal) or 'none'} of {len(complete) + len(unequal)} did not, and cannot be the best."
     )
     if result.judge == "tokens":
         return f"At equal tokens: {result.budget:,.0f} each, in whole steps. {always}"
     text = f"At equal time: {result.budget:,.1f} s of training each, evaluation not counted. "
-    text += "How many steps these are follows from steps of both stages that were timed before the trial, the "
-    text += "fastest of a few. "
+    text += "The number of steps follows from the fastest of a few steps of each stage, timed before the trial. "
     if complete:
         least, most = (limit(known(trial.seconds) for trial in complete) for limit in (min, max))
-        text += f"The comparable trials really took {least:,.1f} to {most:,.1f} s, "
+        text += f"The comparable trials took {least:,.1f} to {most:,.1f} s, "
         text += f"{least / result.budget - 1:+.0%} to {most / result.budget - 1:+.0%}. "
     return text + always
 
@@ -157,7 +156,7 @@ def _trials(page: Page, result: StudyResult) -> None:
     names, first = _different(result), next((trial.texts for trial in result.trials if trial.options), {})
     alike = [f"{name} {text}" for name, text in first.items() if name not in names]
     if alike:
-        page.text(f"Alike in all trials: {', '.join(alike)}.")
+        page.text(f"The same in all trials: {', '.join(alike)}.")
     trials = sorted(result.of(COMPLETE), key=lambda trial: known(trial.loss))
     page.table(
         ("trial", "loss", *_heads(names), "time", "steps", "state", ""),
@@ -188,7 +187,7 @@ def _trials(page: Page, result: StudyResult) -> None:
 
 
 def _different(result: StudyResult) -> list[str]:
-    """The values of a setting that are not alike in all trials."""
+    """The values of a setting that differ between trials."""
     texts = [trial.texts for trial in result.trials if trial.options]
     return [name for name in (texts[0] if texts else ()) if len({each.get(name) for each in texts}) > 1]
 

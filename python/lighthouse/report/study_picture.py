@@ -16,7 +16,7 @@ from lighthouse.report.studied import COMPLETE, PRUNED, StudyResult
 from lighthouse.report.table import minutes
 
 GREY, AMBER, BLUE = COLOURS[:3]
-SECONDS = 100  # up to here times are said in seconds
+SECONDS = 100  # up to here times are given in seconds
 
 
 def curves(result: StudyResult) -> Figure:

@@ -13,7 +13,7 @@ from lighthouse.training.result import PretrainResult, Stage
 def table(runs: Sequence[PretrainResult], *, times_compare: bool = True) -> Table:
     """A `rich` table of `PretrainResult`s, one a row; time and loss also relative to the first, the baseline.
 
-    Times only where they compare.
+    Times only if they are comparable.
     """
     baseline = runs[0]
     result = Table(

@@ -1,8 +1,9 @@
 """What each trial has, equal time or equal tokens, and how many steps that is.
 
-Equal time is made beforehand: the schedule of the learning rate and the switch need the number of steps. So a few steps
-of each stage are timed, and a trial gets as many steps as fit into the budget, with a whole schedule. What it really
-took stands beside its loss, and a trial that took more or less than each has is not compared (`report.studied.judged`).
+Equal time is planned in advance: the learning-rate schedule and the switch need the number of steps. So a few steps of
+each stage are timed, and a trial gets as many steps as fit into the budget, with a whole schedule. The time that it
+really took is reported with its loss, and a trial that took more or less than the budget is not compared
+(`report.studied.judged`).
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ PerStep = dict[str, float]  # seconds, by stage
 
 
 def too_few_of(options: PretrainOptions, training: TrainingOptions, steps: int) -> str | None:
-    """Why so many steps tell nothing of these options; None where they do."""
+    """Why this many steps say nothing about these options; None if they do."""
     return too_few(steps, options.lighthouse_steps(steps, tokens_per_step(options, training)))
 
 
 def seconds_of(options: PretrainOptions, training: TrainingOptions, steps: float, per_step: PerStep) -> float:
-    """What so many steps take."""
+    """The seconds that this many steps take."""
     # Half a step more or less decides which number is the nearest.
     lighthouse = options.lighthouse_steps(steps, tokens_per_step(options, training))  # type: ignore[arg-type]
     return lighthouse * per_step[LIGHTHOUSE] + (steps - lighthouse) * per_step[DENSE]
@@ -41,7 +42,7 @@ def seconds_of(options: PretrainOptions, training: TrainingOptions, steps: float
 def steps_in(budget: float, options: PretrainOptions, training: TrainingOptions, per_step: PerStep | None) -> int:
     """How many steps fit into seconds, or without `per_step` into tokens, to the nearest.
 
-    Raises `Unequal` where so many tell nothing.
+    Raises `Unequal` if this many say nothing.
     """
     if per_step is None:
         steps = round(budget / tokens_per_step(options, training))

@@ -1,12 +1,12 @@
-"""The baseline and the two-stage run of one or several seeds, one after the other, and what of them can be shipped.
+"""The baseline and the two-stage run of one or several seeds, one after the other, and the model to ship.
 
     from lighthouse.studies.compare import compare, compare_defaults
 
     comparison = compare(PretrainOptions(data="books"), TrainingOptions(output_dir="runs/compare", max_steps=500))
 
 Both runs of a seed have the same first weights, text, order of it, steps and schedule: they differ in the attention
-alone. Each is a whole run of `lighthouse pretrain` in a folder of its own, `seed-0/dense` and `seed-0/two-stage`, and
-is gone on with like one; the report is made when all are at their end.
+alone. Each is a whole run of `lighthouse pretrain` in its own folder, `seed-0/dense` and `seed-0/two-stage`, and is
+resumed like one; the report is made when all are finished.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from lighthouse.training.run import Run, prepare
 
 DENSE, TWO_STAGE = "dense", "two-stage"
 
-HOW_TO_GO_ON = "The same command with --resume goes on from there."
+HOW_TO_GO_ON = "The same command with --resume continues from there."
 
 
 def compare_defaults(folder: str | Path = "runs/compare", *, resume: bool = False) -> dict:
@@ -74,18 +74,18 @@ def compare(
     """Trains each seed dense and in two stages, strips and exports a model, and writes the report.
 
     Args:
-        options, training: as `pretrain` takes them. `training.output_dir` is the folder of all; with `training.resume`
-            runs in it that are finished are read, and one that was interrupted goes on.
-        seeds: of the weights and of the order of the text; by default `training.seed` alone.
-        say: is told of each part of the work.
+        options, training: as for `pretrain`. `training.output_dir` is the folder of all runs; with `training.resume`
+            finished runs in it are read, and an interrupted one continues.
+        seeds: of the weights and of the order of the text; by default only `training.seed`.
+        say: called with a line for each part of the work.
 
     Returns:
-        What was found; None in all processes but the first. In the folder are `report.html`, `report.md` with its
+        The results; None in all processes but the first. The folder then has `report.html`, `report.md` with its
         pictures, `results.json`, and the exported model of the best two-stage run in `model`.
 
     Raises:
         ValueError, FileNotFoundError, FileExistsError: before any work, as `prepare` does, and for options with which
-            there is nothing to compare.
+            nothing can be compared.
         RunFailed: as `Run.train` does; a full disk at the end too.
     """
     return prepare_comparison(options, training, seeds=seeds).run(say)
@@ -97,7 +97,7 @@ def prepare_comparison(
     *,
     seeds: Sequence[int] | None = None,
 ) -> Plan:
-    """Checks all runs of a comparison and does no work yet; `compare` says what the arguments are."""
+    """Checks all runs of a comparison and does no work yet; the arguments are those of `compare`."""
     options, training = options or PretrainOptions(), training or TrainingOptions()
     seeds = [training.seed] if seeds is None else list(seeds)
     _check(options, training, seeds)
@@ -115,21 +115,21 @@ def prepare_comparison(
 
 def _check(options: PretrainOptions, training: TrainingOptions, seeds: list[int]) -> None:
     if not options.uses_lighthouse:
-        raise ValueError("a comparison needs steps with Lighthouse: a share above 0, and not dense_only")
+        raise ValueError("a comparison needs steps with Lighthouse: give a share above 0 and leave out dense_only")
     if options.lighthouse_only:
-        raise ValueError("a comparison needs dense steps behind those with Lighthouse: not lighthouse_only")
+        raise ValueError("a comparison needs dense steps after those with Lighthouse: leave out lighthouse_only")
     if training.eval_strategy == "no":
-        raise ValueError("eval_strategy='no': a comparison is made of the held-out losses; take steps")
+        raise ValueError("eval_strategy='no': a comparison needs held-out losses; use steps")
     if training.resume_from_checkpoint is not None:
         raise ValueError(
-            f"resume_from_checkpoint={training.resume_from_checkpoint!r}: a comparison has several runs, which go on "
-            "with resume"
+            f"resume_from_checkpoint={training.resume_from_checkpoint!r}: a comparison has several runs, which "
+            "continue with resume"
         )
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds={seeds}: one seed or several different ones are needed")
     wrong = [seed for seed in seeds if not 0 <= seed < 2**32]
     if wrong:
-        raise ValueError(f"seeds={seeds}: {wrong[0]} is no seed; whole numbers from 0 to 2**32 - 1 are")
+        raise ValueError(f"seeds={seeds}: {wrong[0]} is not a seed; seeds are whole numbers from 0 to 2**32 - 1")
 
 
 def _check_folder(folder: Path, resume: bool) -> None:
@@ -138,12 +138,12 @@ def _check_folder(folder: Path, resume: bool) -> None:
     there = list(folder.glob("seed-*"))
     if (folder / SETTINGS).exists() or (not there and any((folder / name).exists() for name in (MODEL, RESULTS))):
         raise FileExistsError(
-            f"output_dir={str(folder)!r} holds something else, a run or its results: take another folder with "
+            f"output_dir={str(folder)!r} holds something else, a run or its results: use another folder with "
             "--output_dir"
         )
     if there and not resume:
         raise FileExistsError(
-            f"output_dir={str(folder)!r} holds a comparison already: take another folder with --output_dir, go on with "
+            f"output_dir={str(folder)!r} holds a comparison already: use another folder with --output_dir, continue "
             "it with --resume, or delete the folder"
         )
     if resume and not there:
@@ -177,8 +177,8 @@ def _prepare_one(
     steps, first = training.max_steps, settings["lighthouse_steps"]
     if not options.dense_only and not 0 < first < steps:
         raise ValueError(
-            f"{first:,} of {steps:,} steps would use Lighthouse: a comparison needs some that do, and dense ones "
-            "behind them"
+            f"{first:,} of {steps:,} steps would use Lighthouse: a comparison needs some with Lighthouse and dense "
+            "steps after them"
         )
     if begun:
         earlier.append(json.loads((folder / SETTINGS).read_text(encoding="utf-8")))
@@ -186,13 +186,13 @@ def _prepare_one(
         try:
             check_same(its, settings, FREE_BETWEEN_RUNS)
         except ValueError as error:
-            raise ValueError(f"{folder} is of another comparison: {error}") from None
+            raise ValueError(f"{folder} belongs to another comparison: {error}") from None
     return found, corpus
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A comparison that was found good: each seed's dense and two-stage run, or the result of one that is finished."""
+    """A checked comparison: each seed's dense and two-stage run, or the result of one that is finished."""
 
     folder: Path
     seeds: list[int]
@@ -200,20 +200,20 @@ class Plan:
     first_process: bool  # which makes the report
 
     def run(self, say: Callable[[str], None] = lambda message: None) -> Comparison | None:
-        """Does it, or what of it is left to do. `compare` says what it returns and raises."""
+        """Does the work that is not done yet. Returns and raises as `compare` does."""
         results, stop = [], StopOnSignal()
         for number, run in enumerate(self.runs):
             seed, kind = self.seeds[number // 2], (DENSE, TWO_STAGE)[number % 2]
             name = f"Run {number + 1} of {len(self.runs)}: seed {seed}, {kind}"
             if isinstance(run, PretrainResult):
-                say(f"{name}: finished before, with {run.loss:.4f}.")
+                say(f"{name}: already finished, with {run.loss:.4f}.")
                 results.append(run)
                 continue
             say(name)
             _give_back_memory()
             results.append(run.train(stop=stop))
             if stop.received is not None:  # in the last step of a run, which it let end
-                raise Stopped(f"Stopped by a signal behind {name.lower()}.")
+                raise Stopped(f"Stopped by a signal after {name.lower()}.")
         if not self.first_process:
             return None
         pairs = [Pair(*each) for each in zip(self.seeds, results[::2], results[1::2], strict=True)]
@@ -221,7 +221,7 @@ class Plan:
             return self._finish(pairs, say)
 
     def _finish(self, pairs: list[Pair], say: Callable[[str], None]) -> Comparison:
-        say("Exporting the plain model, and timing it beside one that Transformers alone has built ...")
+        say("Exporting the plain model and timing it against one built by Transformers alone ...")
         _give_back_memory()
         best = min(pairs, key=lambda pair: known(pair.two_stage.loss))
         run_folder = self.folder / f"seed-{best.seed}" / TWO_STAGE
@@ -275,7 +275,7 @@ def strip(pair: Pair, run_folder: Path, folder: Path) -> Stripped:
 
 @contextmanager
 def _full_disk_is_said(folder: Path):
-    """The runs are finished, so going on does the end alone."""
+    """The runs are finished, so resuming does only the end."""
     try:
         yield
     except (NoSpace, OSError) as error:
@@ -285,7 +285,7 @@ def _full_disk_is_said(folder: Path):
 
 
 def _give_back_memory() -> None:
-    """What an earlier run held is neither in the way of the next nor counted as its."""
+    """Frees the memory of an earlier run, so that the next one neither lacks it nor counts it as its own."""
     gc.collect()
     with suppress(OSError, AttributeError):  # another C library has no such function
         ctypes.CDLL(None).malloc_trim(0)

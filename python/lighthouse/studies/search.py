@@ -1,11 +1,11 @@
-"""Which settings a study tries: the ranges around the given one, what of them is worth training, and their grid.
+"""Which settings a study tries: the ranges around the given one, which are worth training, and their grid.
 
 pool_ratios is searched as the number of levels and, for each level above the tokens, how many entries of the one below
 it pools: a ratio of 1/4 is the factor 4. select_topk is searched as a number of parents, on a logarithmic scale.
 
-The trap is select_topk at short contexts: 512 to 4,096 parents, meant for 98,304 tokens, are there "all of them". So
-the default range keeps its share of the tokens below that length, and what the plan shows to be dense attention by
-another name is never trained.
+At short contexts 512 to 4,096 parents, meant for 98,304 tokens, would be all entries. So below that length the default
+range keeps its share of the tokens, and settings that the plan shows to be dense attention by another name are never
+trained.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Space:
-    """The ranges, both ends included. `notes` say what of them is not as one might expect."""
+    """The ranges, both ends included. `notes` explain ranges that a user may not expect."""
 
     context: int
     device_type: str
@@ -89,8 +89,8 @@ class Space:
         default_topk = tuple(max(1, round(scale * k)) for k in TOPK)
         if scale < 1 and tuning.topk is None and "select_topk" in searched:
             notes.append(
-                f"topk is {default_topk[0]:,} to {default_topk[1]:,} parents per level: below {LONG:,} tokens the same "
-                f"shares of the tokens as {TOPK[0]:,} to {TOPK[1]:,} are there."
+                f"topk is {default_topk[0]:,} to {default_topk[1]:,} parents per level: below {LONG:,} tokens the "
+                f"range is the same shares of the tokens as {TOPK[0]:,} to {TOPK[1]:,} at {LONG:,} tokens."
             )
         asked_topk = tuning.topk and [
             replace(method, select_topk=number("topk", end)).parents(context) for end in tuning.topk
@@ -112,14 +112,14 @@ class Space:
             notes=notes,
         )
         if not 2 <= space.levels[0] <= space.levels[1] <= MAX_LEVELS:
-            raise ValueError(f"levels={list(space.levels)}: 2 to {MAX_LEVELS} levels, the tokens among them")
+            raise ValueError(f"levels={list(space.levels)}: 2 to {MAX_LEVELS} levels, including the tokens, are needed")
         if not searched or all(low == high for low, high in space._ends().values()):
             raise ValueError(
                 f"fixed={' '.join(tuning.fixed) or 'nothing'}: nothing is left to search"
                 + (f" ({' '.join(notes)})" if notes else "")
-                + "; take one of "
+                + "; remove one of "
                 + ", ".join(RANGES)
-                + " out of fixed, or give a range of more than one value"
+                + " from fixed, or give a range of more than one value"
             )
         space.check_sensible()
         return space
@@ -138,7 +138,7 @@ class Space:
         return "\n".join([*lines, *self.notes])
 
     def suggest(self, trial: Trial) -> Setting:
-        """The setting of an Optuna trial, whose parameters this asks for."""
+        """The setting that an Optuna trial proposes."""
         method, rate, batch = self.given.method, self.given.learning_rate, self.given.batch
         if "pool_ratios" in self.searched:
             levels = trial.suggest_int("levels", *self.levels)
@@ -153,7 +153,7 @@ class Space:
         return Setting(method, rate, batch)
 
     def _pooled(self, method: Method, factors: Sequence[int]) -> Method:
-        """With levels that each pool so many entries of the one below; as it was written where it is the given one."""
+        """With levels that each pool this many entries of the one below; the given setting keeps its own notation."""
         if list(factors) == factors_of(self.given.method):
             return replace(method, pool_ratios=self.given.method.pool_ratios)
         # No `Method` takes larger ones, nor has any text room for them.
@@ -161,12 +161,12 @@ class Space:
         return replace(method, pool_ratios=tuple(1 / window for window in windows))
 
     def _choosing(self, method: Method, parents: int) -> Method:
-        """With so many parents per level; as they were written where they are the given ones."""
+        """With this many parents per level; the given setting keeps its own notation."""
         given = self.given.method
         return replace(method, select_topk=given.select_topk if parents == given.parents(self.context) else parents)
 
     def parameters(self, setting: Setting) -> dict[str, Any]:
-        """What `suggest` asks a trial for, where it is to be this setting."""
+        """The parameters with which `suggest` proposes this setting."""
         factors = factors_of(setting.method)
         all_of_them = {
             "pool_ratios": {"levels": len(factors) + 1}
@@ -206,7 +206,7 @@ class Space:
         if "learning_rate" in self.searched:
             low, high = self.rates
             between = [low + (high - low) * i / (values - 1) for i in range(values)] if values > 1 else rates
-            # The given one, rounded otherwise, would be another setting.
+            # The given one, rounded differently, would be another setting.
             rates = [rates[0] if math.isclose(rate, rates[0]) else rate for rate in between]
         if "batch" in self.searched:
             batches = _spread(*self.batches, values)
@@ -216,7 +216,7 @@ class Space:
         return [self.given, *(point for point in points if self.parameters(point) != first)]
 
     def pointless(self, setting: Setting) -> str | None:
-        """Why the plan shows that there is nothing to find out by training; None if it does not.
+        """Why the plan shows that training this setting is pointless; None if it does not.
 
         Dense attention, or about as slow; or more parents than there are entries, which is a smaller select_topk.
         """
@@ -227,8 +227,8 @@ class Space:
         if not coarsest:
             return f"dense attention: the coarsest window, {its.windows[-1]:,} tokens, is longer than the context"
         if its.parents > coarsest:
-            asked = f"{its.parents:,} parents per level are asked"
-            return f"{asked}, and the coarsest level has {coarsest:,}: fewer are chosen"
+            asked = f"{its.parents:,} parents per level were asked for"
+            return f"{asked}, but the coarsest level has only {coarsest:,} entries"
         if its.length > MAX_SHARE * its.tokens:
             return f"dense attention is as fast: the sub-sequence has {its.length / its.tokens:.0%} of the tokens"
         return None
@@ -238,8 +238,8 @@ class Space:
         least = LighthouseSettings().least_tokens(self.device_type)
         if self.context < least:
             raise ValueError(
-                f"context={self.context}: below {least:,} tokens dense attention is as fast on {self.device_type}, so "
-                "that there is nothing to tune: take a longer --context"
+                f"context={self.context}: below {least:,} tokens dense attention is as fast on {self.device_type}, "
+                "so there is nothing to tune: use a longer --context"
             )
         tried, first, why = 0, None, None
         for setting in self._corners():
@@ -250,7 +250,7 @@ class Space:
             first, why = first or setting, why or reason
         raise ValueError(
             f"topk={self.topk[0]} to {self.topk[1]}: no setting is worth training at context={self.context}, of {tried}"
-            f" looked at over the ranges; {first} for one: {why}. Take a longer --context, a smaller --topk, or "
+            f" checked over the ranges; for example {first}: {why}. Use a longer --context, a smaller --topk, or "
             "other --levels and --level_ratio"
         )
 
@@ -274,7 +274,7 @@ class Space:
                 yield replace(self.given, method=self._choosing(pooled, parents))
 
     def _ends(self) -> dict[str, tuple]:
-        """The ends of what is searched."""
+        """The ends of the searched ranges."""
         ends = {
             "levels": self.levels,
             "factors": self.factors,
@@ -295,7 +295,7 @@ def factors_of(method: Method) -> list[int]:
 def with_values(
     options: PretrainOptions, training: TrainingOptions, values: Mapping[str, Any]
 ) -> tuple[PretrainOptions, TrainingOptions]:
-    """The options of a run with a setting's (`Space.values`) in their place; these are copies."""
+    """Copies of a run's options with a setting's values (`Space.values`) in their place."""
     method, training = Method.of(values), copy.deepcopy(training)
     for name in values.keys() - method.values().keys():
         setattr(training, name, values[name])
@@ -303,7 +303,7 @@ def with_values(
 
 
 def _batches(training: TrainingOptions, tuning: TuneOptions, searched: bool) -> tuple[str, tuple[int, int], str | None]:
-    """The option that is the batch, its range, and why it is left out, if it is."""
+    """The option that is the batch, its range, and if the batch is not searched, why."""
     up_to = BATCH_UP_TO if tuning.batch_up_to is None else tuning.batch_up_to
     options = {name: getattr(training, name) for name in (ROWS, ACCUMULATION)}
     for name, value in options.items():
@@ -313,8 +313,8 @@ def _batches(training: TrainingOptions, tuning: TuneOptions, searched: bool) -> 
     note = None
     if searched:
         note = (
-            f"The batch is left out: {ROWS}={options[ROWS]} and {ACCUMULATION}={options[ACCUMULATION]} have no whole "
-            f"number above them within {up_to:.0%}."
+            f"The batch is not searched: no whole number is within {up_to:.0%} above {ROWS}={options[ROWS]} or "
+            f"{ACCUMULATION}={options[ACCUMULATION]}."
         )
     return ROWS, (options[ROWS], options[ROWS]), note
 
@@ -332,7 +332,7 @@ def _range(name: str, asked: Sequence | None, default: Sequence, given: Sequence
     if asked is None:
         return min(*default, *given), max(*default, *given)
     if len(asked) > 2 or asked[0] > asked[-1]:
-        raise ValueError(f"{name}={' '.join(map(str, asked))}: one value, or the lower and the higher end, are needed")
+        raise ValueError(f"{name}={' '.join(map(str, asked))}: one value, or the lower and the upper end, are needed")
     low, high = asked[0], asked[-1]
     for value in given:
         if not low <= value <= high:

@@ -1,13 +1,13 @@
 """A study's folder: its files, Optuna's database, and which trials still have a process.
 
-The trap is a dead process: Optuna leaves its trial "running" for ever. Each running trial's log is locked by its
-process, and the system takes the lock away with the process. A process that finds a running trial unlocked counts it as
+Optuna leaves the trial of a dead process "running" for ever. So each running trial's log is locked by its process, and
+the system releases the lock when the process ends. A process that finds a running trial unlocked counts it as
 interrupted and queues its setting again.
 """
 
 # Not by Optuna's heartbeat with its callback that retries: `ask` records none, so a killed trial would never be found;
-# with one, death is time that has passed: a study that goes on at once misses it, and a suspended process is
-# taken for dead.
+# with one, a process counts as dead after some time: a study that is resumed at once misses it, and a suspended
+# process counts as dead.
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class StudyFolder:
 
     @property
     def fixed(self) -> Path:
-        """What a process that shares the study must have alike."""
+        """The options that all processes of the study must share."""
         return self.path / "study.json"
 
     @property
@@ -85,18 +85,18 @@ class StudyFolder:
 
     @contextmanager
     def locked(self, say: Say = lambda line: None) -> Iterator[None]:
-        """One process at a time: it looks at what there is and adds to it."""
+        """Held by one process at a time, which reads the study and adds to it."""
         path = self.path / "lock"
         file = take_lock(path)
         if file is None:
-            say("Waiting for another process that is at the study's folder.")
+            say("Waiting for another process that is using the study's folder.")
             file = open(path, "a", encoding="utf-8")
         with file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
     def open(self, pruner: optuna.pruners.BasePruner) -> optuna.Study:
-        """The study in the database, which is made if it is not there."""
+        """The study in the database, which is made if it does not exist."""
         url = URL.create("sqlite", database=str(self.database)).render_as_string()
         storage = optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 60}})
         return optuna.create_study(
@@ -104,23 +104,23 @@ class StudyFolder:
         )
 
     def sweep(self, study: optuna.Study, say: Say) -> None:
-        """Lines up again what processes that are no more were at."""
+        """Queues again the settings whose processes have ended."""
         running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         left = {trial.number for trial in running if self._is_free(trial.number)}
-        # Read again: one may have ended, and given its lock back, since it was read.
+        # Read again: one may have ended and released its lock since it was read.
         for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             if trial.number not in left:
                 continue
             attributes = trial.user_attrs
             # Without a setting it was killed at its beginning, with a reason at its end. Told last: a kill between the
-            # two lines has its setting tried twice and not never.
+            # two lines has its setting tried twice, not never.
             if "parameters" in attributes and not {SKIPPED, FAILED, UNEQUAL} & attributes.keys():
                 remove(self.log(trial.number).with_suffix(""))
                 _line_up_again(study, trial, say)
             study.tell(trial.number, state=TrialState.FAIL)
 
     def _is_free(self, number: int) -> bool:
-        """Whether no process is at the trial."""
+        """Whether no process runs the trial."""
         lock = take_lock(self.log(number))
         if lock is not None:
             lock.close()
@@ -131,7 +131,7 @@ def _line_up_again(study: optuna.Study, trial: FrozenTrial, say: Say) -> None:
     attributes = trial.user_attrs
     times = attributes.get("interruptions", 0) + 1
     if times >= INTERRUPTIONS:
-        say(f"trial {trial.number}: interrupted {times} times by now, its setting is not tried again")
+        say(f"trial {trial.number}: interrupted {times} times, its setting is not tried again")
         return
     again: dict[str, Any] = {name: attributes[name] for name in ("parameters", "given") if name in attributes}
     study.enqueue_trial(attributes["parameters"], user_attrs={"interruptions": times, **again})
@@ -150,7 +150,7 @@ def take_lock(path: Path) -> IO[str] | None:
 
 
 def was_trained(trial: FrozenTrial) -> bool:
-    """Whether a trial counts: it was trained or is being trained, to whatever end but an interruption."""
+    """Whether a trial counts: it is being trained, or ended in any way but by an interruption."""
     return trial.state != TrialState.FAIL or bool({FAILED, UNEQUAL} & trial.user_attrs.keys())
 
 

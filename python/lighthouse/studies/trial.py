@@ -58,13 +58,13 @@ class Judge(Record):
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step in self.places:
-            control.should_evaluate = True  # ahead of the clock, which then waits for the device
+            control.should_evaluate = True  # before the clock is read, which then waits for the device
         super().on_step_end(args, state, control, model=model, **kwargs)
         self.status(f"{self.what}: step {state.global_step} of {state.max_steps}")
         if self.seconds > self.most:
             raise Unequal(
-                f"{self.seconds:,.1f} s at step {state.global_step:,} of {state.max_steps:,} are more than the "
-                f"{self.most:,.1f} s that are allowed: its steps became slower than when they were timed"
+                f"{self.seconds:,.1f} s at step {state.global_step:,} of {state.max_steps:,} exceed the "
+                f"{self.most:,.1f} s allowed: the steps became slower than when they were timed"
             )
         return control
 
@@ -79,7 +79,7 @@ class Judge(Record):
 
 
 class SameRows(TrainerCallback):
-    """Ends the study if a trial has other rows than its first: they are known only once the text is cut."""
+    """Ends the study if a trial has other rows than its first: they are known only once the text is tokenized."""
 
     def __init__(self, study: optuna.Study, run: Run, locked: Callable[[], AbstractContextManager]):
         self.study, self.run, self.locked = study, run, locked
@@ -92,17 +92,17 @@ class SameRows(TrainerCallback):
                 self.study.set_user_attr("rows", rows)
         if first not in (None, rows):
             raise RunFailed(
-                f"The text is not the one that the study began with: it was {first!r}, is {rows!r}. Give the study its "
-                "text back, or begin another in another --output_dir."
+                f"The text is not the one that the study began with: it was {first!r}, is now {rows!r}. "
+                "Restore the text, or start a new study in another --output_dir."
             )
 
 
 class Unequal(Exception):
-    """The trial cannot have, or has not had, what each trial has. The message says why."""
+    """The trial cannot have, or did not have, the same time or tokens as the others. The message says why."""
 
 
 class Timed(Exception):
-    """All steps that were to be timed are."""
+    """All steps to be timed are timed."""
 
 
 class StepClock(TrainerCallback):
@@ -127,7 +127,7 @@ class StepClock(TrainerCallback):
 
 @contextmanager
 def output_into(log: IO[str]) -> Iterator[None]:
-    """All that is printed, logged and warned goes there."""
+    """Sends all output, log lines and warnings there."""
     root = logging.getLogger()
     before = root.handlers
     library = logging.getLogger("transformers")
@@ -156,5 +156,5 @@ def made_quiet(training: TrainingOptions, folder: Path) -> TrainingOptions:
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether that is what an error says, of whatever device."""
+    """Whether an error says that memory ran out, on any device."""
     return isinstance(error, MemoryError) or should_reduce_batch_size(error)

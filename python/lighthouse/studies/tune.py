@@ -58,16 +58,16 @@ def tune(
     *,
     say: Say = print,
 ) -> StudyResult:
-    """Tries settings around the given one and returns what was found; the report is in `training.output_dir`.
+    """Tries settings around the given one and returns the results; the report is in `training.output_dir`.
 
     Args:
         options, training: of the given setting, as for `pretrain`. `max_steps` are those of a trial.
-        tuning: what is searched, and how it is judged.
-        say: is told a line per trial.
+        tuning: what is searched, and how trials are judged.
+        say: called with a line per trial.
 
     Raises:
         ValueError, FileNotFoundError, FileExistsError: as `prepare_study` does, before any work.
-        RunFailed: the study cannot go on; `training.resume` goes on with it when that is mended.
+        RunFailed: the study cannot continue; `training.resume` continues it once the cause is fixed.
     """
     return prepare_study(options, training, tuning).run(say)
 
@@ -78,32 +78,32 @@ def prepare_study(
     """Checks a study entirely and does no work yet.
 
     Raises:
-        ValueError: an option that does not fit, nothing to search, or a study that was begun with other options.
+        ValueError: an option that does not fit, nothing to search, or a study that was started with other options.
         FileExistsError, FileNotFoundError: the folder holds a study already, or there is none to resume.
     """
     options, training, tuning = options or PretrainOptions(), training or TrainingOptions(), tuning or TuneOptions()
     if not options.uses_lighthouse or options.lighthouse_only:
-        raise ValueError("settings are judged behind a dense stage: both stages are needed, --share 0.6 for one")
+        raise ValueError("settings are judged after a dense stage: both stages are needed, for example --share 0.6")
     if training.world_size > 1:
         raise ValueError(
-            f"{training.world_size} processes by torchrun: a trial is trained by one; start lighthouse tune --resume "
-            "once for each device instead, as docs/tune.md shows"
+            f"{training.world_size} processes by torchrun: a trial is trained by one process; start "
+            "lighthouse tune --resume once for each device instead, as docs/tune.md shows"
         )
     for name in ("resume_from_checkpoint", "load_best_model_at_end"):
         if getattr(training, name):
-            raise ValueError(f"{name}={getattr(training, name)!r}: trials begin anew and are judged at their end")
+            raise ValueError(f"{name}={getattr(training, name)!r}: trials start anew and are judged at their end")
     space = Space.of(options, training, tuning)
     if tuning.seconds is None:
         why = too_few_of(options, training, training.max_steps)
         if why is not None:
-            raise ValueError(f"max_steps={training.max_steps}: {why}; take more --max_steps, or another --share")
+            raise ValueError(f"max_steps={training.max_steps}: {why}; use more --max_steps, or another --share")
     quiet = made_quiet(training, Path(known(training.output_dir)) / "given")
     given = prepare(options, quiet)
     fixed = given.settings()
     free = FREE_ON_RESUME - {"max_steps"}
     fixed = {name: value for name, value in fixed.items() if name not in free}
     fixed |= {name: value for name, value in asdict(tuning).items() if name != "trials"}
-    if tuning.judge == "time":  # which says nothing on a machine that is faster
+    if tuning.judge == "time":  # a time means something else on a faster machine
         fixed |= {"machine": device_name(training.device), "torch": torch.__version__}
     study = Study(options, training, tuning, space, given.corpus, json.loads(json.dumps(fixed)))
     study.check_folder()
@@ -112,14 +112,14 @@ def prepare_study(
 
 @dataclass(frozen=True)
 class Study:
-    """A study whose options, text and folder were found good. `str(study)` tells what is searched; `run()` does it."""
+    """A study whose options, text and folder were checked. `str(study)` says what is searched; `run()` runs it."""
 
     options: PretrainOptions
     training: TrainingOptions
     tuning: TuneOptions
     space: Space
     corpus: Corpus
-    fixed: dict  # what a process that shares the study must have alike
+    fixed: dict  # options that all processes of the study must share
 
     @property
     def folder(self) -> Path:
@@ -131,12 +131,12 @@ class Study:
 
     @property
     def go_on(self) -> str:
-        """The command that goes on with the study, and with which further processes share it."""
+        """The command that continues the study, also from further processes."""
         return f"lighthouse tune --config {self.files.configuration} --resume"
 
     @property
     def begun(self) -> bool:
-        """Whether there is anything to go on with."""
+        """Whether there is anything to continue."""
         return self.files.fixed.is_file()
 
     def __str__(self) -> str:
@@ -154,12 +154,12 @@ class Study:
         return self.tuning.trials
 
     def check_folder(self) -> None:
-        """Raises if the folder does not hold what `resume` says it does."""
+        """Raises if the folder holds a study without `resume`, or none with it."""
         folder, file = f"output_dir={str(self.folder)!r}", self.files.fixed
         if not self.training.resume:
             if file.exists():
                 raise FileExistsError(
-                    f"{folder} holds a study already: take another folder with --output_dir, go on with that study "
+                    f"{folder} holds a study already: use another folder with --output_dir, continue that study "
                     "with --resume, or delete the folder"
                 )
             return
@@ -169,14 +169,14 @@ class Study:
         try:
             check_same(earlier, self.fixed, frozenset())
         except ValueError as error:
-            raise ValueError(f"{folder}: {error}. With others it is another study, in another --output_dir") from None
+            raise ValueError(f"{folder}: {error}. To change them, start a new study in another --output_dir") from None
 
     def run(self, say: Say = print, status: Say = lambda line: None) -> StudyResult:
         """Trains settings until there are enough, writes the report and returns what was found.
 
         Args:
-            say: is told a line per trial.
-            status: is told again and again where the running trial is.
+            say: called with a line per trial.
+            status: called repeatedly with the progress of the running trial.
         """
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.files.trials.mkdir(parents=True, exist_ok=True)
@@ -188,7 +188,7 @@ class Study:
             with claimed.log:
                 self._try(study, claimed, stop, say, status)
         if stop.received is not None:  # in the last step of a trial, which then ends as if nothing was
-            raise Stopped("Stopped by a signal behind a trial.")
+            raise Stopped("Stopped by a signal after a trial.")
         with self.files.locked():
             return self._conclude(study)
 
@@ -204,7 +204,7 @@ class Study:
             write_whole(self.files.fixed, json.dumps(self.fixed, indent=1) + "\n")
         pruner: optuna.pruners.BasePruner = optuna.pruners.NopPruner()
         if self.tuning.pruner == "median":
-            # The first loss behind the switch says how far the jump was and not how far the recovery goes.
+            # The first loss after the switch shows the size of the jump, not how far the loss recovers.
             pruner = optuna.pruners.MedianPruner(n_startup_trials=NOT_PRUNED, n_warmup_steps=2)
         study = self.files.open(pruner)
         with warnings.catch_warnings():
@@ -216,7 +216,7 @@ class Study:
             study.set_user_attr("budget", self._budget(study, stop, say, status))
         if "first" not in study.user_attrs:
             first = self._first()
-            # Those that a process which was killed here lined up. Optuna's own look, at each, takes minutes for a grid.
+            # Those queued by a process that was killed here. Optuna's own check of each takes minutes for a grid.
             there = [trial.user_attrs["parameters"] for trial in study.get_trials(deepcopy=False)]
             for setting in first:
                 parameters = self.space.parameters(setting)
@@ -232,7 +232,7 @@ class Study:
         return self.space.grid(self.tuning.grid_values, self.training.seed)
 
     def _claim(self, study: optuna.Study, sampler: optuna.samplers.BaseSampler, say: Say) -> _Claimed | None:
-        """The next setting to train, locked as this process's; None where there are enough, or none is left."""
+        """The next setting to train, locked by this process; None if there are enough or none is left."""
         skipped: list[str] = []
         while True:
             with self.files.locked():
@@ -246,8 +246,8 @@ class Study:
                     _say_skipped(skipped, say)
                     if exhausted:
                         say(
-                            f"{len(skipped)} settings in a row were pointless or tried before: the ranges hold nothing "
-                            "new. Wider ones are another study."
+                            f"{len(skipped)} settings in a row were pointless or already tried: the ranges have no new "
+                            "settings. Wider ranges need a new study."
                         )
                     return None
                 stuck = len(skipped) >= RANDOM_AFTER
@@ -268,7 +268,7 @@ class Study:
                 skipped.append(reason)
 
     def _known(self, setting: Setting, trial: optuna.Trial, trials: Sequence[FrozenTrial]) -> str | None:
-        """Why earlier trials tell how this one would end."""
+        """Why earlier trials make this one unnecessary."""
         for earlier in trials:
             if SKIPPED in earlier.user_attrs or not was_trained(earlier):
                 continue
@@ -315,7 +315,7 @@ class Study:
                 raise
             why = f"out of memory: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
         gc.collect()
-        clear_device_cache()  # else what a failed trial held would be missing in the next
+        clear_device_cache()  # else the next trial would lack the memory of a failed one
         if judge is not None:
             trial.set_user_attr("steps", judge.steps)
             trial.set_user_attr("tokens", judge.steps * run.tokens_per_step)
@@ -352,7 +352,7 @@ class Study:
         options, training = self.options, self.training
         if self.tuning.judge == "tokens":
             return training.max_steps * tokens_per_step(options, training)
-        say(f"Timing {WARM_UP + TIMED} steps of each stage of the given setting, for the time that each trial has.")
+        say(f"Timing {WARM_UP + TIMED} steps of each stage of the given setting, to find the time for each trial.")
         folder = self.files.trials / "given"
         try:
             with open(folder.with_suffix(".log"), "a", encoding="utf-8") as log, output_into(log):
@@ -367,12 +367,12 @@ class Study:
         try:
             steps = steps_in(budget, options, training, per_step)
         except Unequal as error:
-            # Else these options would be the folder's, where only others do.
+            # Else the folder would keep these options, with which no study can run.
             for path in (self.files.fixed, self.files.configuration, self.files.database):
                 remove(path)
             raise RunFailed(
-                f"seconds={budget:g}: {error}. That is the given setting: take more --seconds or an earlier switch; "
-                "--share moves it with the number of steps."
+                f"seconds={budget:g}: {error}. That is the given setting: use more --seconds or an earlier switch; "
+                "--share moves the switch with the number of steps."
             ) from None
         say(f"Each trial has {budget:.1f} s of training: {steps:,} steps of the given setting.")
         return budget
@@ -411,7 +411,7 @@ class Study:
         )
         result.save(result.results)
         best_file = None
-        remove(self.files.best)  # a trial that was best may not be comparable by now
+        remove(self.files.best)  # the best trial so far may no longer be comparable
         if result.best is not None:
             best_file = self.files.best
             write_whole(best_file, self._best_text(result.best, len(result.of(COMPLETE))))
@@ -425,7 +425,7 @@ class Study:
         values = configuration.resolved(options, training)
         del values["output_dir"]  # the study's
         head = [
-            f"Trial {best.number} of the study in {self.folder}: dense held-out loss {best.loss:.4f} behind "
+            f"Trial {best.number} of the study in {self.folder}: dense held-out loss {best.loss:.4f} after "
             f"{best.steps} steps,",
             f"the best of {comparable} comparable trials. A longer run: lighthouse pretrain --config FILE --steps N",
         ]

@@ -26,62 +26,65 @@ class TuneOptions:
     trials: int | None = field(
         default=None,
         metadata={
-            "help": "Settings that are trained, the given one among them, by all processes together: 20, or all of a "
-            "grid. What is skipped does not count."
+            "help": "Number of settings to train in all processes together, including the given one (default: 20, or "
+            "the whole grid). Skipped settings do not count."
         },
     )
     sampler: Literal["tpe", "grid"] = field(
-        default="tpe", metadata={"help": "Optuna's TPE, or all combinations of a few values of each range."}
+        default="tpe", metadata={"help": "tpe: Optuna's TPE; grid: all combinations of a few values of each range."}
     )
     judge: Literal["time", "tokens"] = field(
         default="time",
         metadata={
-            "help": "Trials have equal training time, or equal tokens: on a machine that does other things too, and "
-            "for the same results each time."
+            "help": "Give each trial the same training time, or the same number of tokens; use tokens on a shared "
+            "machine and for repeatable results."
         },
     )
     seconds: float | None = field(
         default=None,
         metadata={
-            "help": "With time, the training seconds of each trial; by default what the given setting takes for "
-            "--max_steps."
+            "help": "Training seconds of each trial with --judge time (default: what the given setting takes for "
+            "--max_steps)."
         },
     )
     evaluations: int = field(
-        default=5, metadata={"help": "Dense held-out losses of each trial, evenly over its dense stage."}
+        default=5, metadata={"help": "Number of evaluations of each trial, spread evenly over its dense stage."}
     )
     pruner: Literal["median", "none"] = field(
         default="median",
-        metadata={"help": "Ends trials that at an evaluation are worse than the median of those before."},
+        metadata={
+            "help": "median: end a trial whose loss is worse than the median of earlier trials at the same evaluation."
+        },
     )
     fixed: list[str] = field(
         default_factory=list,
-        metadata={"help": "What is not searched: any of " + ", ".join(RANGES) + ".", "metavar": "NAME"},
+        metadata={"help": "Do not search these: any of " + ", ".join(RANGES) + ".", "metavar": "NAME"},
     )
     levels: list[int] | None = field(
-        default=None, metadata={"help": "Range of the number of levels, the tokens one of them. By default 2 5."}
+        default=None, metadata={"help": "Range of the number of levels, including the tokens (default: 2 5)."}
     )
     level_ratio: list[str] | None = field(
         default=None,
-        metadata={"help": "Range of the ratio from each level to the next. By default 1/10 1/2.", "metavar": "RATIO"},
+        metadata={"help": "Range of the ratio from each level to the next (default: 1/10 1/2).", "metavar": "RATIO"},
     )
     topk: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Range of select_topk, in parents or shares of the tokens. By default 512 4096, below 98,304 "
-            "tokens as much less as the context is shorter.",
+            "help": "Range of select_topk, in parents or shares of the tokens (default: 512 4096; below 98,304 "
+            "tokens in proportion to the context).",
             "metavar": "K",
         },
     )
     rate_within: float | None = field(
-        default=None, metadata={"help": "Range of the learning rate: so far from the given one. By default 0.1."}
+        default=None,
+        metadata={"help": "Range of the learning rate, as a relative distance from the given rate (default: 0.1)."},
     )
     batch_up_to: float | None = field(
         default=None,
-        metadata={"help": "Range of the batch: from the given one up to so much more. By default 0.4."},
+        metadata={"help": "Range of the batch: up to this share more than the given batch (default: 0.4)."},
     )
     grid_values: int = field(
-        default=3, metadata={"help": "Values of each range in a grid; every number of levels is in it."}
+        default=3, metadata={"help": "Number of values of each range in a grid; every number of levels is tried."}
     )
 
     def __post_init__(self) -> None:
@@ -99,11 +102,11 @@ class TuneOptions:
         if self.seconds is not None and not 0 < self.seconds < float("inf"):
             raise ValueError(f"seconds={self.seconds}: a time above 0 is needed")
         if self.seconds is not None and self.judge == "tokens":
-            raise ValueError(f"seconds={self.seconds} with judge='tokens': --max_steps says how many tokens")
+            raise ValueError(f"seconds={self.seconds} with judge='tokens': --max_steps sets the number of tokens")
         unknown = [name for name in self.fixed if name not in RANGES]
         if unknown:
             raise ValueError(f"fixed={unknown[0]}: any of {', '.join(RANGES)} is needed")
         if self.rate_within is not None and not 0 <= self.rate_within < 1:
-            raise ValueError(f"rate_within={self.rate_within}: a share from 0 on and below 1 is needed")
+            raise ValueError(f"rate_within={self.rate_within}: a share of at least 0 and below 1 is needed")
         if self.batch_up_to is not None and not 0 <= self.batch_up_to < float("inf"):
-            raise ValueError(f"batch_up_to={self.batch_up_to}: a share from 0 on is needed, such as 0.4")
+            raise ValueError(f"batch_up_to={self.batch_up_to}: a share of at least 0 is needed, such as 0.4")
