@@ -108,7 +108,7 @@ def test_a_trainers_checkpoint_before_the_switch(plain_side_here, tmp_path, capl
     run.train()
     with caplog.at_level(logging.WARNING, "lighthouse"):
         done = export(tmp_path / "run" / "checkpoint-2", tmp_path / "out", dtype="bfloat16")
-    assert any("All 2 steps behind these weights used Lighthouse" in message for message in caplog.messages)
+    assert any("All 2 steps of these weights used Lighthouse" in message for message in caplog.messages)
     assert done.model_class == "LlamaModel" and done.tokenizer is None
     assert "gives the hidden states of the source's weights in bfloat16 bit for bit" in done.check
     assert {weight.dtype for weight in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.bfloat16}
@@ -116,7 +116,7 @@ def test_a_trainers_checkpoint_before_the_switch(plain_side_here, tmp_path, capl
     evaluations = [entry for entry in run.state.log_history if "eval_loss" in entry]
     losses = [f"| {entry['step']} | {entry['eval_loss']:.4f} |" for entry in evaluations]
     assert "## Evaluation loss" in card and "Nats per token" not in card  # its Trainer's loss may be any
-    for part in (*losses, "> **Warning.** All 2 steps", "There is no tokenizer", "| Lighthouse | 2 | 256 |"):
+    for part in (*losses, "> **Warning.** All 2 steps", "The folder has no tokenizer", "| Lighthouse | 2 | 256 |"):
         assert part in card, part
     assert len(losses) == 2 and "after step" not in card
 
@@ -162,7 +162,7 @@ def test_a_checkpoint_tells_of_its_own_run_wherever_it_lies(run, tmp_path):
     (tmp_path / "run.json").write_text(json.dumps(settings))
     found = history_of_checkpoint(alone)
     assert (found.context, found.method, found.stages) == (128, expected.method, expected.stages)
-    assert "another run than the run.json beside it, by select_topk, context, seed" in found.warnings()[0]
+    assert "a different run than the run.json beside it (different: select_topk, context, seed" in found.warnings()[0]
     state = json.loads((alone / "trainer_state.json").read_text())
     record = state["stateful_callbacks"]["Record"]
     del record["args"]["facts"], record["attributes"]["steps_used"]
@@ -189,7 +189,9 @@ def test_a_tokenizer_elsewhere_is_that_of_training_or_none(tmp_path):
     assert tokenizer("the")["input_ids"][0] == 257 and not doubts
     shutil.rmtree(place)
     save_letters(tmp_path / "tokenizer", th=258)
-    with pytest.raises(ValueError, match=f"tokenizer='{place}', by the run.json .*, gives other ids than in training"):
+    with pytest.raises(
+        ValueError, match=f"tokenizer='{place}', by the run.json .*, gives different ids than in training"
+    ):
         found()
     for path, where in ((checkpoint / "trainer_state.json", "facts"), (tmp_path / "run" / "run.json", None)):
         told = json.loads(path.read_text())  # as earlier versions wrote them
@@ -197,10 +199,12 @@ def test_a_tokenizer_elsewhere_is_that_of_training_or_none(tmp_path):
         del told_of["tokenizer_identity"]
         path.write_text(json.dumps(told))
         if where is not None:
-            with pytest.raises(ValueError, match="gives other ids"):
+            with pytest.raises(ValueError, match="gives different ids"):
                 found()
     tokenizer, [doubt] = found()
-    assert tokenizer("the")["input_ids"][0] == 258 and "whether it is that of training is not recorded" in doubt
+    assert (
+        tokenizer("the")["input_ids"][0] == 258 and "it is not recorded whether it is the training tokenizer" in doubt
+    )
 
 
 def test_a_runs_results_are_told_of_its_model_alone(run, tmp_path):
@@ -224,7 +228,7 @@ def test_a_run_that_has_gone_on_since_its_model_was_saved_is_said(run, tmp_path,
     (tmp_path / "model").mkdir()
     later = shutil.copytree(run / "checkpoint-4", tmp_path / "checkpoint-9")
     assert source_module.checkpoint_in(tmp_path) == tmp_path / "model"
-    assert f"gone on since its model was saved, after step 4; its last checkpoint: {later}" in caplog.text
+    assert f"continued after its model was saved, after step 4; its last checkpoint: {later}" in caplog.text
 
 
 def test_nothing_is_invented(tmp_path):
@@ -315,12 +319,12 @@ WRONG = [
     ("another_model", ["other"], "is of GPT2LMHeadModel: one of LlamaModel, LlamaForCausalLM"),
     ("no_class", ["no_class"], 'write "architectures": ["LlamaForCausalLM"] into it'),
     ("damaged_weights", ["cut"], "checkpoint='cut': its weights cannot be read, the file is damaged"),
-    ("a_damaged_checkpoint", ["damaged/checkpoint-4"], "is not whole: its optimizer.pt is missing"),
-    ("a_folder_in_use", ["inside/model", "--output", "taken"], "exists: take another folder, or replace it"),
+    ("a_damaged_checkpoint", ["damaged/checkpoint-4"], "is not complete: its optimizer.pt is missing"),
+    ("a_folder_in_use", ["inside/model", "--output", "taken"], "exists: use another folder, or replace it"),
     ("no_model_to_replace", ["inside/model", "--output", "taken", "--force"], "only a model's folder is replaced"),
     ("onto_itself", ["inside/model", "--output", "inside/model", "--force"], "holds what is to be exported"),
     ("onto_its_run", ["inside/model", "--output", "inside", "--force"], "holds what is to be exported"),
-    ("a_file_there", ["inside/model", "--output", "file"], "is a file: take another name"),
+    ("a_file_there", ["inside/model", "--output", "file"], "is a file: use another name"),
     ("dtype", ["inside/model", "--dtype", "int8"], "'int8'"),
     ("tokenizer", ["inside/model", "--tokenizer", "empty"], "tokenizer='empty' cannot be loaded"),
     ("no_folder_for_json", ["inside/model", "--json", "no/a.json"], "json='no/a.json': its folder does not exist"),
@@ -348,7 +352,7 @@ def test_a_run_not_at_its_end_gives_its_last_whole_checkpoint(places, caplog):
 
 
 def test_a_tokenizer_of_another_model(tmp_path):
-    with pytest.raises(ValueError, match="ByT5Tokenizer has the id .* vocabulary ends at 60"):
+    with pytest.raises(ValueError, match="ByT5Tokenizer gives the id .* vocabulary ends at 60"):
         export(plain(), tmp_path / "out", tokenizer=ByT5Tokenizer())
     assert names(tmp_path) == set()
 
@@ -387,7 +391,7 @@ def test_help_has_an_example(capsys):
 
 
 FORGOTTEN = [
-    ("saved", lambda model, folder: model.save_pretrained(folder), "what is saved is the plain model"),
+    ("saved", lambda model, folder: model.save_pretrained(folder), "the plain model is saved"),
     (
         "generates",
         lambda model, folder: model.generate(ids(1), attention_mask=torch.ones_like(ids(1)), max_new_tokens=1),
@@ -421,4 +425,4 @@ def test_an_evaluation_with_lighthouse_says_so(monkeypatch, caplog):
         for _ in range(2):
             model({"input_ids": ids()})
     assert spy.calls == 2 * LIGHTHOUSE_LAYERS
-    assert ["do not compare with dense ones" in said for said in caplog.messages] == [True]
+    assert ["are not comparable with dense ones" in said for said in caplog.messages] == [True]

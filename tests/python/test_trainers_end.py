@@ -87,7 +87,8 @@ def test_counts_that_end_before_the_weights_are_doubted(whole, tmp_path, change)
     edited(folder, stale)
     history = history_of_checkpoint(folder)
     assert history.step == 4 and history.switch_step is None and history.tokens is None and not history.stages
-    assert "not recorded" in history.warnings()[0] and "they are of step 4: in which" in history.warnings()[1]
+    recorded, known = history.warnings()[:2]
+    assert "not recorded" in recorded and "the weights are from step 4: it is not known in which" in known
 
 
 def test_the_best_checkpoints_weights_are_told_of_as_that_checkpoint(tmp_path, monkeypatch):
@@ -109,7 +110,7 @@ def test_the_best_checkpoints_weights_are_told_of_as_that_checkpoint(tmp_path, m
     assert last.stages == [("lighthouse", 2, 2 * STEP), ("dense", 2, 2 * STEP)] and not last.warnings()
     shutil.copy(folder / "checkpoint-1" / "model.safetensors", folder)
     [doubt] = history_of_checkpoint(folder).warnings()
-    assert "of step 4, as is told here, or with load_best_model_at_end of the best checkpoint, of step 2" in doubt
+    assert "from step 4, as stated here, or, with load_best_model_at_end, from the best checkpoint, of step 2" in doubt
     mine = shutil.copytree(folder / "checkpoint-4", tmp_path / "mine")
     assert history_of_checkpoint(mine).step == 4 and not history_of_checkpoint(mine).warnings()
 
@@ -129,7 +130,7 @@ def test_a_best_loss_without_a_checkpoint_is_not_what_was_loaded(tmp_path, caplo
     arguments = every | {"max_steps": 6, "load_best_model_at_end": True}
     callback, run = trained(tmp_path, {"switch_step": 2}, losses, **arguments)
     assert run.state.best_global_step == 3 and run.state.best_model_checkpoint.endswith("checkpoint-2")
-    assert "the best checkpoint's, of step 2, from before the dense stage" in caplog.text
+    assert "the best checkpoint's weights, of step 2, from before the dense stage" in caplog.text
     assert callback.loaded["global_step"] == 2 and history_of_checkpoint(tmp_path).step == 2
 
 
@@ -149,7 +150,7 @@ def test_tokens_are_told_where_all_of_them_were_counted(tmp_path, first, then, t
     history = history_of_checkpoint(tmp_path / "checkpoint-4")
     assert history.tokens == tokens and all(stage[2] is None for stage in history.stages) == (tokens is None)
     if then and tokens is None:  # nor do they decide when to switch
-        with pytest.raises(ValueError, match="switch_tokens=9: the 4 steps .* give switch_step"):
+        with pytest.raises(ValueError, match="switch_tokens=9: the 4 steps .* use switch_step"):
             trained(tmp_path, {"switch_tokens": 9}, resume=4, max_steps=5, **saved, **then)
 
 

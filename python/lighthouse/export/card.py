@@ -1,7 +1,7 @@
-"""What is known of how exported weights were trained, and the model card that tells it.
+"""What is known of how exported weights were trained, and the model card that reports it.
 
 Read from what lies beside a checkpoint: `run.json` and `results.json` of `lighthouse pretrain`, the Trainer's
-`trainer_state.json` with the state of our callbacks in it. What none of them says is left out of the card.
+`trainer_state.json` with the state of our callbacks in it. What none of them records is left out of the card.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ Peng, Ghosh, Quesnelle: *Long Context Pre-Training with Lighthouse Attention*,
 [arXiv:2605.06554](https://arxiv.org/abs/2605.06554)."""
 
 METHOD = """\
-In a part of its training the attention of its layers, but for the dense ones at each end, was Lighthouse attention:
-queries, keys and values averaged over windows into a pyramid, a small part of its entries chosen, causal attention on
-these alone. This was a modification of training only. Nothing of it is in this folder: parameters, their names and the
+For part of its training, the layers used Lighthouse attention, except the dense layers at each end: queries, keys and
+values are averaged over windows into a pyramid, a small part of its entries is chosen, and causal attention runs only
+on these. This was a modification of training only. Nothing of it is in this folder: parameters, their names and the
 code that runs them are those of a plain {model_class}, with dense attention."""
 
 
 @dataclass
 class History:
-    """Of the exported weights. None, or an empty list, stands for what is not known.
+    """What is known of how the exported weights were trained; None or an empty list means not known.
 
-    `step` is theirs; `switch_step` is the last in which Lighthouse acted, 0 if it never did, and `lighthouse_steps` are
-    all of those. `still_on`, `ready` and `hardly_dense` are for a model in memory, of which no steps are known: whether
-    Lighthouse is on, whether dense training has followed it, and where that is too little, (training forwards, the
-    dense ones). `held_out` are (step, loss); `losses_are_dense` is False where nothing says with which attention they
-    were measured, `losses_are_ours` where another script's Trainer has made them of whatever its loss is.
-    `tokenizer_identity` is that of the tokenizer of training. `doubts` are of what lies beside the weights.
+    `step` is that of the weights; `switch_step` is the last in which Lighthouse acted, 0 if it never did, and
+    `lighthouse_steps` counts all of those. `still_on`, `ready` and `hardly_dense` are for a model in memory, whose
+    steps are not known: whether Lighthouse is on, whether dense training has followed it, and if that is too little,
+    (training forwards, dense ones). `held_out` are (step, loss); `losses_are_dense` is False if it is not recorded with
+    which attention they were measured, `losses_are_ours` is False if another script's Trainer computed them.
+    `tokenizer_identity` is that of the training tokenizer. `doubts` are about the records beside the weights.
     """
 
     step: int | None = None
@@ -90,33 +90,32 @@ class History:
         return [stage for stage in stages if stage[1] > 0]
 
     def warnings(self) -> list[str]:
-        """What keeps the weights from use, or may."""
+        """What keeps the weights from being used, or may."""
         if self.still_on:
             return [
                 "Lighthouse was still on when this model was exported: without steps of dense attention its weights "
-                "are not ready for it, and dense attention is what any other program runs them with."
+                "are not ready for dense attention, which every other program uses."
             ]
         if self.ready is False:
             return [
                 "No dense step has followed the last one with Lighthouse in these weights: they are not ready for "
-                "dense attention, which is what any other program runs them with."
+                "dense attention, which every other program uses."
             ]
         if self.hardly_dense is not None:
             forwards, dense = self.hardly_dense
             return [
                 f"Of the {forwards:,} training forwards of these weights only {dense:,} had dense attention: with less "
-                f"than {LEAST_DENSE_SHARE:.0%} of them they are hardly ready for it, and it is what any other program "
-                "runs them with."
+                f"than {LEAST_DENSE_SHARE:.0%} of them they are hardly ready for it, and every other program uses it."
             ]
         if self.still_on is not None:
             return []
         if self.switch_step is None:
-            return ["Whether these weights had a dense stage is not recorded beside the checkpoint.", *self.doubts]
+            return ["It is not recorded beside the checkpoint whether these weights had a dense stage.", *self.doubts]
         return [*not_ready(self.step or 0, self.switch_step, self.lighthouse_steps), *self.doubts]
 
 
 def history_of_model(model) -> History:
-    """Of a model in memory: its settings, and whether Lighthouse is on. A plain model says nothing."""
+    """Of a model in memory: its settings, and whether Lighthouse is on. Nothing is known of a plain model."""
     if not isinstance(model, WrappedModel):
         return History(still_on=False)
     settings = model.lighthouse_settings
@@ -137,11 +136,11 @@ def history_of_checkpoint(folder: Path) -> History:
         record = callbacks.get(Record.__name__)
         return _of_a_trainer(folder, state) if record is None else _of_a_run(folder, record, state)
     results = _read(folder.parent / RESULTS)
-    if results is None or folder.name != MODEL:  # the results are of that folder's weights and of no others
+    if results is None or folder.name != MODEL:  # the results belong only to that folder's weights
         return History()
     if results.get("weights", "") not in ("", weights_in(folder)):
         return History(
-            doubts=[f"These weights are not those that the run beside them saved, so its {RESULTS} is not told."]
+            doubts=[f"The weights are not those that the run beside them saved, so its {RESULTS} is not used."]
         )
     steps = steps_in_record({"stages": results["stages"]})
     history = _settings_of(results["settings"], steps, results["model_step"])
@@ -150,7 +149,7 @@ def history_of_checkpoint(folder: Path) -> History:
 
 
 def _of_a_run(folder: Path, record: dict, state: dict) -> History:
-    """A checkpoint of `lighthouse pretrain`. Those of earlier versions tell nothing of their run by themselves."""
+    """A checkpoint of `lighthouse pretrain`. Those of earlier versions record nothing of their run."""
     run, facts = _read(folder.parent / SETTINGS), record["args"].get("facts")
     attributes = record["attributes"]
     told = facts or run
@@ -166,14 +165,14 @@ def _of_a_run(folder: Path, record: dict, state: dict) -> History:
         differ = [name for name in both if name != "lighthouse_steps" and facts[name] != run[name]]
         if differ:
             history.doubts.append(
-                f"The checkpoint is of another run than the {SETTINGS} beside it, by {', '.join(differ)}: what is told "
-                "here is the checkpoint's own."
+                f"The checkpoint comes from a different run than the {SETTINGS} beside it (different: "
+                f"{', '.join(differ)}): this card reports only what the checkpoint records."
             )
     return _up_to_its_step(history)
 
 
 def _settings_of(run: dict, steps: Steps, step: int) -> History:
-    """`steps` are those of the whole run; of them the weights have the first `step`."""
+    """`steps` are those of the whole run; the weights are from step `step`."""
     last = min(step, steps.last)
     lighthouse = min(step, steps.lighthouse)
     history = History(step=step, switch_step=last, lighthouse_steps=lighthouse)
@@ -208,11 +207,11 @@ def _of_a_trainer(folder: Path, state: dict) -> History:
         if told is not None and told != step:
             history.tokens = None
             history.doubts.append(
-                f"What is told beside these weights ends at step {told:,}, and they are of step {step:,}: in which of "
-                "their steps Lighthouse acted is not known."
+                f"The records beside these weights end at step {told:,}, but the weights are from step {step:,}: it is "
+                "not known in which of their steps Lighthouse acted."
             )
             return _up_to_its_step(history)
-        # By tokens the switch's step is None until it is there: all steps so far used Lighthouse.
+        # With a switch by tokens, its step is None until it is reached: all steps so far used Lighthouse.
         switch_step = step if attributes["step"] is None else attributes["step"]
         history.switch_step = switch_step
         history.lighthouse_tokens = attributes["tokens"]
@@ -234,15 +233,15 @@ def _ours_in(state: dict) -> dict:
 
 
 def _told_until(attributes: dict) -> int | None:
-    """The step up to which the callback tells; None where an earlier version has kept nothing that says it."""
+    """The step up to which the callback's record goes; None if an earlier version kept nothing that shows it."""
     steps = attributes.get("steps")
     return attributes.get("told_until", None if steps is None else steps["lighthouse"] + steps["dense"])
 
 
 def _of_these_weights(folder: Path, state: dict) -> tuple[dict, list[str]]:
-    """The state that the weights are of, where nothing says whether they are the last step's or the best checkpoint's.
+    """The Trainer state that belongs to the weights, if it is not recorded whether they are the last or the best.
 
-    A checkpoint is of its own step. Of another folder the weights are compared with those of the checkpoints.
+    A checkpoint's weights belong to its own step. Weights in another folder are compared with those of the checkpoints.
     """
     step, best = state["global_step"], Path(state.get("best_model_checkpoint") or "")
     if step_of(best) in (-1, step) or step_of(folder) == step:
@@ -252,13 +251,13 @@ def _of_these_weights(folder: Path, state: dict) -> tuple[dict, list[str]]:
         if (checkpoint / STATE).is_file() and weights_in(checkpoint) == weights:
             return _read(checkpoint / STATE) or state, []
     return state, [
-        f"Whether these weights are of step {step:,}, as is told here, or with load_best_model_at_end of the best "
-        f"checkpoint, of step {step_of(best):,}, is not recorded beside them."
+        f"It is not recorded whether these weights are from step {step:,}, as stated here, or, with "
+        f"load_best_model_at_end, from the best checkpoint, of step {step_of(best):,}."
     ]
 
 
 def _up_to_its_step(history: History) -> History:
-    """An evaluation is logged twice where the Trainer repeats it: once will do."""
+    """Drops the second log of an evaluation that the Trainer repeated."""
     step = history.step or 0
     history.held_out = sorted(dict(point for point in history.held_out if point[0] <= step).items())
     return history
@@ -293,7 +292,7 @@ def model_card(exported, history: History) -> ModelCard:
     parts += ["## Check", f"When it was exported: {exported.check}."]
     parts += [
         "## Licence",
-        "Not stated. It is for the owner of the model to choose, as `license:` in this file's head.",
+        "Not stated. The owner of the model chooses it, as `license:` in this file's head.",
     ]
     if history.method is not None:
         parts += ["## Reference", REFERENCE]

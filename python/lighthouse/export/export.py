@@ -1,4 +1,4 @@
-"""From a checkpoint or a wrapped model to a plain Hugging Face folder, whole and checked or not there at all.
+"""From a checkpoint or a wrapped model to a plain Hugging Face folder, complete and checked, or none at all.
 
     from lighthouse.export.export import export
 
@@ -6,8 +6,8 @@
     export(model, "books-small", tokenizer=tokenizer)     # a wrapped model in memory, which stays as it is
 
 The folder is written under another name, loaded in a process that cannot import this package (`plain_process.py`),
-compared with the source, and only then renamed. The trap is the check itself: logits have the same bits only with the
-same number of threads, the same attention and weights aligned alike, so all three are set on both sides.
+compared with the source, and only then renamed. Logits have the same bits only with the same number of threads, the
+same attention and weights aligned alike, so all three are set on both sides.
 
 Needs the `train` extra.
 """
@@ -58,9 +58,9 @@ class NoSpace(ExportFailed):
 
 @dataclass(frozen=True)
 class Exported:
-    """What was exported. `check` says what was compared, `warnings` what keeps the model from use.
+    """What was exported. `check` says what was compared, `warnings` what keeps the model from being used.
 
-    Lighthouse acted in `lighthouse_steps` of the `step` steps behind the weights, last in `switch_step`.
+    Lighthouse acted in `lighthouse_steps` of the `step` steps of the weights, last in `switch_step`.
     """
 
     folder: str
@@ -90,14 +90,14 @@ def export(
 
     Args:
         model: a checkpoint folder of any Trainer, a run's folder of `lighthouse pretrain` (its model, or if it is not
-            at its end the last whole checkpoint), or a model in memory, wrapped or plain. That stays as it is. One that
+            finished the last whole checkpoint), or a model in memory, wrapped or plain, which is not changed. One that
             FSDP2 has sharded is exported by calling this in all processes; the first writes.
-        folder: where to. Its parents are made.
+        folder: the folder to write. Its parents are made.
         tokenizer: a tokenizer, its folder or its name on the Hub. By default the one beside the checkpoint or of its
             run.
         dtype: "float32", "bfloat16" or "float16"; by default the source's.
         force: replaces a model that `folder` holds.
-        say: is told of each part of the work.
+        say: called with a line for each part of the work.
 
     Returns:
         What was exported; None in all processes but the first.
@@ -135,7 +135,7 @@ def export(
     _clean(source.config)
     warnings = source.history.warnings()
     if source.tokenizer is None:
-        warnings.append("There is no tokenizer in the folder: none was given, and none is beside the checkpoint.")
+        warnings.append("The folder has no tokenizer: none was given, and none is beside the checkpoint.")
 
     size = sum(weight.numel() * weight.element_size() for weight in weights.values())
     parameters, exported = 0, None
@@ -156,7 +156,7 @@ def export(
         if source.tokenizer is not None:
             source.tokenizer.save_pretrained(partial)
         _check_no_trace(partial)
-        say("loading it in a process without this package, and comparing")
+        say("loading it in a process without this package and comparing")
         which = "the source's weights" + (f" in {str(dtype).removeprefix('torch.')}" if cast else "")
         check = _check(partial, source, {name: weight.float() for name, weight in weights.items()}, ids, which)
         exported = Exported(
@@ -196,15 +196,15 @@ def _dtype_of(dtype: str | torch.dtype | None) -> torch.dtype | None:
 def _check_folder(folder: Path, source: Path | None, force: bool) -> None:
     name = f"folder={str(folder)!r}"
     if source is not None and (source.resolve() == folder.resolve() or folder.resolve() in source.resolve().parents):
-        raise FileExistsError(f"{name} holds what is to be exported, {str(source)!r}: take another folder")
+        raise FileExistsError(f"{name} holds what is to be exported, {str(source)!r}: use another folder")
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if not folder.is_dir():
-        raise FileExistsError(f"{name} is a file: take another name")
+        raise FileExistsError(f"{name} is a file: use another name")
     if not force:
-        raise FileExistsError(f"{name} exists: take another folder, or replace it with --force (force=True)")
+        raise FileExistsError(f"{name} already exists: use another folder, or replace it with --force (force=True)")
     if not (folder / CONFIG).is_file():
-        raise FileExistsError(f"{name} has no {CONFIG}: only a model's folder is replaced; take another folder")
+        raise FileExistsError(f"{name} has no {CONFIG}: only a model's folder is replaced; use another folder")
 
 
 # What is written
@@ -220,7 +220,7 @@ def _clean(config: PretrainedConfig) -> None:
 
 
 def _make_readable(folder: Path) -> None:
-    """Safetensors writes weights that nobody but their owner can read; who deploys them is often another."""
+    """Safetensors makes weights readable only by their owner, but another user often deploys them."""
     mode = (folder / CONFIG).stat().st_mode
     for file in folder.glob("*.safetensors"):
         file.chmod(mode)
@@ -243,7 +243,7 @@ def _plain_model(source: Source, weights: dict[str, torch.Tensor], dtype: torch.
 
 
 def _ids(source: Source) -> list[int]:
-    """Of the text that is checked; without a tokenizer, ids from all over the vocabulary."""
+    """The ids of the text that is checked; without a tokenizer, ids from all over the vocabulary."""
     vocabulary = source.config.vocab_size
     length = min(CHECKED_TOKENS, source.config.max_position_embeddings)
     if source.tokenizer is None:
@@ -251,7 +251,7 @@ def _ids(source: Source) -> list[int]:
     ids = source.tokenizer(TEXT, add_special_tokens=False)["input_ids"]
     if max(ids) >= vocabulary:
         raise ValueError(
-            f"tokenizer={type(source.tokenizer).__name__} has the id {max(ids):,} in {TEXT[:20]!r}, and the model's "
+            f"tokenizer={type(source.tokenizer).__name__} gives the id {max(ids):,} for {TEXT[:20]!r}, but the model's "
             f"vocabulary ends at {vocabulary - 1:,}: it is not the model's tokenizer"
         )
     return ids[:length]
@@ -261,7 +261,7 @@ def _check_no_trace(folder: Path) -> None:
     for name in (CONFIG, GENERATION_CONFIG):
         path = folder / name
         if path.is_file() and "lighthouse" in path.read_text(encoding="utf-8").lower():
-            raise ExportFailed(f"{name} would name lighthouse: rename what does so in the model's configuration")
+            raise ExportFailed(f"{name} would contain the word 'lighthouse': rename it in the model's configuration")
 
 
 def _check(
@@ -291,7 +291,7 @@ def _check(
         raise ExportFailed(f"the exported model is loaded as {found['class']} with {found['faults']}")
     if source.tokenizer is not None:
         if found["tokens"] != source.tokenizer(TEXT, add_special_tokens=False)["input_ids"]:
-            raise ExportFailed(f"the exported tokenizer gives other ids than the source's for {TEXT!r}")
+            raise ExportFailed(f"the exported tokenizer gives different ids than the source's for {TEXT!r}")
     if not torch.isfinite(expected).all():
         raise ExportFailed(f"{source.name}: its {what} are not finite on {TEXT!r}, or not in the dtype asked for")
     if not torch.equal(expected, found["logits"]):
@@ -305,7 +305,7 @@ def _check(
 
 
 class _space:
-    """Refuses a disk that is too small, and makes `NoSpace` of one that gets full."""
+    """Refuses a disk that is too small, and raises `NoSpace` if it gets full."""
 
     def __init__(self, folder: Path, size: int):
         self.folder, self.size = folder, size
@@ -325,5 +325,5 @@ class _space:
     def _message(self, free: int) -> str:
         return (
             f"folder={str(self.folder)!r} has no space for the model: about {self.size / 1e6:,.1f} MB are needed, "
-            f"{free / 1e6:,.1f} MB are free. Nothing is left there. Make room, or take another folder or dtype"
+            f"{free / 1e6:,.1f} MB are free. Nothing is left there. Free some space, or use another folder or dtype"
         )

@@ -22,7 +22,7 @@ class PlainProcessFailed(RuntimeError):
 
 
 def in_plain_process(task: str, request: dict, *, cpu_only: bool) -> dict:
-    """What `plain_process`'s function of that name answers to the request."""
+    """The answer of `plain_process`'s function of that name to the request."""
     with tempfile.TemporaryDirectory(prefix="lighthouse-plain-") as place:
         request = request | {
             "task": task,
@@ -52,7 +52,7 @@ def in_plain_process(task: str, request: dict, *, cpu_only: bool) -> dict:
 
 @dataclass(frozen=True)
 class Speed:
-    """Medians: seconds of a prefill of `prompt` tokens, and of one token of decoding behind it."""
+    """Medians: seconds of a prefill of `prompt` tokens, and of one token of decoding after it."""
 
     prompt: int
     prefill_seconds: float
@@ -69,9 +69,9 @@ class Speed:
 
 @dataclass(frozen=True)
 class Inference:
-    """An exported model beside one that Transformers alone has built from its configuration, in the same process.
+    """An exported model compared with one built by Transformers alone from its configuration, in the same process.
 
-    `same_outputs`: with the same weights both give the same logits behind the prompt, bit for bit, and decode the same
+    `same_outputs`: with the same weights both give the same logits after the prompt, bit for bit, and decode the same
     tokens. `modules` counts the exported model's modules by the package of their class; `imported` are modules of this
     package that the process had.
     """

@@ -1,7 +1,7 @@
 """A process that has Transformers and nothing of ours: loads an exported folder, and gives its logits or its speed.
 
 `plain.py` starts this file by its path, with a JSON object on standard input. It imports nothing of the package, and
-whatever else tries to fails. The trap: Python puts this file's folder first on the path, where `loss`, `checks` and the
+whatever else tries to fails. Python puts this file's folder first on the path, where `loss`, `checks` and the
 others would be found by their bare names.
 """
 
@@ -17,7 +17,7 @@ class Blocked:
 
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] == "lighthouse":
-            raise ImportError(f"{name} cannot be imported here: a plain folder must do without it")
+            raise ImportError(f"{name} cannot be imported here: a plain folder must work without it")
 
 
 def main():
@@ -44,7 +44,7 @@ def load(request, dtype, device="cpu"):
         output_loading_info=True,
     )
     for weight in model.parameters():
-        weight.data = weight.data.clone()  # a mapped file is aligned otherwise, which may round otherwise
+        weight.data = weight.data.clone()  # a mapped file is aligned differently, which may round differently
     return model.to(device).eval(), {name: sorted(map(str, found)) for name, found in loading.items() if found}
 
 
@@ -67,7 +67,7 @@ def logits(request):
 def inference(request):
     """Prefill and decoding of the folder's model and of one built from its configuration alone, with its weights.
 
-    The two are called in turn, in changing order, so that what else the machine does meets both. A first round warms up
+    The two are called in turn, in changing order, so other load on the machine affects both. A first round warms up
     and compares the outputs.
     """
     import torch

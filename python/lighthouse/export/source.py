@@ -1,6 +1,6 @@
 """Where a model to export comes from: a run's folder, a checkpoint of any Trainer, or a model in memory.
 
-Each is a `Source`. The trap is what lies beside the weights and is not theirs: a tokenizer, or another run's settings.
+Each is a `Source`. What lies beside the weights may not be theirs: a tokenizer, or another run's settings.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Source:
 
 
 def checkpoint_in(path: Path) -> Path:
-    """The folder with the weights that `path` stands for. Raises where it stands for none."""
+    """The folder with the weights that `path` stands for. Raises if there is none."""
     name = f"checkpoint={str(path)!r}"
     if not path.exists():
         raise FileNotFoundError(f"{name} does not exist")
@@ -58,24 +58,24 @@ def checkpoint_in(path: Path) -> Path:
             steps = json.loads((path / RESULTS).read_text(encoding="utf-8"))["steps"]
             if last is not None and step_of(last) > steps:
                 logger.warning(
-                    "Lighthouse: the run has gone on since its model was saved, after step %s; its last checkpoint: %s",
+                    "Lighthouse: the run continued after its model was saved, after step %s; its last checkpoint: %s",
                     f"{steps:,}",
                     last,
                 )
             return path / MODEL
         if last is None:
-            raise FileNotFoundError(f"{name} is a run without a whole checkpoint yet: let it go on with --resume")
+            raise FileNotFoundError(f"{name} is a run without a complete checkpoint yet: continue it with --resume")
         return last
     if there and not (path / CONFIG).is_file():
         raise ValueError(f"{name} holds {len(there)} checkpoints: name one, such as {str(there[-1])!r}")
     if (path.parent / SETTINGS).is_file() and path in checkpoints.checkpoints_in(path.parent):
         fault = checkpoints.fault_of(path)
         if fault is not None:
-            raise ValueError(f"{name} is not whole: {fault}; take another checkpoint of that run")
+            raise ValueError(f"{name} is not complete: {fault}; use another checkpoint of that run")
     if not any((path / file).is_file() for file in WEIGHTS):
         raise ValueError(f"{name} {_why_no_weights(path)}")
     if not (path / CONFIG).is_file():
-        raise ValueError(f"{name} has no {CONFIG}: copy the one that the run began with into it")
+        raise ValueError(f"{name} has no {CONFIG}: copy the one that the run started with into it")
     return path
 
 
@@ -97,13 +97,13 @@ def _why_no_weights(path: Path) -> str:
 
 
 def from_checkpoint(folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> Source:
-    """Raises `ValueError` where it is of no class that is known; its weights are read later."""
+    """Raises `ValueError` if its class is not known; its weights are read later."""
     config, _ = PretrainedConfig.get_config_dict(folder)
     classes = {cls.__name__: cls for entry in ARCHITECTURES for cls in (entry.bare, entry.causal)}
     named = (config.get("architectures") or [None])[0]
     if named is None:
         raise ValueError(
-            f"checkpoint={str(folder)!r}: its {CONFIG} does not say of which class it is: write "
+            f"checkpoint={str(folder)!r}: its {CONFIG} does not name its class: write "
             '"architectures": ["LlamaForCausalLM"] into it'
         )
     if named not in classes:
@@ -141,7 +141,7 @@ def from_checkpoint(folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> 
 
 
 def from_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Source:
-    """Raises `ValueError` where its weights are shards that only DeepSpeed can gather."""
+    """Raises `ValueError` if its weights are shards that only DeepSpeed can gather."""
     architecture = architecture_of(model)
     if any(hasattr(weight, "ds_id") and weight.numel() == 0 for weight in model.parameters()):
         raise ValueError(
@@ -182,7 +182,7 @@ def _state_dict(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 def tokenizer_of(folder: Path, history: History) -> PreTrainedTokenizerBase | None:
     """The one beside the weights, else that of the run around them, if it is theirs; None where there is none.
 
-    Raises `ValueError` where the run's tokenizer lies elsewhere and is not any more what it was in training.
+    Raises `ValueError` if the run's tokenizer is elsewhere and has changed since training.
     """
     its_run = not history.doubts
     for place in (folder, folder.parent / MODEL) if its_run else (folder,):
@@ -194,12 +194,12 @@ def tokenizer_of(folder: Path, history: History) -> PreTrainedTokenizerBase | No
         tokenizer, trained_with = load_tokenizer(name), history.tokenizer_identity
         if trained_with is None and name is not None:
             history.doubts.append(
-                f"The tokenizer is the one at {name!r} now; whether it is that of training is not recorded."
+                f"The tokenizer is the one now at {name!r}; it is not recorded whether it is the training tokenizer."
             )
         if trained_with not in (None, Encoder(tokenizer).identity):
             raise ValueError(
-                f"tokenizer={name!r}, by the {SETTINGS} beside the checkpoint, gives other ids than in training: put "
-                "it back to what it was, or give the tokenizer of these weights with --tokenizer (tokenizer=)"
+                f"tokenizer={name!r}, by the {SETTINGS} beside the checkpoint, gives different ids than in training: "
+                "restore it, or give the tokenizer of these weights with --tokenizer (tokenizer=)"
             )
         return tokenizer
     return None
