@@ -1,11 +1,11 @@
-"""Equal trainings of a model of bytes that differ in stage 1's attention alone: what is each part of it good for?
+"""Equal trainings of a model of bytes that differ only in stage 1's attention: which part of it helps?
 
     python bench/corpus.py linux-source-6.1/{Documentation,kernel,mm,fs,include,net,lib} --suffixes .rst .c .h \\
         --exclude '*/translations/*' '*/nls/*' --order path --held-out held.xz --output corpus.xz
     python bench/arms.py --corpus corpus.xz --held-out held.xz --output results dense: both-1:arm=both,seed=1
     python bench/arms.py --report results --plot arms.png
 
-A run is `name:key=value,key=value`, with the fields of `Settings` as keys; a run whose result is there already is not
+A run is `name:key=value,key=value`, with the fields of `Settings` as keys; a run whose result already exists is not
 made again. Arms: `dense`; `window`, exact causal attention to the last `window` tokens and nothing else; `published`,
 the pyramid and nothing else; `both`, their sum. Stage 1 is the first `share` of the steps; the rest, and every held-out
 loss, is dense. The same seed gives the same first weights and the same sequences in the same order in every arm.
@@ -13,10 +13,10 @@ loss, is dense. The same seed gives the same first weights and the same sequence
 Beside the held-out loss (nats a byte) and its parts by position in the context there is the copy gain: a passage of
 64 random letters and digits is planted, and again d bytes later, at the same place for every d; the gain is the loss on
 its first appearance less that on its second, the first eight bytes of both left out. Chance is ln 36 = 3.58 nats a
-byte; a gain above it says that the first appearance was foretold worse than by chance, as random letters are.
+byte; a gain above it says that the first appearance was predicted worse than by chance, as random letters are.
 
-The trap is what is compared with what: each arm at its own best learning rate and RoPE base, and long enough that dense
-attention has left the plateau it begins on. The model and its optimizer are those of `quality.py`.
+Compare like with like: each arm at its own best learning rate and RoPE base, and long enough that dense attention has
+left the plateau it begins on. The model and its optimizer are those of `quality.py`.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ LETTERS = b"abcdefghijklmnopqrstuvwxyz0123456789"
 
 @dataclass(frozen=True)
 class Settings:
-    """Of one run. `ratio` is tokens per parent (N / select_topk), `levels` the windows of the pyramid in tokens."""
+    """One run's settings. `ratio` is tokens per parent (N / select_topk), `levels` the pyramid's windows in tokens."""
 
     arm: str = "dense"
     seed: int = 0
@@ -75,7 +75,7 @@ class Settings:
         return 0 if self.arm == "dense" else int(self.share * self.steps)
 
     def learning_rate(self, step: int) -> float:
-        """Of the step that is the `step`-th from 0: warm-up, then a cosine to a tenth."""
+        """The learning rate of step `step`, counted from 0: warm-up, then a cosine to a tenth."""
         warm_up = max(1, round(WARM_UP * self.steps))
         if step < warm_up:
             return self.rate * (step + 1) / warm_up
@@ -88,7 +88,7 @@ class Settings:
         types = {field.name: type(field.default) for field in fields(cls)}
         given = dict(pair.split("=", 1) for pair in filter(None, text.split(",")))
         if unknown := given.keys() - types:
-            sys.exit(f"{', '.join(sorted(unknown))}: no setting; there are {', '.join(types)}")
+            sys.exit(f"{', '.join(sorted(unknown))}: not a setting; the settings are {', '.join(types)}")
         found = replace(cls(), **{name: types[name](value) for name, value in given.items()})
         if found.arm not in ARMS:
             sys.exit(f"arm={found.arm}: one of {', '.join(ARMS)} is needed")
@@ -262,7 +262,7 @@ def train(name: str, settings: Settings, text: Text, device: str) -> dict:
         begin = time.perf_counter()
     curve = torch.stack(trained)
     result |= {
-        "compiled_while_timed": compiled_graphs() - compiled,  # 0, or the seconds are not what they say
+        "compiled_while_timed": compiled_graphs() - compiled,  # if not 0, the seconds include compilation
         "training_loss": [round(part.mean().item(), 4) for part in curve.split(50)],  # means of 50 steps
         "rows": rows,
         "loss": rows[-1]["loss"],
@@ -324,7 +324,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="the folder for NAME.json of each run")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     parser.add_argument("--report", type=Path, help="train nothing: print the results in this folder")
-    parser.add_argument("--plot", type=Path, help="with --report: draw loss against time and the copy gain (PNG)")
+    parser.add_argument("--plot", type=Path, help="with --report: plot loss against time and the copy gain (PNG)")
     options = parser.parse_args()
     if options.report:
         results = [json.loads(path.read_text()) for path in sorted(options.report.glob("*.json"))]
@@ -343,7 +343,7 @@ def main() -> None:
     for name, settings in runs.items():
         path = options.output / f"{name}.json"
         if path.exists():
-            print(f"{path} is there", flush=True)
+            print(f"{path} already exists", flush=True)
             continue
         if settings.order not in texts:
             texts[settings.order] = SEPARATOR.join(shuffled(texts["path"].split(SEPARATOR)))

@@ -28,7 +28,7 @@ DICTIONARY = 1 << 27  # xz looks this far back: files of one folder lie anywhere
 
 def files(folders: list[Path], suffixes: list[str], exclude: list[str]) -> list[Path]:
     found = []
-    for folder in folders:  # in the order given, so that it does not matter where they lie
+    for folder in folders:  # in the order given, wherever they are
         inside = (path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
         found += sorted(path for path in inside if path.suffix in suffixes)
     return [path for path in found if not any(fnmatch(path.as_posix(), pattern) for pattern in exclude)]
@@ -42,7 +42,7 @@ def shuffled(parts: list) -> list:
 
 
 def held_out_folders(paths: list[Path], root: Path) -> set[Path]:
-    """Eight folders with 64 to 160 KB of files of their own, by chance that only depends on their names."""
+    """Eight folders with 64 to 160 KB of files of their own, chosen at random by their names alone."""
     sizes: dict[Path, int] = {}
     for path in paths:
         sizes[path.parent] = sizes.get(path.parent, 0) + path.stat().st_size
@@ -75,7 +75,7 @@ def read(path: Path) -> tuple[bytes, str]:
 
 
 def unpack(corpus: Path, folder: Path) -> None:
-    """The text's files, numbered in its order, into a folder that is not there yet."""
+    """The text's files, numbered in its order, into a folder that does not exist yet."""
     folder.mkdir(parents=True)
     parts = read(corpus)[0].split(SEPARATOR)
     for number, part in enumerate(parts):
@@ -88,7 +88,7 @@ def main() -> None:
     parser.add_argument("folders", type=Path, nargs="+")
     parser.add_argument("--suffixes", nargs="+", default=[".rst", ".md", ".txt", ".c", ".h", ".cpp", ".py"])
     parser.add_argument("--exclude", nargs="*", default=[], help="patterns of paths to leave out")
-    parser.add_argument("--bytes", type=int, help="stop when there are so many (default 64_000_000, or all by path)")
+    parser.add_argument("--bytes", type=int, help="stop at this many bytes (default 64_000_000, or all by path)")
     parser.add_argument("--order", choices=["shuffled", "path"], default="shuffled", help="of the files")
     parser.add_argument("--held-out", type=Path, help="take eight whole folders out of the text and write them there")
     goal = parser.add_mutually_exclusive_group(required=True)

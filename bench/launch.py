@@ -2,9 +2,9 @@
 
     python bench/launch.py --json launch.json
 
-Short lengths are bound by this: a GPU waits for its next kernel. On CUDA a call is timed until it returns, without
+This limits short lengths: a GPU waits for its next kernel. On CUDA a call is timed until it returns, without
 waiting for the device, which is done long before; on a CPU the little work on the tensors is in the figures. Each
-figure is the least of several loops. The parts do not add up to the whole: autograd's engine is between them.
+figure is the minimum of several loops. The parts do not add up to the whole: autograd's engine is between them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lighthouse.core.sequences import Sequences
 
 
 def microseconds(call, *, loops: int = 7, calls: int = 200) -> float:
-    """Of one call: the least of several loops, since whatever disturbs only adds."""
+    """The time of one call: the minimum over several loops, since disturbances only add time."""
     for _ in range(20):
         call()
     best = float("inf")
@@ -96,7 +96,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--json", type=Path, help="write the results there")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
     options = parser.parse_args()
     torch.set_num_threads(1)
 

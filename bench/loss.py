@@ -9,8 +9,8 @@ uses. "torch" is `linear_cross_entropy` with `allow_retain_graph=True`, where to
 make all logits. The dtype "autocast" is float32 under bfloat16 autocast, as Trainer has it with `--bf16`.
 
 First the loss and both gradients of each side are compared with float64, at `--check-tokens` and the given vocabulary
-and width: ours must not be further from it than twice the plain side; torch's error is printed, whatever it is. A side
-that does not fit into the memory is said and left out.
+and width: our error may be at most twice that of the plain side; torch's error is only printed. A side
+that does not fit into memory is reported and left out.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Problem:
 
 
 def check(options) -> dict:
-    """The relative errors against float64. Exits where ours are more than twice plain logits': that is not timed."""
+    """The relative errors against float64. Exits if ours are more than twice those of plain logits."""
     problem = Problem(options.check_tokens, options)
     true = problem.true()
     errors = {}
@@ -103,14 +103,14 @@ def check(options) -> dict:
 def peak(side: str, options) -> tuple[int, float]:
     """Peak bytes of one call beyond hidden states, targets and weight, the gradients included; and its seconds."""
     problem = Problem(options.tokens, options)
-    problem.run(side, 64)  # what is set up once is not the loss's
+    problem.run(side, 64)  # one-time set-up is not part of the loss
     start = time.perf_counter()
     found = peak_bytes(lambda: problem.run(side), options.device)
     return found, time.perf_counter() - start
 
 
 def peak_in_own_process(side: str, options) -> tuple[int, float] | None:
-    """The same in a process that may be killed for want of memory: None."""
+    """The same in a separate process, which may be killed if it runs out of memory; then None."""
     command = [sys.executable, __file__, "--peak", side]
     for name in ("tokens", "vocabulary", "width", "dtype", "device", "threads"):
         command += [f"--{name}", str(getattr(options, name))]
@@ -159,7 +159,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2, help="of the CPU (default 2)")
     parser.add_argument("--repeats", type=int, default=5, help="timed calls of each side at most (default 5)")
     parser.add_argument("--budget", type=float, default=30.0, help="seconds for each side's calls, about (default 30)")
-    parser.add_argument("--json", type=Path, help="write the results there, after each side")
+    parser.add_argument("--json", type=Path, help="write the results to this file, after each side")
     parser.add_argument("--peak", choices=list(SIDES), help="only print this side's peak memory in bytes")
     options = parser.parse_args()
     options.dtype = options.dtype or ("bfloat16" if options.device == "cuda" else "float32")

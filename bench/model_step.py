@@ -6,7 +6,7 @@
 Forward, loss, backward and AdamW of one sequence: width 1024, 8 heads of 128, feed-forward 1536, 256 bytes as
 vocabulary, bf16 weights, compiled blocks, no activation checkpointing. Lighthouse: the defaults, the first two and last
 two layers dense. Each side: tokens per second (median step), the most memory that is allocated, and from one profiled
-step where the time goes.
+step the time by group of kernels.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch.profiler import ProfilerActivity, profile
 SIDES = {"dense": dense, "lighthouse": lighthouse_attention}
 GIB = 1 << 30
 
-# What a kernel is of, by words in its name, the first that fits; CPU operators are named alike.
+# The group of a kernel, by the first matching word in its name; CPU operators have similar names.
 GROUPS = {
     "lighthouse": ("lighthouse",),
     "attention": ("cudnn", "sdpa", "fmha", "flash", "attention"),
@@ -40,7 +40,7 @@ THE_REST = "the rest"  # norms, rotations, activations, residuals, the loss, cop
 
 def group_of(kernel: str) -> str:
     name = kernel.lower()
-    if name.startswith("triton_"):  # what Inductor fuses; the names list operators, of neighbours too
+    if name.startswith("triton_"):  # fused by Inductor; the name lists operators, also of neighbours
         return THE_REST
     return next((group for group, words in GROUPS.items() if any(word in name for word in words)), THE_REST)
 
@@ -75,7 +75,7 @@ def profiled(steps: Steps) -> dict:
     kernels: dict[str, list[float]] = {}
     for event in trace.events():
         if on_gpu and (event.device_type != DeviceType.CUDA or event.is_user_annotation):
-            continue  # what the CPU does meanwhile, and spans over kernels that are counted themselves
+            continue  # the CPU's work meanwhile, and spans over kernels, which are counted themselves
         microseconds = event.time_range.elapsed_us() if on_gpu else event.self_cpu_time_total
         kernels.setdefault(event.name, []).append(microseconds / 1e6)
     groups = dict.fromkeys((*GROUPS, THE_REST), 0.0)
@@ -159,8 +159,8 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--heads", type=int, default=8, help="of 128 each")
     parser.add_argument("--feed-forward", type=int, default=1536)
-    parser.add_argument("--json", type=Path, help="write the results there, each side as soon as it is measured")
-    parser.add_argument("--plot", type=Path, help="draw where the time goes there (PNG)")
+    parser.add_argument("--json", type=Path, help="write the results to this file, each side as soon as it is measured")
+    parser.add_argument("--plot", type=Path, help="plot the time by group of kernels to this PNG file")
     options = parser.parse_args()
 
     shape = Shape(layers=options.layers, width=options.width, heads=options.heads, feed_forward=options.feed_forward)

@@ -2,8 +2,8 @@
 
     python bench/operators.py LIBRARY_BEFORE LIBRARY_AFTER [--device cuda] [--out FILE]
 
-Each library lives in a process of its own, since both register torch.ops.lighthouse.*; the two take turns, so that a
-clock that drifts meets both alike. An operator's outputs are compared bit by bit before it is timed. Needs torch alone.
+Each library runs in its own process, since both register torch.ops.lighthouse.*; the two take turns, so that a
+drifting clock affects both alike. An operator's outputs are compared bit by bit before it is timed. Needs torch alone.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def operators(tokens: int, heads: int, head_dim: int, dtype: torch.dtype, device
 
 
 def digest(tensors: tuple[torch.Tensor, ...]) -> str:
-    """Of the bytes of all outputs, and of how they lie in memory."""
+    """A hash of the bytes of all outputs and of their layout in memory."""
     sha = hashlib.sha256()
     for tensor in tensors:
         sha.update(repr((tensor.dtype, tuple(tensor.shape), tensor.stride())).encode())
@@ -144,7 +144,7 @@ def compare(before: Library, after: Library, options: argparse.Namespace) -> dic
             for library in (before, after):
                 library.ask("warm", name)
             for turn in range(options.repeats):
-                # Who goes first changes: whatever the first leaves in caches and clocks, each meets as often.
+                # The order changes: what the first leaves in caches and clocks affects each as often.
                 sides = [("before", before), ("after", after)]
                 for side, library in sides if turn % 2 == 0 else reversed(sides):
                     times[side].append(library.ask("time"))
@@ -171,7 +171,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS))
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--repeats", type=int, default=31, help="turns of each library, of which the median counts")
+    parser.add_argument("--repeats", type=int, default=31, help="turns of each library; the median is reported")
     parser.add_argument("--calls", type=int, default=10, help="calls of an operator a turn")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--serve", help=argparse.SUPPRESS)

@@ -1,11 +1,11 @@
 """Two equal trainings of a 38M-parameter model of bytes: dense, and Lighthouse first and dense after that.
 
-    python bench/corpus.py FOLDER ... --output corpus.xz        # the text, once; its --help tells more
+    python bench/corpus.py FOLDER ... --output corpus.xz        # the text, once; see its --help
     python bench/quality.py --corpus corpus.xz --seed 0 --json quality-0.json
     python bench/quality.py --report quality-0.json quality-1.json --plot quality.png
 
-Both sides start from the same weights and see the same sequences in the same order. What is judged is the dense loss on
-held-out text: at the end, and the seconds of training until the two-stage run is where dense ends. Compilation,
+Both sides start from the same weights and see the same sequences in the same order. The dense loss on
+held-out text is compared: at the end, and the seconds until the two-stage run reaches dense's final loss. Compilation,
 warm-up and evaluation are outside those seconds.
 
 The model: width 512, 12 layers, 4 heads of 128, feed-forward 1408, RMSNorm, SwiGLU, RoPE base 10,000, 256 bytes as
@@ -58,7 +58,7 @@ class Text:
 
 
 def learning_rate(step: int, steps: int) -> float:
-    """Of the step that is the `step`-th from 0."""
+    """The learning rate of step `step`, counted from 0."""
     warm_up = max(1, round(WARM_UP * steps))
     if step < warm_up:
         return LEARNING_RATE * (step + 1) / warm_up
@@ -67,7 +67,7 @@ def learning_rate(step: int, steps: int) -> float:
 
 
 def evaluation_steps(side: str, options) -> set[int]:
-    """Every `--curve` steps, and every `--every` steps from the switch on, where the crossing is looked for."""
+    """Every `--curve` steps, and every `--every` steps from the switch on, to find the crossing."""
     steps, switch = options.steps, int(FIRST_STAGE * options.steps)
     if side == "dense":
         return {*range(0, steps, options.curve), steps}
@@ -80,7 +80,7 @@ def loss_of(model: Model, batch, attention) -> torch.Tensor:
 
 
 def digest(model: Model) -> str:
-    """sha256 of all weights: how both sides are known to begin alike, also where they are trained in separate calls."""
+    """sha256 of all weights: shows that both sides begin alike, also if they are trained in separate calls."""
     found = hashlib.sha256()
     for parameter in model.parameters():
         found.update(parameter.detach().cpu().numpy().tobytes())
@@ -97,7 +97,7 @@ def train(side: str, text: Text, options, others_weights: str | None, save) -> N
     model = new_model(shape(options), options.tokens, seed=options.seed, device=options.device)
     weights = digest(model)
     if others_weights not in (None, weights):
-        sys.exit("the other side began with other weights: not compared")
+        sys.exit("the other side began with different weights: not compared")
     optimizer = new_optimizer(model, LEARNING_RATE)
     switch = 0 if side == "dense" else int(FIRST_STAGE * options.steps)
 
@@ -149,7 +149,7 @@ def train(side: str, text: Text, options, others_weights: str | None, save) -> N
         training_loss.zero_()
         setting.synchronize(options.device)
         start = time.perf_counter()
-    result["compiled_while_timed"] = compiled_graphs() - compiled  # 0, or the seconds are not what they say
+    result["compiled_while_timed"] = compiled_graphs() - compiled  # if not 0, the seconds include compilation
     result["finished"] = True
     save(result)
 
@@ -170,7 +170,7 @@ def compare(results: dict) -> dict | None:
 
 
 def seconds_until(aim: float, rows: list[dict]) -> float | None:
-    """Where the loss first is `aim`, on the line between two evaluations; None where it never is."""
+    """The seconds at which the loss first is `aim`, interpolated between evaluations; None if it never is."""
     if rows[0]["loss"] <= aim:
         return rows[0]["seconds"]
     for a, b in zip(rows, rows[1:], strict=False):
@@ -243,7 +243,7 @@ def load(path: Path | None, head: dict) -> dict:
     found = json.loads(path.read_text())
     for name, value in head.items():
         if found.get(name) != value:
-            sys.exit(f"{path} is of another run, {name} there is {found.get(name)} and here {value}: name another file")
+            sys.exit(f"{path} is from another run: its {name} is {found.get(name)}, here {value}; name another file")
     return found
 
 
@@ -261,8 +261,8 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--heads", type=int, default=4, help="of 128 each")
     parser.add_argument("--feed-forward", type=int, default=1408)
-    parser.add_argument("--json", type=Path, help="write there after each evaluation; keeps the other side's result")
-    parser.add_argument("--plot", type=Path, help="draw the loss against steps and seconds there (PNG)")
+    parser.add_argument("--json", type=Path, help="write here after each evaluation; keeps the other side's result")
+    parser.add_argument("--plot", type=Path, help="plot the loss against steps and seconds to this PNG file")
     parser.add_argument("--report", type=Path, nargs="+", help="train nothing: print and plot these results")
     options = parser.parse_args()
     if options.report:

@@ -1,4 +1,4 @@
-"""The device that is measured, and what a result says about where it comes from: command, device, versions."""
+"""The device that is measured, and what a result records about its origin: command, device, versions."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from lighthouse.speed.sides import check  # noqa: F401
 
 
 def dense(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """PyTorch's causal attention; on CUDA it is cuDNN's or an error, so that it is known what was timed."""
+    """PyTorch's causal attention; on CUDA only cuDNN's is allowed, so that it is known what was timed."""
     grouped = True if query.shape[1] != key.shape[1] else False  # noqa: SIM210 - a plain bool also while tracing
     if not query.is_cuda:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
@@ -20,5 +20,5 @@ def dense(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def lighthouse_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """`lighthouse.attention` as it comes: windows of 1, 4 and 16 tokens, N/64 parents per level."""
+    """`lighthouse.attention` with its defaults: windows of 1, 4 and 16 tokens, N/64 parents per level."""
     return lighthouse.attention(query, key, value)

@@ -1,4 +1,4 @@
-"""A Llama-style model of bytes in plain PyTorch, whose layers attend densely or as they are told.
+"""A Llama-style model of bytes in plain PyTorch, whose layers attend densely or with a given attention.
 
 `attention(query, key, value)` on `[B, H, N, D]` is an argument of the forward pass: one model, any attention, nothing
 to switch. Blocks are compiled, not the model: all have the same code, so each attention is compiled once however many
@@ -26,7 +26,7 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Shape:
-    """`dense_layers` at each end attend densely whatever attention is asked for."""
+    """`dense_layers` at each end attend densely whatever attention is given."""
 
     layers: int
     width: int
@@ -92,7 +92,7 @@ class Head(nn.Module):
 
 
 class Model(nn.Module):
-    """`cos` and `sin` `[N, 1, D/2]` float32 are no buffers: they keep their dtype whatever the weights' is."""
+    """`cos` and `sin` `[N, 1, D/2]` float32 are not buffers: they keep their dtype whatever that of the weights."""
 
     def __init__(self, shape: Shape, cos: Tensor, sin: Tensor):
         super().__init__()

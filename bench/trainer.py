@@ -1,4 +1,4 @@
-"""What `lighthouse pretrain` costs beside a bare loop over the same model, in each stage.
+"""What `lighthouse pretrain` costs compared with a bare loop over the same model, in each stage.
 
     python bench/trainer.py --json trainer.json
     python bench/trainer.py --model nano --context 2048 --steps 30 --device cpu
@@ -35,7 +35,7 @@ CLOSE = 0.02  # of the first loss: the Trainer logs the mean of the first ten
 
 
 def write_text(folder: Path, tokens: int) -> Path:
-    """Files of random words, in all so many bytes."""
+    """Files of random words, this many bytes in all."""
     chance = random.Random(0)
     words = ["".join(chance.choices("abcdefghijklmnopqrstuvwxyz", k=chance.randint(2, 9))) for _ in range(2000)]
     for number in range(16):
@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=32_768)
     parser.add_argument("--steps", type=int, default=100, help=f"of each loop, the first {WARM_UP} untimed")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
-    parser.add_argument("--json", type=Path, help="write the results there")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
     options = parser.parse_args()
     if options.steps < WARM_UP + 10:
         parser.error(f"--steps {options.steps}: at least {WARM_UP + 10} are needed")

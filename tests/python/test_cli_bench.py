@@ -125,7 +125,7 @@ def test_interrupted_and_gone_on_with(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(Bench, "measure", until_256)
     assert main(arguments) == 130
-    assert "--resume goes on" in capsys.readouterr().err
+    assert "continue with --resume" in capsys.readouterr().err
     before = json.loads(file.read_text())["rows"]
     assert [row["tokens"] for row in before] == [128]
 
@@ -137,9 +137,9 @@ def test_interrupted_and_gone_on_with(tmp_path, monkeypatch, capsys):
 
     capsys.readouterr()
     assert main([*arguments, "--resume", "--measure"]) == 0
-    assert "no length was left to measure" in capsys.readouterr().err
+    assert "all lengths were measured already" in capsys.readouterr().err
     assert main([*arguments, "--resume", "--select_topk", "4"]) == 2
-    assert "measured with select_topk 0.015625, now it is 4" in capsys.readouterr().err
+    assert "measured with select_topk 0.015625, which is now 4" in capsys.readouterr().err
 
 
 def test_a_training_step(tmp_path, capsys):
@@ -223,7 +223,7 @@ def test_a_file_that_holds_something_else(tmp_path, capsys):
     file = tmp_path / "other.json"
     file.write_text("[]")
     assert main([*SMALL, "--json", str(file), "--resume"]) == 2
-    assert "holds no results of bench" in capsys.readouterr().err
+    assert "has no results of bench" in capsys.readouterr().err
 
 
 def test_peak_is_what_is_held_at_once():
@@ -275,9 +275,9 @@ def test_a_first_call_that_compiles_is_not_the_time():
 
 def test_what_must_be_known_of_times_is_said():
     row = {"tokens": 4096, "dense_calls": 1, "dense_spread": 0.0, "lighthouse_calls": 5, "lighthouse_spread": 0.02}
-    assert notes([row]) == ["Of one call alone, which says nothing of its spread: dense at 4,096 tokens."]
+    assert notes([row]) == ["Timed by a single call, so the spread is not known: dense at 4,096 tokens."]
     [said] = notes([row | {"dense_calls": 5, "lighthouse_spread": spread([1.0, 1.3, 1.5])}])
-    assert "not quiet" in said and "Lighthouse at 4,096 tokens by 30%" in said
+    assert "was busy" in said and "Lighthouse at 4,096 tokens by 30%" in said
     short = row | {"dense_calls": 5, "lighthouse_spread": 0.5, "lighthouse_seconds": 1e-4}
     assert notes([short]) and not notes([short], short=1e-3)
     assert notes([{"tokens": 4096, "speedup": 2.0}]) == []  # of a file that does not have them

@@ -83,7 +83,7 @@ PRECISION = [
     ("an_estimate_too_low", {"checks": [check_at(8192, -0.15)]}, ["give or take 15%", "it is 15% below"]),
     ("the_nearest", {"checks": [check_at(2048, 0.9), check_at(16_384, 0.05)]}, ["give or take 5%", "at 16,384 tokens"]),
     ("the_spread", {"spread": 0.12, "checks": [check_at(8192, 0.01, "plan")]}, ["give or take 12%", "with the rates"]),
-    ("nothing_measured", {}, ["how near is not known"]),
+    ("nothing_measured", {}, ["the error is not known"]),
     ("rates_of_some_days_ago", {"measured": time.time() - 3 * 86_400}, ["measured 3 days ago; --measure"]),
 ]
 
@@ -104,14 +104,14 @@ def test_rates_of_a_busy_machine_give_no_precision(kept, capsys, monkeypatch):
     monkeypatch.setattr(kept_rates, "measure_rates", lambda *_: busy)
     assert main(["plan", "--device", "cpu", "--tokens", "10000"]) == 0
     said = capsys.readouterr()
-    assert "not quiet when the kept rates were measured (their spread is 40%): measured anew" in said.err
-    assert "how near is not known" in said.out and "up to 50% longer than at best" in said.out
+    assert "busy when the cached rates were measured (their spread is 40%): they are measured again" in said.err
+    assert "the error is not known" in said.out and "up to 50% longer than the fastest" in said.out
 
 
 def test_a_short_call_is_not_held_to_a_long_ones_precision(kept, capsys):
     keep(checks=[check_at(8192, 0.01)])
     assert main(["plan", "--device", "cpu", "--tokens", "1024"]) == 0
-    assert "how near is not known" in capsys.readouterr().out
+    assert "the error is not known" in capsys.readouterr().out
 
 
 def test_every_setting_of_the_method_is_in_the_numbers(capsys):
@@ -125,7 +125,7 @@ def test_every_setting_of_the_method_is_in_the_numbers(capsys):
 
 def test_warnings_are_printed(capsys):
     assert main(["plan", "--tokens", "131072", "--select_topk", "300", "--no_estimate"]) == 0
-    assert "Warning: 0.92% of the tokens are kept" in capsys.readouterr().out
+    assert "Warning: only 0.92% of the tokens are kept" in capsys.readouterr().out
 
 
 REFUSED = [
@@ -158,7 +158,7 @@ def test_refused_with_the_value_and_the_rule(arguments, said, capsys):
 def test_no_gpu(capsys, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert main(["plan", "--device", "cuda"]) == 2
-    assert "finds no GPU here; take --device cpu" in capsys.readouterr().err
+    assert "finds no GPU here; use --device cpu" in capsys.readouterr().err
 
 
 def test_help_ends_with_examples_that_run(capsys):

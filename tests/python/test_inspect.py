@@ -159,13 +159,13 @@ def test_what_is_otherwise_than_one_may_think_is_said(tmp_path, model_folder, ca
     assert main([*command, "--context", "512"]) == 0
     said = capsys.readouterr()
     assert json.loads(said.out)["notes"] == [
-        "the text has 200 tokens, fewer than the 512 that were asked for",
-        "the model was trained with pool_ratios [0.125], and not with what is shown",
+        "the text has 200 tokens, fewer than the 512 asked for",
+        "the model was trained with pool_ratios [0.125], not with the settings shown",
     ]
     assert "Note: the text has 200 tokens" in said.err
     Path("run/run.json").write_text(json.dumps(settings | {"dense_only": True}))
     assert main(command) == 0
-    assert json.loads(capsys.readouterr().out)["notes"] == ["the model was trained with dense attention alone"]
+    assert json.loads(capsys.readouterr().out)["notes"] == ["the model was trained with dense attention only"]
 
 
 def lacking(folder):
@@ -191,17 +191,17 @@ WRONG = [
     ("layers", lambda folder: [str(folder), "--dense_layers", "2"], "dense_layers=2"),
     ("a_text_of_one_token", lambda folder: [str(folder), "--text", "one.txt"], "text='one.txt' has 1 tokens"),
     ("no_text_at_all", lambda folder: [str(folder), "--text", "none.txt"], "text='none.txt' has 0 tokens"),
-    ("not_utf_8", lambda folder: [str(folder), "--text", "bytes.txt"], "text='bytes.txt' is no UTF-8 text"),
+    ("not_utf_8", lambda folder: [str(folder), "--text", "bytes.txt"], "text='bytes.txt' is not UTF-8 text"),
     ("context", lambda folder: [str(folder), "--context", "0"], "context=0: at least 2"),
     ("context_beyond_the_model", lambda folder: [str(folder), "--context", "513"], "context=513: the model allows at"),
-    ("no_gpu", lambda folder: [str(folder), "--device", "cuda"], "finds no GPU here; take --device cpu"),
+    ("no_gpu", lambda folder: [str(folder), "--device", "cuda"], "finds no GPU here; use --device cpu"),
     ("output_is_a_file", lambda folder: [str(folder), "--output", "text.txt"], "output='text.txt' is a file"),
     ("no_folder_for_json", lambda folder: [str(folder), "--json", "no/a.json"], "its folder does not exist"),
-    ("missing_weights", lacking, "1 of its weights are not in the folder, model.layers.0.self_attn.q_proj.weight for"),
+    ("missing_weights", lacking, "weights are not in the folder, for example model.layers.0.self_attn.q_proj.weight"),
     (
         "a_text_too_short_for_the_choice",
         lambda folder: [str(folder), "--pool_ratios", "1/2", "1/4", "1/8", "--select_topk", "80"],
-        "select_topk=80: of the text's 90 tokens that is a sub-sequence of",
+        "select_topk=80: for the text's 90 tokens this gives a sub-sequence of",
     ),
     ("damaged_weights", damaged, "its weights cannot be read, the file is damaged"),
     ("no_tokenizer_in_a_folder", lambda folder: [str(folder), "--tokenizer", "."], "tokenizer='.' cannot be loaded"),

@@ -165,9 +165,7 @@ def test_a_step_of_layers(layers, dense_layers, weights, speedup):
     made, fast = plan(8192), Curve(((1, 1e30),))
     attention = Curve(((made.length, H200.work(made.length)), (8192, H200.work(8192) / 10)))
     rates = Rates("", attention, fast, products=6.0 * 8192 * 10**9)  # products take a second, dense 10, ours 1
-    found = estimate_step(
-        made, H200, layers=layers, dense_layers=dense_layers, product_weights=weights, rates=rates
-    )
+    found = estimate_step(made, H200, layers=layers, dense_layers=dense_layers, product_weights=weights, rates=rates)
     assert found.speedup == pytest.approx(speedup or 41 / 5)
     assert found.work >= found.attention_work
 
@@ -177,7 +175,7 @@ SMALL = Layer(1, 1, 16, "float32")
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """The file of kept rates, in a folder that is there; not the user's."""
+    """The file of cached rates, in a folder that exists; not the user's."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     kept_rates.cache_file().parent.mkdir()
     return kept_rates.cache_file()
@@ -212,11 +210,11 @@ STALE = [
     ("of_yesterday", {}, None),
     ("eight_days_old", {"measured": NOW - 8 * DAY}, "8 days old"),
     ("of_an_unknown_day", {"measured": 0.0}, "is not known"),
-    ("of_next_year", {"measured": NOW + 365 * DAY}, "from the future"),
-    ("of_a_busy_machine", {"spread": BUSY + 0.1}, "not quiet when the kept rates were measured (their spread is 30%)"),
-    ("of_an_unknown_spread", {"spread": None}, "not quiet"),
+    ("of_next_year", {"measured": NOW + 365 * DAY}, "a date in the future"),
+    ("of_a_busy_machine", {"spread": BUSY + 0.1}, "busy when the cached rates were measured (their spread is 30%)"),
+    ("of_an_unknown_spread", {"spread": None}, "was busy"),
     ("near_what_bench_found", {"checks": (found_by_bench(0.1, NOW),)}, None),
-    ("far_from_what_bench_found", {"checks": (found_by_bench(0.5, NOW),)}, "at 16,384 tokens, and the kept rates give"),
+    ("far_from_what_bench_found", {"checks": (found_by_bench(0.5, NOW),)}, "tokens, and the cached rates give"),
     ("far_from_what_bench_found_before", {"checks": (found_by_bench(0.5, NOW - 2 * DAY),)}, None),
     ("far_at_a_length_that_launches_decide", {"checks": (found_by_bench(0.5, NOW, tokens=512),)}, None),
 ]
@@ -276,7 +274,7 @@ def test_a_file_of_something_else_is_said_and_replaced(cache, monkeypatch, kept)
     monkeypatch.setattr(kept_rates, "measure_rates", lambda *_: GOOD)
     cache.write_text(kept if isinstance(kept, str) else json.dumps({kept_rates.cache_key(SMALL, "cpu"): kept}))
     said = []
-    assert rates_of(SMALL, "cpu", say=said.append) == GOOD and "measured anew" in said[0]
+    assert rates_of(SMALL, "cpu", say=said.append) == GOOD and "measured again" in said[0]
     assert json.loads(cache.read_text())[kept_rates.cache_key(SMALL, "cpu")] == json.loads(json.dumps(asdict(GOOD)))
 
 

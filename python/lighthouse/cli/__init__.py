@@ -15,9 +15,9 @@ import lighthouse
 COMMANDS = {
     "pretrain": "pre-train a Llama from scratch, first with Lighthouse, then dense",
     "compare": "train a baseline and a two-stage run, compare them, and check and time the model to ship",
-    "plan": "what Lighthouse makes of a length and settings: S, work, memory, estimated speed-up",
-    "bench": "time a layer, or a training step, on this device: dense against Lighthouse",
-    "doctor": "check this machine, and say what keeps Lighthouse from training here and what mends it",
+    "plan": "show what a length and settings give: S, work, memory, estimated speed-up",
+    "bench": "time a layer, or a training step, on this device, dense and with Lighthouse",
+    "doctor": "check whether Lighthouse can train on this machine, and say how to fix what is wrong",
     "tune": "try settings, each in a short run, and keep the one with the lowest dense held-out loss",
     "inspect": "show which tokens of a text each layer and head keeps, and at which level",
     "export": "write a plain Hugging Face folder from a checkpoint, with a model card, and check it",
@@ -25,7 +25,7 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns the exit status: 0 done, 1 failed, 2 not understood, 130 interrupted.
+    """Runs the command line and returns the exit status: 0 done, 1 failed, 2 wrong arguments, 130 interrupted.
 
     A signal that asks a run to end raises SystemExit(143).
     """
@@ -47,19 +47,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _missing(error: ImportError) -> str:
-    """Names the extra that has a package which is not there."""
+    """Names the extra that has a missing package."""
     package = (error.name or "").partition(".")[0]
     if not isinstance(error, ModuleNotFoundError) or package == "lighthouse":
         return str(error)
     extra = "tune" if package == "optuna" else "train"
-    return f'{package} is needed and not installed here: pip install "lighthouse-attn[{extra}]"'
+    return f'{package} is needed but not installed: pip install "lighthouse-attn[{extra}]"'
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lighthouse",
         description="Lighthouse attention: training-only attention for very long sequences.",
-        epilog="lighthouse COMMAND --help tells about a command.",
+        epilog="lighthouse COMMAND --help describes a command.",
     )
     parser.add_argument("--version", action="version", version=f"lighthouse {lighthouse.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")

@@ -1,4 +1,4 @@
-"""`lighthouse bench`: dense attention against Lighthouse on this device, and beside it what the plan estimated."""
+"""`lighthouse bench`: dense attention against Lighthouse on this device, with the plan's estimate."""
 
 from __future__ import annotations
 
@@ -85,17 +85,17 @@ def main(arguments: Sequence[str]) -> int:
     except (WrongResult, OSError, ImportError, torch.OutOfMemoryError) as error:
         print(f"lighthouse bench: error: {error}", file=sys.stderr)
         if isinstance(error, torch.OutOfMemoryError):
-            print("shorter --tokens fit; what was measured before is in --json", file=sys.stderr)
+            print("use shorter --tokens; what was measured before is in --json", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         if file is not None and file.is_file():
-            print(f"what was measured is in {file}; --resume goes on", file=sys.stderr)
+            print(f"what was measured is in {file}; continue with --resume", file=sys.stderr)
         raise
     return 0
 
 
 def _prepared(options: argparse.Namespace, called: str) -> tuple[list[Bench], Path | None]:
-    """One for each dtype, and the file of their results. Everything that can be refused is refused here."""
+    """One for each dtype, and the file of their results. All checks are made here."""
     device = chosen_device(options)
     if options.tokens is None:
         options.tokens = list(TOKENS[device])
@@ -105,7 +105,7 @@ def _prepared(options: argparse.Namespace, called: str) -> tuple[list[Bench], Pa
     if not 0 < options.budget < math.inf:
         raise ValueError(f"budget={options.budget}: seconds above 0 are needed")
     if options.resume and options.json in (None, "-"):
-        raise ValueError("resume: --json FILE is needed, the file to go on with")
+        raise ValueError("resume: --json FILE is needed, the file to continue")
     if options.train:
         from lighthouse.core.settings import LighthouseSettings
         from lighthouse.training.model import check_head_dim, check_model
@@ -133,7 +133,7 @@ def _prepared(options: argparse.Namespace, called: str) -> tuple[list[Bench], Pa
     file = None if options.json in (None, "-") else Path(options.json)
     if file is not None and file.exists():
         if not options.resume:
-            raise ValueError(f"json={str(file)!r} is there already: --resume goes on with it, or give another file")
+            raise ValueError(f"json={str(file)!r} already exists: continue it with --resume, or give another file")
         bench.resume(file)
     if options.plot:
         need_matplotlib()  # before anything is measured
@@ -146,12 +146,12 @@ def _check_acts(options: argparse.Namespace) -> None:
     if len(made.windows) == 1 or not made.entries[-1]:
         raise ValueError(
             f"context={options.context} with windows of {', '.join(map(str, made.windows))} tokens: this is dense "
-            "attention, nothing to compare; take a longer --context or other --pool_ratios"
+            "attention, nothing to compare; use a longer --context or other --pool_ratios"
         )
     if made.length > made.tokens:
         raise ValueError(
             f"context={options.context}: the sub-sequence has {made.length:,} entries, "
-            f"{made.length / made.tokens:.0%} of the tokens, so that a model stays dense; take a smaller --select_topk "
+            f"{made.length / made.tokens:.0%} of the tokens, so the model stays dense; use a smaller --select_topk "
             "or a longer --context"
         )
 
@@ -176,7 +176,7 @@ def _run(benches: Sequence[Bench], file: Path | None, options: argparse.Namespac
         if bench is not benches[-1]:
             show()
     if any(bench.again for bench in benches):
-        say("--measure: no length was left to measure, so the rates were not measured anew either")
+        say("--measure: all lengths were measured already, so the rates were not measured again either")
     if file is not None:
         benches[0].save(file)
     elif options.json == "-":
@@ -187,7 +187,7 @@ def _run(benches: Sequence[Bench], file: Path | None, options: argparse.Namespac
 
 
 def _layers(bench: Bench, file: Path | None, lengths: Sequence[int], show: Callable[..., None]) -> None:
-    say("the result against float64")
+    say("checking the result against float64")
     show(f"checked: the error against float64 is {bench.check():.2f} of dense attention's\n")
     show(header(COLUMNS))
     rows = []
@@ -230,9 +230,9 @@ def operator_table(row: dict, results: dict) -> str:
 
 
 def notes(rows: Sequence[dict], short: float = 0.0) -> list[str]:
-    """What must be known of times: which are of one call, and where the machine was not quiet.
+    """Notes on the times: which are of a single call, and where the machine was busy.
 
-    The spread of times up to `short` seconds says nothing.
+    The spread of times up to `short` seconds means nothing.
     """
     found, names = [], {"dense": "dense", "lighthouse": "Lighthouse"}
 
@@ -242,7 +242,7 @@ def notes(rows: Sequence[dict], short: float = 0.0) -> list[str]:
     sides = [(row, name, label) for row in rows for name, label in names.items()]
     once = [f"{label} at {where(row)}" for row, name, label in sides if row.get(f"{name}_calls") == 1]
     if once:
-        found.append(f"Of one call alone, which says nothing of its spread: {'; '.join(once)}.")
+        found.append(f"Timed by a single call, so the spread is not known: {'; '.join(once)}.")
     noisy = [
         f"{label} at {where(row)} by {row[f'{name}_spread']:.0%}"
         for row, name, label in sides
@@ -250,8 +250,8 @@ def notes(rows: Sequence[dict], short: float = 0.0) -> list[str]:
     ]
     if noisy:
         found.append(
-            f"The machine was not quiet: the median call was slower than the fastest, {'; '.join(noisy)}. These "
-            "speed-ups may be others when it is."
+            f"The machine was busy: the median call was slower than the fastest, {'; '.join(noisy)}. On a quiet "
+            "machine these speed-ups may differ."
         )
     return found
 
@@ -259,7 +259,7 @@ def notes(rows: Sequence[dict], short: float = 0.0) -> list[str]:
 def pays(bench: Bench) -> str:
     found = bench.pays_from()
     if found is None:
-        return "Lighthouse is not faster at the longest of these lengths: longer --tokens, or a smaller --select_topk."
+        return "Lighthouse is not faster at the longest length: use longer --tokens or a smaller --select_topk."
     first = found == bench.rows[0]["tokens"]
     return f"Lighthouse is faster from {found:,} tokens on" + (", the shortest measured." if first else ".")
 
@@ -279,8 +279,8 @@ def step_lines(row: dict) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lighthouse bench",
-        description="Times one attention layer on this device, dense against Lighthouse, over several lengths; the\n"
-        "result is checked first. Beside each speed-up stands what `lighthouse plan` estimates for it.",
+        description="Times one attention layer on this device, dense and with Lighthouse, at several lengths, after\n"
+        "checking its result. Each speed-up is shown with the estimate of `lighthouse plan`.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -288,18 +288,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=int, nargs="+", metavar="N",
                         help="lengths in tokens (default: 1,024 to 16,384; on a GPU 4,096 to 262,144)")  # fmt: skip
     parser.add_argument("--budget", type=float, default=8.0,
-                        help="seconds for the timed calls of a length, about; on a CPU a call that takes half of it is "
-                        "timed once (default: 8)")  # fmt: skip
+                        help="seconds for the timed calls of each length, about; on a CPU a call that takes half of it "
+                        "is timed once (default: 8)")  # fmt: skip
     parser.add_argument("--parts", action="store_true",
-                        help="also time the inner attention, the forward pass and each operator alone; on a GPU all as "
-                        "CUDA graphs too")  # fmt: skip
+                        help="also time the inner attention, the forward pass and each operator separately, on a GPU "
+                        "also as CUDA graphs")  # fmt: skip
     add_device(parser)
-    parser.add_argument("--resume", action="store_true", help="go on with the results that --json has")
-    parser.add_argument("--plot", metavar="FILE", help="draw time, speed-up and memory against length there (PNG)")
+    parser.add_argument("--resume", action="store_true", help="continue from the results in the --json file")
+    parser.add_argument("--plot", metavar="FILE", help="plot time, speed-up and memory against length to this PNG file")
     add_layer(parser, dtypes="+")
     add_settings(parser)
     group = parser.add_argument_group("training step")
     group.add_argument("--train", action="store_true", help="also time a training step of a model")
-    group.add_argument("--model", default="tiny", metavar="SIZE|CONFIG", help="as pretrain takes it (default: tiny)")
+    group.add_argument("--model", default="tiny", metavar="SIZE|CONFIG", help="as in pretrain (default: tiny)")
     group.add_argument("--context", type=int, default=8192, help="tokens of the step (default: 8,192)")
     return parser

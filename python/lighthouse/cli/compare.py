@@ -36,16 +36,17 @@ def main(arguments: Sequence[str]) -> int:
     parser, general = run_parser(
         "compare",
         "Trains a baseline with dense attention and a two-stage run with the same seeds, data and schedule, one after "
-        "the other, and reports speed, memory and the dense held-out loss against both; strips the two-stage model, "
+        "the other, and reports speed, memory and the dense held-out loss of both; strips the two-stage model, "
         "checks it and times its inference. Takes every option of lighthouse pretrain; the defaults are a small case.",
         EXAMPLE,
         whole_help="--help-all" in arguments,
     )
-    general.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="Several in place of --seed, in turn.")
-    general.add_argument("--json", metavar="FILE", help="Copy the numbers there; - is standard output.")
+    several = "Several seeds instead of --seed; a pair of runs is trained for each in turn."
+    general.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help=several)
+    general.add_argument("--json", metavar="FILE", help="Write the numbers as JSON to FILE; - is standard output.")
     parser.set_defaults(**compare_defaults(resume="--resume" in arguments))
     logging.basicConfig(format="%(message)s")
-    disable_progress_bar()  # of writing model files; the training's own bar is another
+    disable_progress_bar()  # of writing model files, not that of training
     try:
         options, training, [own] = parse_run(parser, arguments)
         check_folders(own, "json")
@@ -63,7 +64,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"lighthouse compare: error: {error}", file=sys.stderr)
         return 1
     except (KeyboardInterrupt, SystemExit):
-        print(f"The comparison in {plan.folder} is not at its end. {HOW_TO_GO_ON}", file=sys.stderr)
+        print(f"The comparison in {plan.folder} is not finished. {HOW_TO_GO_ON}", file=sys.stderr)
         raise
     finally:
         signal.signal(signal.SIGTERM, before)

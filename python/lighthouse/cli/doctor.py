@@ -1,4 +1,4 @@
-"""`lighthouse doctor` where the package loads; where it does not, the `lighthouse` command never comes here."""
+"""`lighthouse doctor` if the package loads; if it does not, the `lighthouse` command never imports this."""
 
 from lighthouse_doctor.command import main
 

@@ -31,7 +31,7 @@ def main(arguments: Sequence[str]) -> int:
     logging.basicConfig(format="%(message)s")
     disable_progress_bar()
     console = Console(stderr=options.json == "-")
-    before = signal.signal(signal.SIGTERM, _stop)  # else what is half written would stay
+    before = signal.signal(signal.SIGTERM, _stop)  # else a half-written folder would stay
     try:
         check_folders(options, "json")
         with console.status("") as status:
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str]) -> int:
         return 1
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert exported is not None  # that is for the others of several processes
+    assert exported is not None  # None is for the other processes
     console.print(_table(exported))
     try:
         write_json(asdict(exported), options.json)
@@ -99,16 +99,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "checkpoint",
         metavar="CHECKPOINT",
-        help="folder of a run of lighthouse pretrain (its model, or its last whole checkpoint), or a checkpoint of any "
-        "Trainer, of either stage",
+        help="folder of a run of lighthouse pretrain (its model, or its last complete checkpoint), or a checkpoint of "
+        "any Trainer, of either stage",
     )
     parser.add_argument("--output", "-o", required=True, metavar="FOLDER", help="folder to write")
     parser.add_argument(
         "--tokenizer",
         metavar="NAME",
-        help="folder or name of the tokenizer; by default the one beside the checkpoint or of its run",
+        help="folder or name of the tokenizer (default: the one beside the checkpoint or of its run)",
     )
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights; by default the checkpoint's")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: the checkpoint's)")
     parser.add_argument("--force", action="store_true", help="replace a model that the folder holds")
-    parser.add_argument("--json", metavar="FILE", help="write what was exported as JSON; - is standard output")
+    parser.add_argument("--json", metavar="FILE", help="write what was exported as JSON to FILE; - is standard output")
     return parser

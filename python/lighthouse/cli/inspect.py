@@ -72,9 +72,9 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _choices(options: argparse.Namespace) -> tuple[Choices, list[str], list[str]]:
-    """What is kept, the text of each token, and what is otherwise than one may think.
+    """The choices, the text of each token, and notes on what a user may not expect.
 
-    Raises where options, model or text do not do.
+    Raises if options, model or text do not fit.
     """
     device = chosen_device(options)
     folder = Path(options.model)
@@ -85,7 +85,7 @@ def _choices(options: argparse.Namespace) -> tuple[Choices, list[str], list[str]
         raise ValueError(f"output={options.output!r} is a file: a folder is needed")
     if options.context is not None and options.context < 2:
         raise ValueError(f"context={options.context}: at least 2 tokens are needed")
-    _text(options.text, 1)  # what is not there is said before the model is read
+    _text(options.text, 1)  # a missing text is reported before the model is read
     say("reading the model")
     tokenizer_folder = options.tokenizer or (options.model if (folder / "tokenizer_config.json").is_file() else None)
     tokenizer = load_tokenizer(tokenizer_folder)
@@ -97,8 +97,8 @@ def _choices(options: argparse.Namespace) -> tuple[Choices, list[str], list[str]
     missing = sorted(loading["missing_keys"])
     if missing:
         raise ValueError(
-            f"model={options.model!r}: {len(missing)} of its weights are not in the folder, {missing[0]} for one: they "
-            "would be random numbers; give a whole model"
+            f"model={options.model!r}: {len(missing)} of its weights are not in the folder, for example "
+            f"{missing[0]}: they would be random numbers; give a complete model"
         )
     most = model.config.max_position_embeddings
     if options.context is not None and options.context > most:
@@ -119,12 +119,12 @@ def _choices(options: argparse.Namespace) -> tuple[Choices, list[str], list[str]
     made = settings.method.plan(len(ids))
     if made.length > made.tokens:
         raise ValueError(
-            f"select_topk={options.select_topk}: of the text's {made.tokens:,} tokens that is a sub-sequence of "
-            f"{made.length:,} entries, so that the model stays dense; take a smaller --select_topk or a longer text"
+            f"select_topk={options.select_topk}: for the text's {made.tokens:,} tokens this gives a sub-sequence "
+            f"of {made.length:,} entries, so the model stays dense; use a smaller --select_topk or a longer text"
         )
     notes = []
     if options.context is not None and len(ids) < options.context:
-        notes.append(f"the text has {len(ids):,} tokens, fewer than the {options.context:,} that were asked for")
+        notes.append(f"the text has {len(ids):,} tokens, fewer than the {options.context:,} asked for")
     if not made.entries[-1]:
         notes.append(
             f"{made.tokens:,} tokens are fewer than the coarsest window has, {made.windows[-1]:,}: this is dense "
@@ -132,7 +132,7 @@ def _choices(options: argparse.Namespace) -> tuple[Choices, list[str], list[str]
         )
     notes += _trained_otherwise(folder.resolve(), settings)
     say(f"{len(ids):,} tokens through the model")
-    logging.disable(logging.WARNING)  # that losses do not compare: there are none here
+    logging.disable(logging.WARNING)  # that losses are not comparable: there are none here
     try:
         choices = choices_of(model.to(device), torch.tensor([ids], device=device))
     finally:
@@ -141,7 +141,7 @@ def _choices(options: argparse.Namespace) -> tuple[Choices, list[str], list[str]
 
 
 def _ids(encode: Encoder, name: str, most: int) -> list[int]:
-    """Of the first `most` tokens of a text: more of it is read only where these are not in what was read."""
+    """Of the first `most` tokens of a text: more of it is read only if these are not in what was read."""
     characters = most * LONGEST_TOKEN
     while True:
         text = _text(name, characters)
@@ -152,16 +152,16 @@ def _ids(encode: Encoder, name: str, most: int) -> list[int]:
 
 
 def _trained_otherwise(folder: Path, settings) -> list[str]:
-    """What the run that the model lies in was trained with, where that is not what is shown."""
+    """The settings that the model's run was trained with, if they are not those shown."""
     file = folder.parent / SETTINGS
     if not file.is_file():
         return []
     run = json.loads(file.read_text(encoding="utf-8"))
     if run.get("dense_only"):
-        return ["the model was trained with dense attention alone"]
+        return ["the model was trained with dense attention only"]
     shown = settings.method.values() | {"dense_layers": settings.dense_layers}
     other = [f"{name} {run[name]}" for name, value in shown.items() if name in run and run[name] != value]
-    return [f"the model was trained with {', '.join(other)}, and not with what is shown"] if other else []
+    return [f"the model was trained with {', '.join(other)}, not with the settings shown"] if other else []
 
 
 def _text(name: str, characters: int) -> str:
@@ -170,7 +170,7 @@ def _text(name: str, characters: int) -> str:
         with open(name, encoding="utf-8") as file:
             return file.read(characters)
     except UnicodeDecodeError as error:
-        raise ValueError(f"text={name!r} is no UTF-8 text: {error}") from None
+        raise ValueError(f"text={name!r} is not UTF-8 text: {error}") from None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -182,10 +182,10 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("model", metavar="MODEL", help="folder with a model of Transformers, a checkpoint say")
+    parser.add_argument("model", metavar="MODEL", help="folder with a model of Transformers, for example a checkpoint")
     parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text")
     parser.add_argument(
-        "--context", type=int, help="tokens of the text, from its start (default: what the model allows)"
+        "--context", type=int, help="tokens of the text, from its start (default: as many as the model allows)"
     )
     parser.add_argument("--tokenizer", help="folder or name of a tokenizer (default: the model's, else bytes)")
     add_method(parser)
@@ -194,5 +194,5 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     parser.add_argument("--output", default="inspected", metavar="FOLDER", help="for the files (default: inspected)")
-    parser.add_argument("--json", metavar="FILE", help="write the numbers there too; - is standard output")
+    parser.add_argument("--json", metavar="FILE", help="write the numbers as JSON to FILE; - is standard output")
     return parser

@@ -1,4 +1,4 @@
-"""`lighthouse plan`: what Lighthouse makes of a length and settings, before anything is trained."""
+"""`lighthouse plan`: what a length and settings give, before anything is trained."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _made(options: argparse.Namespace) -> dict:
-    """All that is said, as numbers."""
+    """All that is printed, as numbers."""
     device = chosen_device(options)
     check_folders(options, "json")
     method = Method.of(options)
@@ -104,9 +104,9 @@ def _made(options: argparse.Namespace) -> dict:
 
 
 def _precision(rates: Rates, layer: Layer, device: str, options: argparse.Namespace) -> dict:
-    """What is known of how near the estimate is: what its rates are from, and how far off it was where it was measured.
+    """How accurate the estimate is: the age and spread of its rates, and its error where a speed-up was measured.
 
-    `part` is None where nothing tells: rates of a busy machine, or a length whose estimate follows from launches.
+    `part` is None if not known: rates of a busy machine, or a length whose estimate follows from launches.
     """
     check = rates.nearest_check(options.tokens, Method.of(options))
     found: dict[str, Any] = {
@@ -164,7 +164,7 @@ def _text(found: dict) -> str:
     lines += [
         "",
         f"sub-sequence S   {found['length']:,} entries, S/N {found['length_share']:.2%}",
-        f"kept share       {found['kept_share']:.2%} of the tokens are in at level 0",
+        f"kept share       {found['kept_share']:.2%} of the tokens are kept at level 0",
         "",
         f"A layer ({layer}), forward and backward, a batch of one:",
         f"  attention work   {found['layer']['attention_work']:.2%} of dense",
@@ -220,28 +220,28 @@ def _bytes(size: float) -> str:
 
 def _give_or_take(precision: dict) -> str:
     part = precision["part"]
-    return "how near is not known" if part is None else f"give or take {max(part, 0.01):.0%}"
+    return "the error is not known" if part is None else f"give or take {max(part, 0.01):.0%}"
 
 
 def _known(precision: dict) -> list[str]:
-    """Where the precision comes from, a line each."""
+    """What the precision follows from, a line each."""
     lines, check, spread, days = [], precision["check"], precision["spread"], round(precision["days"])
     if check is not None:
         by = "by bench" if check["by"] == "bench" else "with the rates"
         side = "above" if check["error"] >= 0 else "below"
         lines.append(
             f"at {check['tokens']:,} tokens, the nearest length that was measured, {by}, it is "
-            f"{abs(check['error']):.0%} {side} what was found"
+            f"{abs(check['error']):.0%} {side} the measured speed-up"
         )
     if spread is not None and spread > BUSY:
         lines.append(
-            f"the machine was not quiet when the rates were measured: the same call took up to {spread:.0%} "
-            "longer than at best; the next call measures anew"
+            f"the machine was busy when the rates were measured: the same call took up to {spread:.0%} longer "
+            "than the fastest; the next `lighthouse plan` measures them again"
         )
     elif precision["part"] is None:
-        lines.append("so short a call waits for what each costs beside its work: lighthouse bench tells")
+        lines.append("at so short a length the fixed cost of each call dominates: measure it with lighthouse bench")
     if days:
-        lines.append(f"the rates were measured {days} day{'' if days == 1 else 's'} ago; --measure does it again")
+        lines.append(f"the rates were measured {days} day{'' if days == 1 else 's'} ago; --measure measures them again")
     return lines
 
 
@@ -253,7 +253,7 @@ def _seconds(seconds: float) -> str:
     return f"{seconds:,.2f} s" if seconds >= 1 else f"{1e3 * seconds:,.2f} ms"
 
 
-# What bench takes too
+# Options that bench has too
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
@@ -266,7 +266,7 @@ def add_layer(parser: argparse.ArgumentParser, *, dtypes: str | None = None) -> 
     """Sizes and dtype of a layer; `dtypes="+"`: of several dtypes, one after the other."""
     group = parser.add_argument_group("layer")
     group.add_argument("--heads", type=int, help="query heads (default: 4, on a GPU 8)")
-    group.add_argument("--kv_heads", type=int, help="key-value heads (default: as many)")
+    group.add_argument("--kv_heads", type=int, help="key-value heads (default: as many as query heads)")
     group.add_argument("--head_dim", type=int, help="default: 64, on a GPU 128")
     group.add_argument("--dtype", nargs=dtypes, choices=DTYPES, metavar="DTYPE",
                        help=f"{' or '.join(DTYPES)} (default: float32, on a GPU bfloat16)")  # fmt: skip
@@ -274,21 +274,21 @@ def add_layer(parser: argparse.ArgumentParser, *, dtypes: str | None = None) -> 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
-    parser.add_argument("--threads", type=int, help="threads on a CPU (default: as many as PyTorch takes)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: as many as PyTorch uses)")
     parser.add_argument("--measure", action="store_true",
-                        help=f"measure the device's rates anew (kept in {cache_file()})")  # fmt: skip
-    parser.add_argument("--json", metavar="FILE", help="write the numbers there; - is standard output")
+                        help=f"measure the device's rates again (cached in {cache_file()})")  # fmt: skip
+    parser.add_argument("--json", metavar="FILE", help="write the numbers as JSON to FILE; - is standard output")
 
 
 def chosen_device(options: argparse.Namespace) -> str:
-    """The device that is asked for, or that there is. Raises `ValueError`."""
+    """The device asked for, or the one that exists. Raises `ValueError`."""
     threads, cores = getattr(options, "threads", None), len(os.sched_getaffinity(0))
     if threads is not None:
         if not 1 <= threads <= cores:
             raise ValueError(f"threads={threads}: from 1 to {cores}, the cores of this process, are needed")
         torch.set_num_threads(threads)
     if options.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device='cuda': PyTorch finds no GPU here; take --device cpu")
+        raise ValueError("device='cuda': PyTorch finds no GPU here; use --device cpu")
     return options.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -303,7 +303,7 @@ def described(options: argparse.Namespace, tokens: int, device: str):
     given = [name for name, value in sizes.items() if value is not None]
     if given:
         raise ValueError(
-            f"model={options.model!r} with {given[0]}={sizes[given[0]]}: the model has its own; give one of them"
+            f"model={options.model!r} with {given[0]}={sizes[given[0]]}: the model has its own; give only one of them"
         )
     from lighthouse.training.model import new_config
 
@@ -315,9 +315,9 @@ def described(options: argparse.Namespace, tokens: int, device: str):
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lighthouse plan",
-        description="What Lighthouse makes of a length: the levels, the sub-sequence, the work and memory of a layer\n"
-        "and of a training step against dense, and an estimate of the speed-up on this device from rates\n"
-        "that are measured once, in under a minute, and kept.",
+        description="Shows what a length and settings give: the levels, the sub-sequence, the work and memory of a\n"
+        "layer and of a training step relative to dense, and the estimated speed-up on this device. The\n"
+        "estimate uses rates that are measured once, in under a minute, and cached.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -325,8 +325,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tokens", "--context", type=int, default=TOKENS, help=f"tokens in a sequence (default: {TOKENS:,})"
     )
-    parser.add_argument("--model", metavar="SIZE|CONFIG", help="a size or configuration as pretrain takes it")
-    parser.add_argument("--no_estimate", action="store_true", help="measure nothing, and estimate no times")
+    parser.add_argument("--model", metavar="SIZE|CONFIG", help="a size or configuration, as in pretrain")
+    parser.add_argument("--no_estimate", action="store_true", help="measure nothing and show no estimated times")
     add_device(parser)
     add_layer(parser)
     parser.add_argument("--layers", type=int, help="layers of the model, to estimate a whole step")

@@ -1,4 +1,4 @@
-"""What the commands say, check and write alike."""
+"""What the commands print, check and write in the same way."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def say(line: str) -> None:
 
 
 def mib(size: float) -> str:
-    """Bytes, as they are shown."""
+    """Bytes as shown to the user."""
     return f"{size / 2**20:,.1f} MiB"
 
 
 def check_folders(options: argparse.Namespace, *names: str) -> None:
-    """Files and folders that are written at the end can be made: their parents are there. Raises `ValueError`."""
+    """Checks that the parents of files and folders written at the end exist. Raises `ValueError`."""
     for name in names:
         path = getattr(options, name)
         if path not in (None, "-") and not Path(path).absolute().parent.is_dir():
@@ -41,13 +41,13 @@ def check_folders(options: argparse.Namespace, *names: str) -> None:
 
 
 def write_json(found: dict, file: str | None) -> None:
-    """To a file, to standard output where that is `-`, or nowhere."""
+    """To a file, to standard output if that is `-`, or nowhere."""
     if file is not None:
         write_text(json.dumps(found, indent=1) + "\n", file)
 
 
 def write_text(text: str, file: str) -> None:
-    """To a file, or to standard output where that is `-`."""
+    """To a file, or to standard output if that is `-`."""
     if file == "-":
         sys.stdout.write(text)
     else:

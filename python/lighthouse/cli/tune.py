@@ -1,4 +1,4 @@
-"""`lighthouse tune`: the options, the checks, the study, and what is said at the end."""
+"""`lighthouse tune`: the options, the checks, the study, and what is printed at the end."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lighthouse.training.result import STOPPED  # noqa: E402
 EXAMPLE = """\
 examples:
   lighthouse tune --model nano --context 2048 --steps 40 --trials 6 --output_dir runs/tune
-  lighthouse tune --config runs/tune/study.yaml --resume            goes on, or shares it from another terminal
+  lighthouse tune --config runs/tune/study.yaml --resume            continues it, also from another terminal
   lighthouse tune --model nano --context 2048 --steps 40 --sampler grid --judge tokens --fixed learning_rate batch \\
       --levels 3 --level_ratio 1/8 1/2 --topk 16 64 --output_dir runs/grid
   lighthouse pretrain --config runs/tune/best.yaml --steps 200 --output_dir runs/tuned
@@ -62,12 +62,12 @@ def _run(study: Study, json_file: str | None) -> int:
         if json_file is not None:
             write_text(result.results.read_text(encoding="utf-8"), json_file)
     except (KeyboardInterrupt, Stopped) as error:
-        print(f"\nInterrupted. What is trained is kept, and `{study.go_on}` goes on.", file=sys.stderr)
+        print(f"\nInterrupted. Finished trials are kept; continue with `{study.go_on}`.", file=sys.stderr)
         return 130 if isinstance(error, KeyboardInterrupt) else STOPPED
     except (RunFailed, OSError) as error:
         print(f"lighthouse tune: error: {error}", file=sys.stderr)
         if study.begun:
-            print(f"`{study.go_on}` goes on.", file=sys.stderr)
+            print(f"Continue with `{study.go_on}`.", file=sys.stderr)
         return 1
     if json_file == "-":
         return 0
@@ -79,7 +79,7 @@ def _run(study: Study, json_file: str | None) -> int:
         say(f"\nBest: trial {best.number}, {best.setting}: {best.loss:.4f}{than}")
         if given is None:
             say(of_the_given(result))
-        say(f"It as a run: lighthouse pretrain --config {study.files.best} --steps N --output_dir FOLDER")
+        say(f"To train with it: lighthouse pretrain --config {study.files.best} --steps N --output_dir FOLDER")
     say(f"Report: {study.folder / 'report.html'}")
     return 0
 
@@ -88,12 +88,12 @@ def _parser(whole_help: bool):
     parser, general = run_parser(
         "tune",
         "Tries settings around the given one, each in a short two-stage run, and judges them by the dense held-out "
-        "loss at equal time or equal tokens. The options of a run are those of the given setting, --max_steps the "
-        "length of a trial; trials save no checkpoints.",
+        "loss at equal time or equal tokens. The run options are those of the given setting; --max_steps is the "
+        "length of a trial. Trials save no checkpoints.",
         EXAMPLE,
         more=[TuneOptions],
         whole_help=whole_help,
     )
     parser.set_defaults(**DEFAULTS)
-    general.add_argument("--json", metavar="FILE", help="copy the numbers there; - is standard output")
+    general.add_argument("--json", metavar="FILE", help="write the numbers as JSON to FILE; - is standard output")
     return parser

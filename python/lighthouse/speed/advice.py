@@ -1,4 +1,4 @@
-"""What is doubtful in a plan, a sentence each, with the way out."""
+"""Warnings about a plan, a sentence each, with the way out."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from lighthouse.speed.layer import Layer
 from lighthouse.speed.rates import Rates
 
 LEAST_KEPT = 0.03  # of `LONG` tokens or more
-LONG_TAIL = 0.1  # of the tokens that are in at level 0
+LONG_TAIL = 0.1  # of the tokens that are kept at level 0
 
 
 def warnings(method: Method, tokens: int, *, layer: Layer | None = None, rates: Rates | None = None) -> list[str]:
-    """What is doubtful in a plan: a sentence each, with the way out. Without rates nothing is said of time."""
+    """Warnings about a plan, a sentence each, with the way out; about time only if rates are given."""
     found, plan = [], method.plan(tokens)
     coarsest, window = plan.entries[-1], plan.windows[-1]
     if len(plan.windows) == 1:
@@ -26,7 +26,7 @@ def warnings(method: Method, tokens: int, *, layer: Layer | None = None, rates: 
     if not coarsest:
         return [
             f"{tokens:,} tokens are fewer than the coarsest window has ({window:,}): this is dense attention; "
-            f"take sequences of at least {window:,} tokens, or a coarsest ratio larger than 1/{window}"
+            f"use sequences of at least {window:,} tokens, or a coarsest ratio larger than 1/{window}"
         ]
     kept = plan.kept_share
     if tokens >= LONG and kept < LEAST_KEPT:
@@ -37,22 +37,22 @@ def warnings(method: Method, tokens: int, *, layer: Layer | None = None, rates: 
             else f"a coarsest ratio larger than 1/{window}, so that more parents can be chosen"
         )
         found.append(
-            f"{kept:.2%} of the tokens are kept, under {LEAST_KEPT:.0%}: short runs with so few ended at a worse loss; "
-            f"{way}"
+            f"only {kept:.2%} of the tokens are kept, less than {LEAST_KEPT:.0%}: short runs with so few ended at a "
+            f"worse loss; {way}"
         )
     if plan.parents > coarsest:
         share = Fraction(coarsest, tokens).limit_denominator(65_536)
         found.append(
-            f"{plan.parents:,} parents per level are asked, and the coarsest level has {coarsest:,} entries: all of "
-            f"them are parents and the choice is smaller than asked; take select_topk up to {coarsest:,} "
+            f"{plan.parents:,} parents per level were asked for, but the coarsest level has only {coarsest:,} "
+            f"entries: all of them are parents, and fewer are chosen; use select_topk up to {coarsest:,} "
             f"({float(share):.4g} of the tokens), or a coarsest ratio larger than 1/{window}"
         )
     tail = tokens % window
     if tail >= LONG_TAIL * plan.chosen[0]:
         below = tokens - tail
         found.append(
-            f"the last {tail:,} tokens, behind the last whole window of {window:,}, are always in: "
-            f"{tail / plan.chosen[0]:.0%} of those kept at level 0; take {below:,} or {below + window:,} tokens"
+            f"the last {tail:,} tokens, after the last whole window of {window:,}, are always kept: they are "
+            f"{tail / plan.chosen[0]:.0%} of the tokens kept at level 0; use {below:,} or {below + window:,} tokens"
         )
     speedup = None if rates is None or layer is None else estimate(plan, layer, rates).speedup
     slow = speedup is not None and speedup <= 1.05
@@ -80,4 +80,4 @@ def _faster(method: Method, plan: Plan, layer: Layer | None, rates: Rates | None
         pays_at = pays_from(layer, rates, method)
         if pays_at is not None:
             return f"these settings pay from about {pays_at:,} tokens on"
-    return "take longer sequences, or coarser ratios"
+    return "use longer sequences, or coarser ratios"

@@ -1,8 +1,8 @@
 """Dense attention against Lighthouse on this device: a layer at several lengths, and a step of a model.
 
-On a CPU the sides are called in turn, so that what else the machine does meets each. Nothing is timed before the result
-is right (`sides.check`). Results are plain dictionaries, for JSON; each row is complete in itself, so a file
-of them can be gone on with.
+On a CPU the sides are called in turn, so that other load on the machine affects both. Nothing is timed before the
+result is right (`sides.check`). Results are plain dictionaries, for JSON; each row is complete in itself, so a file of
+them can be continued.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from lighthouse.speed.operators import copy_speed, operators
 from lighthouse.speed.origin import versions
 from lighthouse.speed.sides import Side, check, check_finite, dense_attention, inner_side, leaves
 
-# By device: lengths that two CPU cores are through with in a minute, and those of a GPU.
+# By device: on a CPU lengths that two cores finish in a minute.
 TOKENS = {
     "cpu": (1024, 2048, 4096, 8192, 16_384),
     "cuda": (4096, 8192, 16_384, 32_768, 65_536, 98_304, 131_072, 262_144),
 }
 REPEATS = {"cpu": 5, "cuda": 20}
 STEPS = 3  # timed training steps of each side
-GRAPH_TOKENS = 131_072  # beyond, launches are nothing beside the work
+GRAPH_TOKENS = 131_072  # beyond, launches cost nothing compared with the work
 
-SAME = ("device", "versions", "layer", *DEFAULT.values())  # or rows cannot stand in one table
+SAME = ("device", "versions", "layer", *DEFAULT.values())  # must be the same for rows of one table
 
 
 class CannotGoOn(ValueError):
@@ -54,8 +54,8 @@ class Bench:
 
     Args:
         budget: seconds for the calls of one length, about; on a CPU a call that takes half of it is timed once.
-        parts: time the inner attention, the forward pass and each operator alone, too, and on a GPU CUDA graphs.
-        say: is told what is being done.
+        parts: also time the inner attention, the forward pass and each operator separately, and on a GPU CUDA graphs.
+        say: called with a line for each measurement.
     """
 
     layer: Layer
@@ -63,7 +63,7 @@ class Bench:
     method: Method = DEFAULT
     budget: float = 8.0
     parts: bool = False
-    again: bool = False  # measure the rates of the estimate anew
+    again: bool = False  # measure the rates of the estimate again
     command: str = ""
     say: Callable[[str], None] = lambda line: None
     results: dict = field(init=False)
@@ -103,11 +103,11 @@ class Bench:
             for name in ("rows", "train"):
                 former[name] = [dict(row) for row in former[name]]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CannotGoOn(f"json={str(file)!r} holds no results of bench ({error!r}): give another file") from None
+            raise CannotGoOn(f"json={str(file)!r} has no results of bench ({error!r}): give another file") from None
         for name in SAME:
             if former.get(name) != self.results[name]:
                 raise CannotGoOn(
-                    f"json={str(file)!r} was measured with {name} {former.get(name)!r}, now it is "
+                    f"json={str(file)!r} was measured with {name} {former.get(name)!r}, which is now "
                     f"{self.results[name]!r}: give another file, or the same options"
                 )
         self.results.update(former)
@@ -115,7 +115,7 @@ class Bench:
             self.results["commands"].append(self.command)
 
     def save(self, file: Path) -> None:
-        """Writes the results, as a whole or not at all."""
+        """Writes the complete results or nothing."""
         write_whole(file, json.dumps(self.results, indent=1) + "\n")
 
     def check(self) -> float:
@@ -125,14 +125,14 @@ class Bench:
         return error
 
     def has(self, tokens: int) -> dict | None:
-        """What was measured of a length, with its parts where these are asked for."""
+        """What was measured of a length, with its parts if asked for."""
         found = next((row for row in self.rows if row["tokens"] == tokens), None)
         return None if found and self.parts and "operators" not in found else found
 
     def measure(self, tokens: int) -> dict:
         """One length: seconds, peak bytes, the speed-up and what the plan estimates for it. Added to the results.
 
-        `plan` holds its estimates against the speed-up from then on. Raises `WrongResult`.
+        From then on `plan` compares its estimates with the speed-up. Raises `WrongResult`.
         """
         made, layer = self.method.plan(tokens), self.layer
         rates = rates_of(layer, self.device, again=self.again, say=self.say)
@@ -169,7 +169,7 @@ class Bench:
         others = [other for other in self.results["rows"] if (other["dtype"], other["tokens"]) != (layer.dtype, tokens)]
         self.results["rows"] = sorted([*others, row], key=lambda row: (row["dtype"], row["tokens"]))
         if self.on_gpu:
-            torch.cuda.empty_cache()  # what one length has left in pieces is in the way of the next
+            torch.cuda.empty_cache()  # fragments left by one length get in the way of the next
         return row
 
     def _attention(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -183,7 +183,7 @@ class Bench:
         """Median seconds by side, and with `parts` those of the forward pass alone and of CUDA graphs."""
         row: dict[str, Any] = {}
         graphs = self.parts and self.on_gpu and tokens <= GRAPH_TOKENS
-        # On a GPU launches would be hidden behind dense attention's long calls, were these in between.
+        # On a GPU, dense attention's long calls in between would hide the launches.
         groups = [["dense"], [name for name in sides if name != "dense"]] if self.on_gpu else [list(sides)]
         for names in groups:
             for what in ("", "forward_") if self.parts else ("",):
@@ -262,7 +262,7 @@ class Bench:
         return row
 
     def pays_from(self) -> int | None:
-        """The shortest of the measured lengths from which on Lighthouse is faster; None where the longest is not."""
+        """The shortest measured length from which on Lighthouse is faster; None if it is not at the longest."""
         found = None
         for row in reversed(self.rows):
             if row["speedup"] <= 1:

@@ -3,8 +3,8 @@
     time of attention = work / rate(length)                 work is 7 x heads x head_dim x length^2 operations
     time of Lighthouse = attention of S + bytes / rate(bytes)     bytes are those that its operators must move
 
-Where launching from Python takes longer than the GPU's work, that is the time. docs/plan.md says how near the estimates
-are; the tests hold them to it.
+Where launching from Python takes longer than the GPU's work, that is the time. docs/plan.md says how accurate the
+estimates are; the tests hold them to it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lighthouse.core.plan import Plan
 from lighthouse.speed.layer import Layer
 from lighthouse.speed.rates import Checked, Rates
 
-# From so many tokens on, the estimate of a speed-up was within this of what was measured in all cases that docs/plan.md
+# From this many tokens on, the estimated speed-up was this close to the measured one in all cases that docs/plan.md
 # shows. On a GPU shorter calls wait for their launches, and how long those take follows from what else the CPU does.
 ERROR, ERROR_FROM = 0.2, {"cpu": 8192, "cuda": 32_768}
 
@@ -49,7 +49,7 @@ def estimate(plan: Plan, layer: Layer, rates: Rates, *, launches: bool = True) -
 
 
 def error_of(check: Checked, layer: Layer, rates: Rates) -> float:
-    """By how much the estimate is above what was measured, as a part of it."""
+    """By how much the estimate is above the measured speed-up, as a part of it."""
     return estimate(check.method.plan(check.tokens), layer, rates).speedup / check.speedup - 1
 
 

@@ -1,7 +1,7 @@
-"""The rates of a device, kept from one call of `lighthouse plan` or `bench` to the next.
+"""The rates of a device, cached from one call of `lighthouse plan` or `bench` to the next.
 
-The trap is what was true when they were measured and no longer is: another version or driver, a machine that was busy
-then, or is another by now. So they are kept for `DAYS` at most, and measured anew where something speaks against them.
+Cached rates can go out of date: another version or driver, or a machine that was busy then or has changed since. So
+they are kept for `DAYS` at most, and measured again if something speaks against them.
 """
 
 from __future__ import annotations
@@ -53,16 +53,16 @@ def _driver() -> str:
 
 
 def rates_of(layer: Layer, device: torch.device | str, *, again: bool = False, say: Say = lambda line: None) -> Rates:
-    """The device's rates for such layers: from `cache_file()`, or measured and kept there, by `cache_key`.
+    """The device's rates for such layers: from `cache_file()`, or measured and cached there, by `cache_key`.
 
-    `again` measures anew. So does what speaks against those that are kept, which is said.
+    `again` measures them again. So does anything that speaks against the cached ones; a line says so.
     """
     kept = None if again else _kept(layer, device, say)
     if kept is not None:
         why = stale(kept, layer, torch.device(device).type)
         if why is None:
             return kept
-        say(f"{why}: measured anew")
+        say(f"{why}: they are measured again")
     rates = measure_rates(layer, device, say)
     if kept is not None:  # speed-ups that bench measured are still those
         rates = replace(rates, checks=(*rates.checks, *(check for check in kept.checks if check.by != "plan")))
@@ -71,21 +71,21 @@ def rates_of(layer: Layer, device: torch.device | str, *, again: bool = False, s
 
 
 def stale(rates: Rates, layer: Layer, device_type: str, now: float | None = None) -> str | None:
-    """What speaks against rates that are kept; None where nothing does."""
+    """What speaks against cached rates; None if nothing does."""
     age = ((time.time() if now is None else now) - rates.measured) / DAY
     if rates.measured == 0:
-        return "when the kept rates were measured is not known"
+        return "it is not known when the cached rates were measured"
     if not -1 <= age <= DAYS:
-        return f"the kept rates are {age:,.0f} days old" if age > 0 else "the kept rates are from the future"
+        return f"the cached rates are {age:,.0f} days old" if age > 0 else "the cached rates have a date in the future"
     if rates.spread is None or rates.spread > BUSY:
         spread = "" if rates.spread is None else f" (their spread is {rates.spread:.0%})"
-        return f"the machine was not quiet when the kept rates were measured{spread}"
+        return f"the machine was busy when the cached rates were measured{spread}"
     for check in rates.checks:
         if check.by == "bench" and check.when > rates.measured and check.tokens >= ERROR_FROM[device_type]:
             error = error_of(check, layer, rates)
             if abs(error) > ERROR:
                 return (
-                    f"bench measured {check.speedup:.2f} times at {check.tokens:,} tokens, and the kept rates give "
+                    f"bench measured {check.speedup:.2f} times at {check.tokens:,} tokens, and the cached rates give "
                     f"{(1 + error) * check.speedup:.2f}"
                 )
     return None
@@ -100,7 +100,7 @@ def keep_check(
     *,
     say: Say = lambda line: None,
 ) -> None:
-    """Adds a speed-up that bench measured to the rates that are kept, in place of an earlier one like it."""
+    """Adds a speed-up that bench measured to the cached rates, in place of an earlier one like it."""
     rates = _kept(layer, device, say)
     if rates is None:
         return
@@ -121,7 +121,7 @@ def _kept(layer: Layer, device: torch.device | str, say: Say) -> Rates | None:
     try:
         return Rates.load(found)
     except (AttributeError, KeyError, TypeError, ValueError):
-        say(f"{cache_file()}: what is kept of this device cannot be read; measured anew")
+        say(f"{cache_file()}: the cached rates of this device cannot be read; they are measured again")
         return None
 
 
@@ -132,7 +132,7 @@ def _keep(layer: Layer, device: torch.device | str, rates: Rates, say: Say) -> N
         kept = _read(file, lambda line: None) | {cache_key(layer, device): rates.values()}
         write_whole(file, json.dumps(kept, indent=1) + "\n")
     except OSError as error:
-        say(f"the rates cannot be kept for the next time: {error}")
+        say(f"the rates cannot be cached: {error}")
 
 
 def _read(file: Path, say: Say) -> dict:
@@ -141,9 +141,9 @@ def _read(file: Path, say: Say) -> dict:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:
-        say(f"{file} cannot be read ({error}); measured anew")
+        say(f"{file} cannot be read ({error}); the rates are measured again")
         return {}
     if not isinstance(kept, dict):
-        say(f"{file} holds something else than rates; measured anew")
+        say(f"{file} does not contain rates; they are measured again")
         return {}
     return kept

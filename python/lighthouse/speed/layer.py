@@ -22,7 +22,7 @@ class Layer:
         for name in ("heads", "kv_heads", "head_dim"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r}: a whole number from 1 on is needed")
+                raise ValueError(f"{name}={value!r}: a whole number of at least 1 is needed")
         if self.heads % self.kv_heads:
             raise ValueError(
                 f"kv_heads={self.kv_heads} with heads={self.heads}: the query heads must be a multiple of them"

@@ -1,7 +1,7 @@
 """How long a call takes and how much memory it holds, on a CPU and on a GPU.
 
-The trap of a GPU: calls are queued, so a clock on the CPU sees the launch and not the work. Times come from events
-there, and from a CUDA graph where the launches themselves must not count.
+On a GPU calls are queued, so a clock on the CPU sees the launch and not the work. There times come from events, and
+from a CUDA graph if the launches themselves must not count.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def median_seconds(
 ) -> float:
     """Median of up to `repeats` timed calls after one that is not timed, in about `budget` seconds.
 
-    On a GPU calls are queued one behind the other, as in training: what the CPU needs to launch them counts only where
-    the GPU waits for it. `pick=min` is for what the device can do, whoever else uses it.
+    On a GPU calls are queued one after the other, as in training: the CPU's time to launch them counts only if the GPU
+    waits for it. `pick=min` is for what the device can do, whoever else uses it.
     """
     return alternating_seconds([run], device, repeats=repeats, budget=budget, pick=pick)[0]
 
@@ -49,12 +49,12 @@ def alternating_seconds(
 
 
 def timings(runs: Sequence[Callable], device: torch.device | str, *, repeats: int, budget: float) -> list[list[float]]:
-    """Seconds of each timed call, by run; at least one, and never one that sets up what later calls find set up.
+    """Seconds of each timed call, by run; at least one, and never one that does set-up for later calls.
 
     All are called in turn. Where a round takes half the budget, the slowest is timed by itself in its part of the
-    budget, and the others go on in turn. Only where a first call on a CPU takes longer than that part it is the one
-    that counts: what it sets up is little of so long a time, while on a GPU kernels may have been loaded or compiled in
-    it for seconds.
+    budget, and the others continue in turn. On a CPU, if the first call takes longer than that part, it is the one
+    that counts: its set-up is little of so long a time, while on a GPU it may have loaded or compiled kernels for
+    seconds.
     """
     first = [_seconds(run, device) for run in runs]
     return _timings(list(zip(runs, first, strict=True)), device, repeats=repeats, budget=budget)
@@ -119,7 +119,7 @@ def captured(run: Callable, *, calls: int = 1) -> Callable:
     """Replays a CUDA graph of `calls` calls: the GPU's own time, whatever the launches cost."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # what is set up on a first call cannot be captured
+    with torch.cuda.stream(side):  # the set-up of a first call cannot be captured
         run()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
@@ -130,7 +130,7 @@ def captured(run: Callable, *, calls: int = 1) -> Callable:
 
 
 def peak_bytes(run: Callable, device: torch.device | str) -> int:
-    """The most that PyTorch's allocator holds during one call, beyond what was there before it.
+    """The most that PyTorch's allocator holds during one call, beyond what it held before.
 
     On a CPU it is counted from the profiler's record of every allocation, so it does not depend on what the process
     has kept of earlier calls.
@@ -154,7 +154,7 @@ def peak_bytes(run: Callable, device: torch.device | str) -> int:
 
 @contextlib.contextmanager
 def _no_standard_error():
-    """The profiler's own library writes there, past Python, that it finds no GPU."""
+    """The profiler's own library writes there, bypassing Python, that it finds no GPU."""
     kept = os.dup(2)
     with open(os.devnull, "w") as nothing:
         os.dup2(nothing.fileno(), 2)

@@ -1,4 +1,4 @@
-"""Each operator of Lighthouse alone: its time, and the bytes that it must move, beside the rate of a copy."""
+"""Each operator of Lighthouse alone: its time and the bytes that it must move, compared with the rate of a copy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a result says about where it comes from: the command and the versions."""
+"""What a result records about its origin: the command and the versions."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ def need_matplotlib() -> None:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
         raise ImportError(
-            'the plot needs matplotlib, not installed here: pip install "lighthouse-attn[train]"'
+            'the plot needs matplotlib, which is not installed: pip install "lighthouse-attn[train]"'
         ) from error
 
 

@@ -1,10 +1,10 @@
 """The rates of a device: what they are, and how they are measured in under a minute.
 
-A rate is measured at a few sizes and taken in between on a logarithmic scale; beyond the last one it stays.
+A rate is measured at a few sizes, interpolated between them on a logarithmic scale, and constant beyond them.
 
-The trap is the length at which rates were measured: attention on a CPU slows down again where keys and values no longer
-fit where they did. There its rate at long lengths is that of the last few queries against as many keys, which costs a
-hundredth of the whole.
+Rates depend on the length: attention on a CPU slows down again where keys and values no longer fit into a cache. So on
+a CPU the rate at long lengths is that of the last few queries against as many keys, which costs a hundredth of the
+whole.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SLICES = (32_768, 131_072)
 SLICE = 768  # from here on PyTorch's kernel goes over the keys in the same blocks of queries as for long sequences
 MOVED = {"cpu": (512, 2048, 8192, 32_768), "cuda": (4096, 8192, 32_768)}
 LAUNCHED = 256  # tokens of a call that is nothing but launches on a GPU
-SHORT = {"cpu": 1e-3, "cuda": 1e-4}  # seconds: of a shorter call the spread says nothing
+SHORT = {"cpu": 1e-3, "cuda": 1e-4}  # seconds: the spread of a shorter call means nothing
 PATIENCE = 6.0  # seconds: a measurement that would take longer is left out
 PRODUCT = {"cpu": 1024, "cuda": 8192}  # rows and columns of the matrix product that is timed
 
@@ -64,7 +64,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Checked:
-    """A speed-up of a layer that was measured, against which its estimate is held: when, and by "plan" or "bench"."""
+    """A measured speed-up of a layer, with which its estimate is compared: when, and by "plan" or "bench"."""
 
     tokens: int
     method: Method
@@ -73,12 +73,12 @@ class Checked:
     by: str
 
     def __post_init__(self):
-        self.method.plan(self.tokens)  # refuses what is none
+        self.method.plan(self.tokens)  # refuses invalid values
         _check_numbers(self, "speedup", "when")
 
     @classmethod
     def load(cls, values: dict) -> Checked:
-        """From what `values` makes."""
+        """From the result of `values`."""
         rest = {name: value for name, value in values.items() if name not in DEFAULT.values()}
         return cls(method=Method.of(values), **rest)
 
@@ -97,9 +97,9 @@ class Rates:
         movement: bytes per second of all our operators together, by bytes.
         dense_launch, lighthouse_launch: seconds that launching a layer from Python takes at least; 0 on a CPU.
         products: operations per second of a matrix product.
-        measured: when, in seconds since 1970; 0 where that is not known.
+        measured: when, in seconds since 1970; 0 if not known.
         spread: the largest part by which a median call was slower than the fastest, or the same call slower at one
-            time than at another: what else the machine did.
+            time than at another: a measure of other load on the machine.
         checks: speed-ups that were measured.
     """
 
@@ -118,7 +118,7 @@ class Rates:
 
     @classmethod
     def load(cls, numbers: dict) -> Rates:
-        """From what `values` makes. Raises KeyError, TypeError or ValueError where it is something else."""
+        """From the result of `values`. Raises KeyError, TypeError or ValueError for anything else."""
         curves = {name: Curve(tuple(map(tuple, numbers[name]["points"]))) for name in ("attention", "movement")}
         checks = tuple(map(Checked.load, numbers.get("checks", ())))
         return cls(**{**numbers, **curves, "checks": checks})
@@ -128,7 +128,7 @@ class Rates:
         return asdict(self) | {"checks": [check.values() for check in self.checks]}
 
     def nearest_check(self, tokens: int, method: Method) -> Checked | None:
-        """The one nearest in length, of these settings where there is one, the latest of several."""
+        """The one nearest in length, of these settings if there is one, the latest of several."""
 
         def far(check: Checked):
             return check.method != method, abs(math.log(check.tokens / tokens)), -check.when
@@ -144,7 +144,7 @@ def _check_numbers(of, *names: str) -> None:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{name}={value!r}: a number is needed")
         if not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"{name}={value!r}: a finite number from 0 on is needed")
+            raise ValueError(f"{name}={value!r}: a finite number of at least 0 is needed")
 
 
 class _AsItIs(torch.autograd.Function):
@@ -166,7 +166,7 @@ def _nothing(query, key, value, **_) -> Tensor:
 
 
 def measure_rates(layer: Layer, device: torch.device | str, say: Callable[[str], None] = lambda line: None) -> Rates:
-    """Measures in seconds, at up to 32,768 tokens; `say` is told what is being measured."""
+    """Measures in seconds, at up to 32,768 tokens; `say` is called with each measurement."""
     device = torch.device(device)
     on_gpu = device.type == "cuda"
     sizes = layer.heads, layer.kv_heads, layer.head_dim, layer.torch_dtype, device
@@ -199,7 +199,7 @@ def measure_rates(layer: Layer, device: torch.device | str, say: Callable[[str],
         squares.append((tokens, layer.work(tokens) / seconds(dense_attention, tokens)))
     longest, its_rate = squares[-1]
     if not on_gpu:
-        # One head keeps one thread busy, and so many heads cost what fewer do.
+        # One head keeps one thread busy, so this many heads cost what fewer do.
         threads = torch.get_num_threads()
         few = replace(layer, heads=threads, kv_heads=threads) if layer.heads % threads == 0 else layer
         for keys in SLICES:
@@ -218,7 +218,7 @@ def measure_rates(layer: Layer, device: torch.device | str, say: Callable[[str],
         seconds(function, LAUNCHED, launches=True) if on_gpu else 0.0 for function in (dense_attention, attention)
     ]
     products = _product_rate(layer.torch_dtype, device)
-    say(f"both attentions of {longest:,} tokens, against which the estimate is held")
+    say(f"both attentions of {longest:,} tokens, to compare with the estimate")
     dense, ours = timings([call(dense_attention, longest), call(attention, longest)], device, repeats=5, budget=4.0)
     if not on_gpu:  # there launches come in between
         first = layer.work(longest) / its_rate

@@ -17,7 +17,7 @@ from lighthouse.speed.layer import Layer
 
 
 class WrongResult(RuntimeError):
-    """The attention gives something else than the float64 reference: there is nothing to time."""
+    """The attention differs from the float64 reference, so it is not timed."""
 
 
 def dense_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -50,11 +50,11 @@ class Side:
     grad: Tensor
 
     def both(self) -> None:
-        """Forward and backward, with a gradient that was there before; the output is held to the end."""
+        """Forward and backward with a gradient made beforehand; the output is held until the end."""
         torch.autograd.grad(self.attention(*self.inputs), self.inputs, self.grad)
 
     def used(self) -> None:
-        """The same as in a model: what follows uses the output, and it is not held."""
+        """The same as in a model: the next operation uses the output, which is not held."""
         torch.autograd.grad((self.attention(*self.inputs) * self.grad).sum(), self.inputs)
 
     def forward(self) -> None:
@@ -63,9 +63,9 @@ class Side:
 
 
 def inner_side(length: int, layer: Layer, device: torch.device | str) -> Side:
-    """The attention of a sub-sequence alone, the most that Lighthouse can save.
+    """The attention of a sub-sequence alone, the least time that Lighthouse can take.
 
-    Its inputs lie as `gather` lays them out, and the gradient like the output, as `scatter_backward` makes it.
+    Its inputs are laid out as `gather` does, and the gradient like the output, as `scatter_backward` makes it.
     """
     as_passed, _ = leaves(length, layer.heads, layer.kv_heads, layer.head_dim, layer.torch_dtype, device)
     inputs = [tensor.detach().contiguous().requires_grad_() for tensor in as_passed]
@@ -82,9 +82,9 @@ def _with_gradients(attention: Callable[..., Tensor], inputs: Sequence[Tensor], 
 
 
 def check_finite(attention: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor) -> None:
-    """`check` compares a short sequence; at these inputs' length at least nothing may be missing. `WrongResult`."""
+    """`check` compares a short sequence; at these inputs' length all must be finite. Raises `WrongResult`."""
     if not all(tensor.isfinite().all() for tensor in _with_gradients(attention, inputs, grad)):
-        raise WrongResult(f"{inputs[0].shape[2]:,} tokens: the output or a gradient is not finite: nothing is timed")
+        raise WrongResult(f"{inputs[0].shape[2]:,} tokens: the output or a gradient is not finite, so nothing is timed")
 
 
 def check(
@@ -97,7 +97,7 @@ def check(
 ) -> float:
     """Largest error of output and gradients against the float64 reference, relative to dense attention's own error.
 
-    Raises `WrongResult` where it is more than twice that.
+    Raises `WrongResult` if it is more than twice that.
     """
     inputs, grad = leaves(tokens, 4, 2, head_dim, dtype, device)
     mine = _with_gradients(lambda q, k, v: sub_sequence_attention(q, k, v, method), inputs, grad)
