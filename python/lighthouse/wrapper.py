@@ -1,7 +1,7 @@
-"""`LighthouseWrapper`: a model trains with Lighthouse attention and stays, object by object, the model it was.
+"""`LighthouseWrapper`: a model trains with Lighthouse attention and stays the same objects.
 
 What a model of Transformers needs is in `lighthouse.huggingface`, which is imported when the first model is wrapped, so
-that `import lighthouse` needs torch alone.
+that `import lighthouse` needs only torch.
 """
 
 from __future__ import annotations
@@ -32,32 +32,33 @@ def LighthouseWrapper(
     DDP or `accelerate.prepare`; before or after `fully_shard`.
 
     The wrapped model is called like the plain one, or with one mapping of tensors, `model(batch)`, which always gives
-    a loss: where the batch has no `labels`, the input ids are the labels. With labels the result has `loss`, and
+    a loss: without `labels` in the batch, the input ids are the labels. With labels the result has `loss`, and
     `logits` is None (see `loss`). It has in addition
 
-    - `unwrap()`: the plain model again, the same object; warns where it had no, or hardly any, dense training;
+    - `unwrap()`: the plain model again, the same object; warns if it had no, or hardly any, dense training;
     - `lighthouse(enabled)`: switches Lighthouse off or on in place; parameters and optimizer are untouched;
     - `lighthouse_enabled`, `lighthouse_settings`;
     - `take_used()`: which attention the training forwards since its last call ran.
 
-    Each forward is either Lighthouse's or, to the last bit, the plain model's. It is the plain model's, with its
-    attention and masks, and this is said once, in `eval()`, in `generate`, with a key-value cache, and where Lighthouse
-    would not pay. Where Lighthouse acts, anything it cannot honour is an error: a padding mask that hides anything,
+    Each forward is either Lighthouse's or, to the last bit, the plain model's. In `eval()`, in `generate`, with a
+    key-value cache and where Lighthouse would not pay, the plain model's attention and masks run, which is logged once.
+    Where Lighthouse acts, anything it does not support is an error: a padding mask that hides anything,
     packed documents, masks of other shapes, sliding windows, soft-capping, attention sinks, keywords that it does not
     know, sequences longer than the model's `max_position_embeddings`, tensors on a device that this build has no
     kernels for.
 
-    What is replaced has to be Transformers' own, and is looked at when the model is wrapped, at the switch, in
-    `train()` and in each forward (compiled as a whole, only when it is traced): attention modules, functions and masks
-    of the user's own, replaced entries of Transformers' registry (sequence parallelism), context parallelism: errors.
-    A forward or loss function of the user's own, and hooks on the output layer, need `loss="model"`; a hook that comes
-    later has the model's own loss taken, which is said once. Layers that are put in, copied or taken out follow the
-    model; a part of it called by itself is an error where Lighthouse would act.
+    What is replaced must be Transformers' own. This is checked when the model is wrapped, at the switch, in `train()`
+    and in each forward (of a model compiled as a whole, only when it is traced): attention modules, functions and masks
+    of the user's own, replaced entries of Transformers' registry (sequence parallelism) and context parallelism are
+    errors.
+    A forward or loss function of the user's own, and hooks on the output layer, need `loss="model"`; if a hook is
+    added later, the model's own loss is used, logged once. Layers that are inserted, copied or removed follow the
+    model; calling a part of it by itself is an error where Lighthouse would act.
 
     Gradient checkpointing keeps the choice of each layer: the backward never chooses again
     (`lighthouse.checkpoint_contexts`). With `use_reentrant=False` a change of attention between a forward and its
     backward, by the switch or another forward, makes the backward a RuntimeError. While Lighthouse is enabled,
-    training with reentrant checkpointing, by any road, is an error.
+    training with reentrant checkpointing is an error, however it is enabled.
 
     Args:
         model: `LlamaModel` or `LlamaForCausalLM` of Transformers. A bare `LlamaModel` gets its input embedding as
@@ -66,7 +67,7 @@ def LighthouseWrapper(
         dense_layers: how many layers at each end stay dense; by default `min(2, max(1, layers // 6))`, none below
             three layers.
         inner: a callable for the short causal sequence, as in `lighthouse.attention`.
-        eval: "dense", or "lighthouse" to keep Lighthouse when whole sequences are evaluated. Losses seen under
+        eval: "dense", or "lighthouse" to keep Lighthouse when whole sequences are evaluated. Losses measured with
             Lighthouse are not comparable with dense ones (METHOD 8).
         loss: "chunked", which never holds the logits and has no second derivatives, or "model" for the model's own loss
             and its logits.
@@ -94,11 +95,11 @@ def LighthouseWrapper(
 
 
 def unwrap(model):
-    """Gives back the plain model: `model.unwrap()` with an error that says so when it is not wrapped.
+    """Gives back the plain model: `model.unwrap()` with a clear error if it is not wrapped.
 
     The configuration stays the model's own copy, equal in content to the one it came with but for later changes.
-    Raises `ValueError` for a model that is not wrapped, or no longer: there `model.unwrap()` is an AttributeError,
-    since nothing of Lighthouse stays on the plain model.
+    Raises `ValueError` for a model that is not wrapped, or no longer: then `model.unwrap()` is an AttributeError,
+    since the plain model keeps nothing of Lighthouse.
     """
     if not callable(getattr(model, "unwrap", None)) or not hasattr(model, "lighthouse_settings"):
         raise ValueError(f"this {type(model).__name__} is not wrapped by LighthouseWrapper, or no longer")
@@ -110,7 +111,7 @@ def _huggingface():
         import transformers  # noqa: F401
     except ImportError as error:
         raise ImportError(
-            'LighthouseWrapper needs Transformers, which is not installed here: pip install "lighthouse-attn[train]"'
+            'LighthouseWrapper needs Transformers, which is not installed: pip install "lighthouse-attn[train]"'
         ) from error
     from lighthouse import huggingface
 

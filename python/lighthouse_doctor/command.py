@@ -1,4 +1,6 @@
-"""The command line of `lighthouse doctor`, and the door of all `lighthouse` commands, which it has to stand before."""
+"""The command line of `lighthouse doctor`, and the entry point of all `lighthouse` commands; it runs before
+the package is imported.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ examples:
   lighthouse doctor --json doctor.json
   lighthouse doctor --json - 2>/dev/null
 
-exit status: 0 Lighthouse can train here (without a GPU: on the CPU, slowly), 1 it cannot, 2 the call was not understood
+exit status: 0 Lighthouse can train here (without a GPU: on the CPU, slowly), 1 it cannot, 2 the arguments are wrong
 """
 
 
@@ -39,13 +41,13 @@ def main(arguments: Sequence[str]) -> int:
     """Runs `lighthouse doctor` and returns the exit status. Here and not in `cli`, which needs the whole package."""
     parser = argparse.ArgumentParser(
         prog="lighthouse doctor",
-        description="Says line by line what of this machine is fine for training with Lighthouse, what is not, and the "
-        "command that mends it.",
+        description="Checks whether Lighthouse can train on this machine, one line per check, with the command that "
+        "fixes each problem.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--json", metavar="FILE", help="write the lines there too; - is standard output")
+    parser.add_argument("--json", metavar="FILE", help="write the lines as JSON to FILE; - is standard output")
     options = parser.parse_args(list(arguments))
     if options.json not in (None, "-") and not Path(options.json).parent.is_dir():
         parser.error(f"argument --json: {options.json!r}: the folder {str(Path(options.json).parent)!r} does not exist")

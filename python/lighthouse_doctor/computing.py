@@ -1,6 +1,6 @@
 """The checks that compute: PyTorch's attentions and Lighthouse itself, on each device, against float64.
 
-torch is handed on: nothing here may import it at the top.
+torch is passed in: nothing here may import it at the top.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lighthouse_doctor.line import FAILED, NOTE, OK, REINSTALL, Line
 # What is computed to see whether it works: nothing divides, heads are grouped.
 TOKENS, QUERY_HEADS, KEY_HEADS, HEAD_DIM = 701, 4, 2, 64
 FACTOR, EPSILON = 2.0, 1e-6  # times the error that the same dtype makes in plain torch,
-MOST = 1e-2  # and that cannot be more: PyTorch's own may be what is wrong
+MOST = 1e-2  # and that cannot be more: PyTorch's own attention may be wrong
 
 
 def check_backends() -> Iterator[Line]:
@@ -58,7 +58,7 @@ def _backend_line(torch, backend, inputs, grad, exact, device) -> Line:
         text = f"forward and backward right in {dtype} (error {found:.1e}, allowed {allowed:.1e})"
         return Line(f"sdpa {name}", OK, text, device=device)
     text = f"wrong in {dtype}: error {found:.1e} against float64, allowed {allowed:.1e}"
-    fix = "torch.nn.attention.sdpa_kernel keeps training off it"
+    fix = "train without it: torch.nn.attention.sdpa_kernel excludes it"
     return Line(f"sdpa {name}", FAILED, text, fix, needed=False, device=device)
 
 
@@ -71,13 +71,13 @@ def check_self_test() -> Iterator[Line]:
 
     for device, half in devices_of(torch):
         if device.type == "cuda" and no_code(torch, devices, device.index) is not None:
-            continue  # said above
+            continue  # reported above
         try:
             errors = [_self_test(torch, device, dtype) for dtype in (torch.float32, half)]
             (query, key, _), _ = inputs_of(torch, device, half, KEY_HEADS)
             backend = inner_backend(query, key).name.lower()
         except Exception as error:
-            fix = f"{REINSTALL}; if it stays, report it with these lines"
+            fix = f"{REINSTALL}; if it remains, report it with these lines"
             yield Line("self-test", FAILED, said_by(error), fix, device=str(device))
             continue
         text = f"choice, output and gradients equal the reference ({', '.join(errors)}); inner attention: {backend}"
@@ -87,7 +87,7 @@ def check_self_test() -> Iterator[Line]:
 
 
 def _self_test(torch, device, dtype) -> str:
-    """Raises `ArithmeticError` where the reference is not met; gives the error found."""
+    """The error found. Raises `ArithmeticError` if the reference is not met."""
     import lighthouse
     from lighthouse.core.method import POOL_RATIOS, SELECT_TOPK, check_pool_ratios, check_select_topk
 
@@ -100,12 +100,12 @@ def _self_test(torch, device, dtype) -> str:
     scores = [score.cpu() for score in ops.score(inputs[0].detach(), inputs[1].detach())]
     norms = query.norm(dim=-1).unflatten(1, (KEY_HEADS, -1)).amax(2), key.norm(dim=-1)
     if not all(torch.allclose(mine.double(), norm, rtol=1e-5) for mine, norm in zip(scores, norms, strict=True)):
-        raise ArithmeticError(f"{name}: the scores are not the norms")
+        raise ArithmeticError(f"{name}: the scores differ from the norms")
     chosen = lighthouse.select(inputs[0].detach(), inputs[1].detach())
     for head in range(KEY_HEADS):
         entries = ops.reference_select(*scores, windows, *topk, True, 0, head).tolist()
         if chosen.entries(0, head) != [tuple(entry) for entry in entries]:
-            raise ArithmeticError(f"{name}: other entries than the reference's are chosen")
+            raise ArithmeticError(f"{name}: it chooses different entries than the reference")
 
     reference = (*(tensor.detach() for tensor in wide), *scores, windows, *topk, True, 0.0)
     exact = ops.reference_attention(*reference), *ops.reference_attention_backward(*reference, wide_grad)
@@ -114,12 +114,12 @@ def _self_test(torch, device, dtype) -> str:
     plain = largest_error(run(dense, repeated, grad), run(dense, *in_float64(repeated, grad)))
     allowed = FACTOR * min(plain, MOST) + EPSILON
     found = largest_error(run(lighthouse.attention, inputs, grad), exact)
-    if not found <= allowed:  # NaN is not, either
+    if not found <= allowed:  # NaN fails too
         raise ArithmeticError(f"{name}: error {found:.1e} against the reference, {allowed:.1e} is allowed")
     return f"{name}: error {found:.1e}"
 
 
-# What they compute with
+# What the checks compute with
 
 
 def devices_of(torch) -> list[tuple]:
@@ -162,7 +162,7 @@ def run(attention, inputs, grad):
 
 
 def largest_error(results, exact) -> float:
-    """Of output and gradients, relative to the exact ones; NaN where any has one."""
+    """Of output and gradients, relative to the exact ones; NaN if any of them is."""
     errors = []
     for mine, true in zip(results, exact, strict=True):
         errors.append(((mine.cpu().double() - true).norm() / true.norm()).item())

@@ -1,7 +1,7 @@
 """The checks in their order, run in another process, and a fresh one after each that fails.
 
 So a library that kills the process when it is loaded, a kernel that hangs, or a GPU left unusable by the check before
-is one failed line, and the checks behind it still run.
+is one failed line, and the checks after it still run.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ answer(sys.argv[1:])
 
 class Check(NamedTuple):
     look: Callable[[], Iterator[Line]]
-    needs: tuple[str, ...] = ()  # the checks behind whose failure this one cannot say anything
-    needed: bool = True  # whether Lighthouse cannot train where the check itself breaks
+    needs: tuple[str, ...] = ()  # if one of these checks fails, this one is not run
+    needed: bool = True  # whether Lighthouse cannot train if the check itself breaks
 
 
 CHECKS = {
@@ -56,10 +56,9 @@ CHECKS = {
 
 
 def examine(checks: Iterable[str] = tuple(CHECKS), seconds: float = SECONDS_FOR_A_CHECK) -> Iterator[Line]:
-    """Runs the checks, names of `CHECKS` in its order, and gives their lines as they come.
+    """Runs the checks, names of `CHECKS` in its order, and yields their lines as they come.
 
-    A check that takes longer than `seconds` is ended and has failed. One that cannot say anything because an earlier
-    one failed is a note.
+    A check that takes longer than `seconds` is ended and has failed. One that needs a failed check is a note.
     """
     failed: set[str] = set()
     waiting = list(checks)
@@ -145,9 +144,9 @@ def _ending(status: int) -> str:
 
 
 def answer(names: list[str]) -> NoReturn:
-    """The other side of `_in_one_process`. Ends behind the first check that fails."""
+    """The other side of `_in_one_process`. Ends after the first check that fails."""
     reports = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no report
+    os.dup2(2, 1)  # keeps what libraries print out of the report
 
     def report(name, line):
         reports.write(json.dumps({"check": name, "line": line and asdict(line)}) + "\n")
@@ -166,4 +165,4 @@ def answer(names: list[str]) -> NoReturn:
         if failed:
             break
     reports.flush()
-    os._exit(0)  # past what broken libraries do at the end of a process
+    os._exit(0)  # skips what broken libraries do at the end of a process

@@ -1,4 +1,4 @@
-"""What the checks ask the machine, and how they say it: driver, GPUs on the bus, libraries, versions, memory."""
+"""What the checks find on the machine, and how they word it: driver, GPUs on the bus, libraries, versions, memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DISTRIBUTION = "lighthouse-attn"
 
 
 def driver_cuda() -> int | None:
-    """The latest CUDA that the driver supports, as 12080 for 12.8; None where there is no driver."""
+    """The latest CUDA that the driver supports, as 12080 for 12.8; None if there is no driver."""
     try:
         library = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -25,7 +25,7 @@ def driver_cuda() -> int | None:
 
 
 def nvidia_smi() -> tuple[str | None, list[str]]:
-    """The driver's version and the names of the GPUs; None and none where nvidia-smi is not there or fails."""
+    """The driver's version and the names of the GPUs; None and none if nvidia-smi does not exist or fails."""
     command = ["nvidia-smi", "--query-gpu=driver_version,name", "--format=csv,noheader"]
     try:
         said = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
@@ -67,14 +67,14 @@ def train_requirements() -> list[tuple[str, str | None]] | None:
 
 
 def free_memory() -> int:
-    """Bytes that this process can still take: of the machine, and of its container."""
+    """Bytes that this process can still use, of the machine and of its container."""
     fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     free = int(fields["MemAvailable"].split()[0]) * 1024
     for folder, *names in (
         ("/sys/fs/cgroup", "memory.max", "memory.current"),
         ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
     ):
-        with contextlib.suppress(OSError, ValueError):  # not there, or "max"
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
             limit, used = (int(Path(folder, name).read_text()) for name in names)
             stat = dict(line.split() for line in Path(folder, "memory.stat").read_text().splitlines())
             free = min(free, limit - used + int(stat["inactive_file"]))  # cached files are given back
@@ -112,7 +112,7 @@ def version_of(distribution: str) -> str | None:
 def built_for(torch) -> str:
     if torch.version.hip is not None:
         return f"built for ROCm {torch.version.hip}"
-    return f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built for the CPU alone"
+    return f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built for the CPU only"
 
 
 def dotted(cuda: int) -> str:

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 
 OK, NOTE, FAILED = "ok", "note", "failed"
 
-# What mends more than one of them.
+# Fixes of more than one check.
 REINSTALL = "pip install --force-reinstall --no-deps lighthouse-attn (in a checkout: `.` for the name)"
-NO_GPU_WANTED = "to train on the CPU all the same: CUDA_VISIBLE_DEVICES= lighthouse doctor"
+NO_GPU_WANTED = "to train on the CPU instead: CUDA_VISIBLE_DEVICES= lighthouse doctor"
 
 
 @dataclass(frozen=True)
 class Line:
-    """What one check found. `needed` is whether Lighthouse cannot train here when it has failed."""
+    """What one check found. `needed`: Lighthouse cannot train here if it failed."""
 
     check: str
     status: str
@@ -60,6 +60,6 @@ def verdict(lines: Sequence[Line]) -> str:
     places = [line.device for line in lines if line.check == "self-test" and line.status == OK and line.device]
     text = f"Lighthouse can train here, on {' and '.join(places)}"
     if places == ["cpu"]:
-        text += " alone, slowly"
+        text += " only, slowly"
     others = dict.fromkeys(line.check for line in lines if line.status == FAILED)
     return f"{text}. Failed, but not needed: {', '.join(others)}." if others else f"{text}."

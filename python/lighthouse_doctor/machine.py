@@ -30,10 +30,10 @@ from lighthouse_doctor.line import FAILED, NO_GPU_WANTED, NOTE, OK, Line
 
 OLDEST_PYTHON = (3, 10)
 OLDEST_TORCH = (2, 10)
-CORRECT_CUDNN = 91501  # the first whose gradients are right at any length: PyTorch prefers FlashAttention before it
+CORRECT_CUDNN = 91501  # the first with correct gradients at every length; before it PyTorch prefers FlashAttention
 
 GIB = 2**30
-LITTLE = GIB  # of memory or disk, below which nothing can be trained
+LITTLE = GIB  # of memory or disk: with less nothing can be trained
 
 
 def check_python() -> Iterator[Line]:
@@ -45,7 +45,7 @@ def check_python() -> Iterator[Line]:
             "python", FAILED, f"{found}: {oldest} or later is needed", "python3.12 -m venv venv, and install there"
         )
     elif platform.system() != "Linux":
-        yield Line("python", FAILED, f"{found}: the package is for Linux", "on Windows: in WSL 2")
+        yield Line("python", FAILED, f"{found}: the package is for Linux", "on Windows: use WSL 2")
     else:
         yield Line("python", OK, found)
 
@@ -69,7 +69,7 @@ def check_torch() -> Iterator[Line]:
 
 
 def check_driver() -> Iterator[Line]:
-    """The driver and what it makes possible, and why torch sees no GPU where there is one."""
+    """The driver and what it supports, and why torch does not see a GPU that exists."""
     import torch
 
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -104,7 +104,7 @@ def check_driver() -> Iterator[Line]:
     elif cuda < cuda_number(torch.version.cuda):
         fix = f"install a driver for CUDA {torch.version.cuda} or later, or a torch built for {dotted(cuda)} or earlier"
     else:
-        fix = "nvidia-smi shows what the driver sees; after an update of the driver: reboot"
+        fix = "nvidia-smi shows what the driver sees; after a driver update: reboot"
     yield Line("driver", FAILED, f"torch cannot use the GPU: {why} ({there})", f"{fix}; {NO_GPU_WANTED}")
 
 
@@ -119,8 +119,8 @@ def check_gpus() -> Iterator[Line]:
             f"{free / GIB:.1f} of {total / GIB:.1f} GiB free"
         )
         if free < total / 2:
-            fix = "nvidia-smi lists the processes that hold it"
-            yield Line("gpu", NOTE, f"{found}: others use it", fix, device=f"cuda:{index}")
+            fix = "nvidia-smi lists the processes that use it"
+            yield Line("gpu", NOTE, f"{found}: other processes use it", fix, device=f"cuda:{index}")
         else:
             yield Line("gpu", OK, found, device=f"cuda:{index}")
 
@@ -143,12 +143,12 @@ def check_cudnn() -> Iterator[Line]:
     version = f"{number // 10_000}.{number // 100 % 100}.{number % 100}"
     if number < CORRECT_CUDNN:
         found = (
-            f"{version}: before 9.15.1 its attention's gradients are wrong at odd lengths; PyTorch prefers "
-            "FlashAttention therefore, which is slower on Hopper and later"
+            f"{version}: before 9.15.1 cuDNN's attention gives wrong gradients at odd lengths; PyTorch therefore "
+            "prefers FlashAttention, which is slower on Hopper and later"
         )
         yield Line("cudnn", NOTE, found, upgrade, needed=False)
     else:
-        yield Line("cudnn", OK, f"{version}: gradients are right at any length")
+        yield Line("cudnn", OK, f"{version}: gradients are correct at every length")
 
 
 def check_memory() -> Iterator[Line]:

@@ -71,7 +71,7 @@ def check_library() -> Iterator[Line]:
             if (major, minor) >= (8, 0)
             else "none: compute capability 8.0 or later is needed"
         )
-        usable = None in reasons  # then the others are a waste, not an obstacle
+        usable = None in reasons  # then GPUs without kernels are unused, not an obstacle
         fix += f"; {NO_GPU_WANTED}" if not usable else f"; CUDA_VISIBLE_DEVICES={reasons.index(None)} trains on another"
         yield Line("kernels", FAILED, reason, fix, needed=not usable, device=f"cuda:{index}")
 
@@ -80,7 +80,7 @@ def check_flash_attn() -> Iterator[Line]:
     """Whether an installed flash-attn works: wheels are for one CUDA and one torch, and often not for those here."""
     version = version_of("flash-attn")
     if version is None and importlib.util.find_spec("flash_attn") is None:
-        yield Line("flash-attn", OK, "not installed, and not needed: PyTorch has FlashAttention of its own")
+        yield Line("flash-attn", OK, "not installed, and not needed: PyTorch has its own FlashAttention")
         return
     import torch
 
@@ -98,14 +98,14 @@ def check_flash_attn() -> Iterator[Line]:
         if built is not None and built != ours:
             why += f" (it is for CUDA {built}, torch {built_for(torch)})"
         elif "undefined symbol" in why:
-            why += f" (it was built for another torch than {torch.__version__})"
+            why += f" (it was built for a torch other than {torch.__version__})"
         yield Line("flash-attn", FAILED, f"{found}, does not import: {why}", fix, needed=False)
         return
     if built is not None and built != ours:
         yield Line("flash-attn", FAILED, f"{found}, but torch is {built_for(torch)}", fix, needed=False)
         return
     if not torch.cuda.is_available():
-        yield Line("flash-attn", NOTE, f"{found}; imports, and cannot run without a GPU", needed=False)
+        yield Line("flash-attn", NOTE, f"{found}; it imports, but cannot run without a GPU", needed=False)
         return
     device, dtype = torch.device("cuda:0"), torch.bfloat16
     inputs, grad = inputs_of(torch, device, dtype, QUERY_HEADS)
@@ -122,7 +122,7 @@ def check_train_extra() -> Iterator[Line]:
     """What `LighthouseWrapper` and `lighthouse pretrain` need, by the package's own list."""
     listed = train_requirements()
     if listed is None:
-        found = f"{DISTRIBUTION} is not installed, its sources are on the path: what it needs is not known"
+        found = f"{DISTRIBUTION} is not installed, only its sources are on the path: its requirements are not known"
         yield Line("train extra", NOTE, found, INSTALL_EXTRA, needed=False)
         return
     purpose = "LighthouseWrapper and lighthouse pretrain need it; lighthouse.attention does not"

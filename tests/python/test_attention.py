@@ -336,7 +336,7 @@ def test_a_last_stride_other_than_one_is_copied_and_said_once(caplog):
         for _ in range(2):
             assert torch.equal(lighthouse.attention(odd, key, value), lighthouse.attention(query, key, value))
     assert [record.message for record in caplog.records] == [
-        "query has a last stride other than one and is copied; said once"
+        "query has a last stride other than 1 and is copied (logged once)"
     ]
 
 

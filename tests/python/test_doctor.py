@@ -1,4 +1,4 @@
-"""`lighthouse doctor`: each failure is made to happen, and the line says what it is and what mends it.
+"""`lighthouse doctor`: each failure is made to happen, and the line says what it is and how to fix it.
 
 Broken packages and libraries are really broken, in copies and in processes of their own; only GPUs that are not here
 are pretended, by what torch says of them.
@@ -92,7 +92,7 @@ def test_a_machine_that_can_train(tmp_path, capfd):
     assert str(operators.LIBRARY_PATH) in lines["library", None]["found"]
     assert "flash_attention" in lines["self-test", "cpu"]["found"]
     if not torch.cuda.is_available():
-        assert "training is on the CPU, slowly" in lines["driver", None]["found"] and "alone, slowly" in said
+        assert "training is on the CPU, slowly" in lines["driver", None]["found"] and "only, slowly" in said
 
 
 def test_a_library_that_kills_the_process_that_loads_it(tmp_path):
@@ -140,7 +140,7 @@ def test_a_check_that_hangs():
 # The library.
 
 BROKEN_LIBRARIES = [
-    ("missing", lambda library: library.unlink(), "liblighthouse.so is not there; looked for"),
+    ("missing", lambda library: library.unlink(), "liblighthouse.so does not exist; looked for"),
     ("not_a_library", lambda library: library.write_bytes(b"not a library" * 99), "does not load"),
 ]
 
@@ -246,7 +246,7 @@ DRIVERS = [
         "torch_for_the_cpu",
         {"cuda": 12080, "smi": [H100], "torch_cuda": None},
         "failed",
-        "torch is built for the CPU alone and cannot use the GPU (NVIDIA H100",
+        "torch is built for the CPU only and cannot use the GPU (NVIDIA H100",
         "pip install --upgrade --force-reinstall torch",
     ),
     (
@@ -317,7 +317,7 @@ def test_code_for_gpus(gpus, monkeypatch, capabilities, built, expected):
 
 
 CUDNNS = [
-    ("before_the_fix", 91500, "note", "9.15.0: before 9.15.1 its attention's gradients are wrong at odd lengths"),
+    ("before_the_fix", 91500, "note", "9.15.0: before 9.15.1 cuDNN's attention gives wrong gradients at odd lengths"),
     ("the_fix", 91501, "ok", "9.15.1"),
     ("none", None, "failed", "torch finds none"),
 ]
@@ -359,7 +359,7 @@ def test_an_attention_with_wrong_gradients(monkeypatch):
 WRONGS = [
     ("output", "attention", lambda right: lambda *qkv, **o: 1.05 * right(*qkv, **o), "float32: error"),
     ("not_a_number", "attention", lambda right: lambda *qkv, **o: right(*qkv, **o) * torch.nan, "error nan"),
-    ("choice", "select", lambda right: lambda *qk, **o: right(*(t.flip(2) for t in qk), **o), "other entries"),
+    ("choice", "select", lambda right: lambda *qk, **o: right(*(t.flip(2) for t in qk), **o), "different entries"),
 ]
 
 
@@ -377,7 +377,7 @@ FLASH_ATTN = [  # the package's code, CUDA it is linked to, status, what is said
         "undefined_symbol",
         "raise ImportError('flash_attn_2_cuda.so: undefined symbol: _ZN3c105ErrorC2E')",
         None,
-        "undefined symbol: _ZN3c105ErrorC2E (it was built for another torch than",
+        "undefined symbol: _ZN3c105ErrorC2E (it was built for a torch other than",
     ),
     (
         "its_cuda_is_missing",

@@ -1,4 +1,4 @@
-"""Files and folders that are there as a whole, or as they were before."""
+"""Files and folders are written atomically: complete, or as they were before."""
 
 import os
 from concurrent.futures import ProcessPoolExecutor

@@ -53,7 +53,7 @@ def test_a_device_that_is_not_there_is_not_asked(caplog):
     inputs = [tensor.to("meta") for tensor in rand_qkv(64, dtype=torch.float32)]
     assert lighthouse.attention(*inputs).is_meta
     assert not caplog.records
-    with pytest.raises(ValueError, match="query is on meta: PyTorch chooses a backend on a CPU or GPU that is there"):
+    with pytest.raises(ValueError, match="query is on meta: PyTorch can be asked only about a CPU or GPU that exists"):
         lighthouse.inner_backend(*inputs[:2])
 
 
@@ -78,7 +78,7 @@ def test_only_math_is_said_once(caplog):
         assert [inner._is_math(*case()) for _ in range(2)] == [True, True]
     assert not inner._is_math(*case())
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "only the math backend takes float32, head_dim to 64 on cpu" in caplog.text
+    assert "only PyTorch's math backend supports float32, head_dim to 64 on cpu" in caplog.text
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

@@ -189,7 +189,7 @@ def test_it_needs_no_library_but_torch_and_the_systems():
 
 
 def test_a_missing_library_says_where_it_was_looked_for(tmp_path):
-    with pytest.raises(lighthouse.NativeLibraryError, match="is not there; looked for") as error:
+    with pytest.raises(lighthouse.NativeLibraryError, match="does not exist; looked for") as error:
         _library.load([str(tmp_path / "a"), str(tmp_path / "b")])
     assert str(tmp_path / "a" / "liblighthouse.so") in str(error.value)
     assert "pip install ." in str(error.value)
@@ -205,7 +205,7 @@ def test_a_damaged_library_says_so(tmp_path, monkeypatch):
 
 def test_a_second_copy_is_refused_before_it_ends_the_process(tmp_path):
     shutil.copy(operators.LIBRARY_PATH, tmp_path)
-    with pytest.raises(lighthouse.NativeLibraryError, match="is taken in this process: lighthouse::gather is there"):
+    with pytest.raises(lighthouse.NativeLibraryError, match="taken in this process: lighthouse::gather already exists"):
         _library.load([str(tmp_path)])
     assert _library.load([str(operators.LIBRARY_PATH.parent)]) == operators.LIBRARY_PATH  # the same one again is none
 
@@ -216,7 +216,7 @@ def test_a_namespace_that_someone_else_has_is_refused_with_the_place(monkeypatch
         _library._check_that_the_namespace_is_free()
     other = torch.library.Library(_library.NAMESPACE, "DEF")
     with pytest.raises(
-        lighthouse.NativeLibraryError, match=r"registered at .*test_operators.py.*import one of them alone"
+        lighthouse.NativeLibraryError, match=r"registered at .*test_operators.py.*import only one of them"
     ):
         _library._check_that_the_namespace_is_free()
     other._destroy()

@@ -131,10 +131,10 @@ def test_derivatives_of_torch_func_are_refused_and_not_silently_zero(derivative,
     with pytest.raises(Exception if compiled else NotImplementedError) as refused:
         call(value)
     if not compiled:
-        assert "take torch.autograd.grad" in str(refused.value)
+        assert "use torch.autograd.grad" in str(refused.value)
 
 
-FORWARD_MODE = "forward-mode derivatives .* are not supported: take torch.autograd.grad"
+FORWARD_MODE = "forward-mode derivatives .* are not supported: use torch.autograd.grad"
 
 
 def dual(tensor):

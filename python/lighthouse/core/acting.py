@@ -1,4 +1,4 @@
-"""Whether Lighthouse can act on a length at all, and which settings nearest to the given ones let it.
+"""Whether Lighthouse can act on a length at all, and the nearest settings with which it does.
 
 It cannot where the sub-sequence would be longer than the sequence (a wrapped model then runs dense), nor where it is
 the sequence itself: with one level, or fewer tokens than the coarsest window (METHOD 8).
@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from lighthouse.core.method import Method
 
-LONGEST = 2**30  # tokens looked at for a length on which the settings act
+LONGEST = 2**30  # the longest length, in tokens, tried to find one on which the settings act
 
 
 def acts(tokens: int, method: Method) -> bool:
@@ -20,31 +20,31 @@ def acts(tokens: int, method: Method) -> bool:
 
 
 def why_it_cannot_act(tokens: int, method: Method) -> str | None:
-    """The rule that keeps Lighthouse from acting on so many tokens, with the numbers and the way out; or None."""
+    """The rule that keeps Lighthouse from acting on this many tokens, with the numbers and the way out; or None."""
     if acts(tokens, method):
         return None
     windows = method.windows
     if len(windows) == 1:
-        return "without pool_ratios the sub-sequence is the whole sequence, which is dense attention: give some"
+        return "without pool_ratios the sub-sequence is the whole sequence, which is dense attention: give ratios"
     if tokens < windows[-1]:
         return (
-            f"{tokens:,} tokens are fewer than the coarsest window of {windows[-1]:,}, so that all attention is dense: "
-            f"take at least {windows[-1]:,} tokens, or pool_ratios with shorter windows"
+            f"{tokens:,} tokens are fewer than the coarsest window of {windows[-1]:,}, so all attention is dense: "
+            f"use at least {windows[-1]:,} tokens, or pool_ratios with shorter windows"
         )
     length = method.length(tokens)
     parents = _last(method.parents(tokens), lambda k: acts(tokens, replace(method, select_topk=k)))
     longer = _first(tokens, windows[-1], lambda n: acts(n, method))
-    ways = [f"the largest select_topk that it acts with here is {parents:,}"] if parents else []
-    ways += [f"the shortest length that it acts on with this one is {longer:,} tokens"] if longer else []
+    ways = [f"the largest select_topk with which it acts here is {parents:,}"] if parents else []
+    ways += [f"the shortest length on which it acts with this one is {longer:,} tokens"] if longer else []
     return (
-        f"select_topk={method.select_topk} makes a sub-sequence of {length:,} entries of {tokens:,} tokens "
-        f"({length / tokens:.0%}), and on one longer than the sequence Lighthouse never acts: all attention would be "
-        f"dense; {'; '.join(ways) or 'take other pool_ratios'}"
+        f"select_topk={method.select_topk} gives a sub-sequence of {length:,} entries for {tokens:,} tokens "
+        f"({length / tokens:.0%}); if it is longer than the sequence, Lighthouse never acts and all attention is "
+        f"dense; {'; '.join(ways) or 'use other pool_ratios'}"
     )
 
 
 def _last(number: int, good: Callable[[int], bool]) -> int:
-    """The largest number up to `number` that is good; 0 if none is. Those below a good one are good."""
+    """The largest good number up to `number`, or 0. If a number is good, all smaller ones are."""
     low, high = 0, number
     while low < high:
         middle = (low + high + 1) // 2

@@ -54,22 +54,22 @@ def attention(
 ) -> Tensor:
     """Lighthouse attention: causal attention of a chosen sub-sequence, written back to all tokens (METHOD).
 
-    For training on whole sequences; it does what is asked and never runs dense by itself. Differentiable to query, key
+    For training on whole sequences; it never falls back to dense attention by itself. Differentiable to query, key
     and value; which entries are chosen has no gradient. Between forward and backward only tensors of the
     sub-sequence's length and five bytes per token and key-value head are kept.
 
     Args:
-        query: `[B, Hq, N, D]`, any N, any strides with a unit last one; rotated already.
+        query: `[B, Hq, N, D]`, any N, any strides with a unit last one; already rotated.
         key, value: `[B, Hkv, N, D]`, Hkv dividing Hq. One choice is made per key-value head.
         pool_ratios: entries per token of the levels above the tokens; windows are 1 over these. `()` is dense.
         select_topk: parents per level; an int is a number, a float a share of the tokens.
         scale: of the logits, a number above 0; None is 1/sqrt(D).
-        scores: of the caller's own in place of the norms: for queries and for keys, each `[B, Hkv, N]` float32. They
+        scores: the caller's own scores instead of the norms: for queries and for keys, each `[B, Hkv, N]` float32. They
             get no gradient.
         dropout_p: passed on to the inner attention.
         inner: the attention of the sub-sequence, `inner(query, key, value, *, scale, dropout_p, layout)`, whose output
             is like its query and has a gradient; PyTorch's `scaled_dot_product_attention` by default.
-        cover_start: have an output for the first tokens whatever their scores.
+        cover_start: give the first tokens an output whatever their scores.
 
     Returns:
         `[B, Hq, N, D]`; its `.transpose(1, 2)` is contiguous.

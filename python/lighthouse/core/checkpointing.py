@@ -1,8 +1,8 @@
 """Activation checkpointing that keeps the choice.
 
-A layer that runs again in the backward must not choose again: it would cost time, and where the second run rounds
-otherwise (compiled code may fuse otherwise) it would choose otherwise and give gradients of another function. What is
-kept instead is 13 bytes per token and key-value head.
+A layer that runs again in the backward must not choose again: it would cost time, and if the second run rounds
+differently (compiled code may fuse differently) it would choose differently and give gradients of another function.
+Instead 13 bytes per token and key-value head are kept.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def checkpoint_contexts(policy_fn_or_list: Callable | Sequence[OpOverload] = ())
         context_fn = functools.partial(lighthouse.checkpoint_contexts, [torch.ops.aten.mm.default])
 
     Args:
-        policy_fn_or_list: what to save beside the choice, in the forms that
+        policy_fn_or_list: what to save besides the choice, in the forms that
             `torch.utils.checkpoint.create_selective_checkpoint_contexts` takes.
 
     Returns:

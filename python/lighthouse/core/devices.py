@@ -1,6 +1,6 @@
-"""Where the kernels run, and what they take there.
+"""Where the kernels run, and what they support there.
 
-What is found out about a device is found out once. While `torch.compile` traces it is a constant.
+A device is asked once. While `torch.compile` traces it is a constant.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def check_device(name: str, device: torch.device) -> None:
         if missing is not None:
             raise ValueError(f"{name} is on {device}, and {missing}: move the tensors to the CPU, or train dense there")
     elif device.type not in ("cpu", "meta"):
-        raise ValueError(f"{name} is on {device}: only CPU and CUDA tensors can be taken")
+        raise ValueError(f"{name} is on {device}: only CPU and CUDA tensors are supported")
 
 
 def check_on_cuda(name: str, dtype: torch.dtype, head_dim: int) -> None:
@@ -73,10 +73,10 @@ def has_cuda_kernels() -> bool:
 
 
 def missing_for_capability(major: int, minor: int, built: tuple[str, ...] | None = None) -> str | None:
-    """None where the library has code for GPUs of this compute capability, else what is there and what is needed.
+    """None where the library has code for GPUs of this compute capability, else what the build has and what is needed.
 
-    Code of an architecture runs on later ones of the same major version, with an "a" on that one alone, and PTX, which
-    is there where CMake was not told "-real", is compiled by the driver for whatever comes later.
+    Code of an architecture runs on later ones of the same major version, with an "a" only on that one, and PTX, which
+    the build has unless CMake was told "-real", is compiled by the driver for later ones.
     """
     built = architectures() if built is None else built
     for name in built:

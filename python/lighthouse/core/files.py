@@ -1,6 +1,6 @@
-"""Files and folders that are there as a whole, or as they were before: a process may be killed between any two bytes.
+"""Atomic writes of files and folders: a reader sees the old or the complete new content, whenever a process is killed.
 
-What is being written has another name until it is on the disk.
+Until it is on the disk, the new content has another name.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-PARTIAL = ".partial"  # ends the name of what is being written
-REPLACED = ".replaced"  # and of a folder that was, until it is removed
+PARTIAL = ".partial"  # suffix of what is being written
+REPLACED = ".replaced"  # suffix of the old folder until it is removed
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Writes a file that is there as a whole, or as it was before. Text becomes UTF-8. Several processes may do so."""
+    """Writes a file atomically, text as UTF-8. Several processes may do so at once."""
     partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
     try:
         with open(partial, "wb") as file:
@@ -34,7 +34,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 
 def write_whole_folder(path: Path, write: Callable[[Path], None]) -> None:
-    """Has `write` fill a folder that then takes the place of `path`, as a whole.
+    """Has `write` fill a folder, which then replaces `path` as a whole.
 
     A kill between the two renames leaves no folder of that name; nothing else is lost.
     """
@@ -55,7 +55,7 @@ def write_whole_folder(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def remove(path: Path) -> None:
-    """A file or a folder, if it is there."""
+    """Removes a file or a folder, if it exists."""
     if path.is_dir():
         shutil.rmtree(path)
     else:
@@ -69,14 +69,14 @@ def free_bytes(folder: Path) -> int:
 
 
 def sync_all(folder: Path) -> None:
-    """Has all files and folders below on the disk, and the folder itself."""
+    """Flushes all files and folders below, and the folder itself, to the disk."""
     for path in folder.rglob("*"):
         sync(path)
     sync(folder)
 
 
 def sync(path: Path) -> None:
-    """Has a file, or a folder's list of names, on the disk."""
+    """Flushes a file, or a folder's list of names, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

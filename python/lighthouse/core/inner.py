@@ -2,8 +2,8 @@
 
 On CUDA PyTorch chooses among cuDNN, FlashAttention and the memory-efficient kernel by itself, from 2.10 on in the order
 that is fastest on the device and, for cuDNN, from the first version on whose gradients are right for any length. A
-user's `torch.nn.attention.sdpa_kernel` is obeyed too. The trap is what remains where none of them takes the case: the
-math backend, which holds S x S logits. That is said aloud, and avoided where repeating the key heads avoids it.
+user's `torch.nn.attention.sdpa_kernel` is obeyed too. If none of these supports the input, PyTorch falls back to the
+math backend, which makes S x S logits. It is avoided if repeating the key heads is enough; else a warning is logged.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ HEAD_DIMS = (64, 128, 192, 256)  # the limits that backends have; a number from 
 
 
 class _Case(NamedTuple):
-    """All that PyTorch's choice of a backend depends on, but for lengths; `head_dim` is the next of `HEAD_DIMS`."""
+    """All that PyTorch's choice of a backend depends on, except lengths; `head_dim` is the next of `HEAD_DIMS`."""
 
     device: torch.device
     dtype: torch.dtype
@@ -64,7 +64,7 @@ class _Case(NamedTuple):
         return f"{', '.join(words)} on {self.device}"
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Small ones of this case, which PyTorch can be asked about without those that matter."""
+        """Small inputs of this case, with which to ask PyTorch instead of the real ones."""
 
         def tensor(heads: int) -> Tensor:
             shape = (1, heads, 128, self.head_dim)
@@ -89,14 +89,14 @@ def inner_backend(query: Tensor, key: Tensor, *, dropout_p: float = 0.0) -> SDPB
     """The backend of PyTorch's attention that the sub-sequence of these inputs runs on, when `inner` is None.
 
     Args:
-        query: `[B, Hq, N, D]` as `lighthouse.attention` takes it; no values are looked at.
+        query: `[B, Hq, N, D]` as `lighthouse.attention` takes it; its values are not read.
         key: `[B, Hkv, N, D]`.
         dropout_p: as in `lighthouse.attention`.
 
     Raises:
-        ValueError: PyTorch cannot be asked: the device is not there (meta tensors, fake CUDA tensors without a GPU).
+        ValueError: PyTorch cannot be asked: the device does not exist (meta tensors, fake CUDA tensors without a GPU).
 
-    The same is logged at level DEBUG, once for each kind of input, with what keeps the faster ones from it.
+    The same is logged at level DEBUG, once for each kind of input, with the reasons against the faster ones.
     """
     case = _Case(*_case(query, query.shape[1] != key.shape[1], dropout_p))
     case = case._replace(
@@ -106,7 +106,7 @@ def inner_backend(query: Tensor, key: Tensor, *, dropout_p: float = 0.0) -> SDPB
     if backend == SDPBackend.MATH and case.grouped:
         backend = _backend(case._replace(grouped=False), _allowed())
     if backend is None:
-        raise ValueError(f"query is on {case.device}: PyTorch chooses a backend on a CPU or GPU that is there")
+        raise ValueError(f"query is on {case.device}: PyTorch can be asked only about a CPU or GPU that exists")
     return backend
 
 
@@ -121,7 +121,7 @@ def _is_math(*case) -> bool:
 
 
 def _allowed() -> tuple:
-    """What the user lets PyTorch choose from."""
+    """The backends that the user allows PyTorch to choose from."""
     return (
         tuple(torch._C._get_sdp_priority_order()),
         backends.cudnn_sdp_enabled(),
@@ -134,7 +134,7 @@ def _allowed() -> tuple:
 
 @functools.cache
 def _backend(case: _Case, allowed: tuple) -> SDPBackend | None:
-    """What PyTorch chooses for a case, under what is allowed now; None where the device is not there: nothing is
+    """What PyTorch chooses for a case, under what is allowed now; None if the device does not exist: nothing is
     calculated then, and the shapes are those of any backend.
 
     The answer is kept for all later calls, so it is asked of real tensors, outside of whatever traces or fakes this
@@ -170,11 +170,11 @@ def _faster_than(chosen: SDPBackend) -> list[tuple[str, Callable]]:
 
 
 def _reason(can_use: Callable, parameters) -> str:
-    """What PyTorch has against a backend; its own words come as warnings."""
+    """Why PyTorch rejects a backend; it gives its reasons as warnings."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         if can_use(parameters, True):
-            return "could, but PyTorch prefers the other on this device"
+            return "available, but PyTorch prefers the other on this device"
     return " ".join(str(warning.message).split(" (Triggered internally")[0] for warning in said) or "cannot"
 
 
@@ -182,8 +182,8 @@ def _reason(can_use: Callable, parameters) -> str:
 def _say_if_math(case: _Case, allowed: tuple) -> None:
     if _backend(case, allowed) == SDPBackend.MATH:
         logger.warning(
-            "Lighthouse: of PyTorch's attentions only the math backend takes %s; its memory grows with the square of "
-            "the sub-sequence. bfloat16 or float16 with a head_dim up to 128 runs on the others, and `inner=` takes an "
-            "attention of your own",
+            "Lighthouse: only PyTorch's math backend supports %s; its memory grows with the square of the "
+            "sub-sequence's length. The other backends support bfloat16 or float16 with a head_dim up to 128, or pass "
+            "your own attention as `inner=`",
             case,
         )

@@ -1,4 +1,4 @@
-"""What a user can get wrong about the tensors, checked before any work."""
+"""Checks of a user's tensors, before any work."""
 
 from __future__ import annotations
 
@@ -67,11 +67,11 @@ _copied: set[str] = set()
 def _log_copy_once(name: str) -> None:
     if name not in _copied:
         _copied.add(name)
-        logger.debug("%s has a last stride other than one and is copied; said once", name)
+        logger.debug("%s has a last stride other than 1 and is copied (logged once)", name)
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype:
-    """What PyTorch's own attention casts the tensor to under autocast."""
+    """The tensor cast as PyTorch's own attention casts it under autocast."""
     device = tensor.device.type
     if device == "meta" or not torch.is_autocast_enabled(device) or tensor.dtype == torch.float64:
         return tensor.dtype
@@ -84,7 +84,7 @@ def _autocast(tensor: Tensor) -> Tensor:
 
 
 def check_qk(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    """Query and key as the operators take them. Raises ValueError or TypeError."""
+    """Query and key as the operators need them. Raises ValueError or TypeError."""
     _check_tensor("query", query)
     check_device("query", query.device)
     if query.is_cuda:
@@ -100,7 +100,7 @@ def check_qk(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def check_qkv(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value as the operators take them. Raises ValueError or TypeError."""
+    """Query, key and value as the operators need them. Raises ValueError or TypeError."""
     query, key = check_qk(query, key)
     _check_tensor("value", value)
     value = _autocast(value)
@@ -111,7 +111,7 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor
 
 
 def check_scores(scores: tuple[Tensor, Tensor] | None, key: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The user's scores as the operators take them. Raises ValueError or TypeError."""
+    """The user's scores as the operators need them. Raises ValueError or TypeError."""
     if scores is None:
         return None
     if not isinstance(scores, (tuple, list)) or len(scores) != 2:
@@ -141,8 +141,8 @@ def _say_that_scores_have_no_gradient(i: int) -> None:
     if i not in _said_of_scores:
         _said_of_scores.add(i)
         logger.warning(
-            "Lighthouse: scores[%d] requires a gradient and gets none, since a choice has none (said once; pass "
-            "scores.detach() where that is meant)",
+            "Lighthouse: scores[%d] requires a gradient but gets none, since the choice has no gradient (logged "
+            "once; pass scores.detach() if this is intended)",
             i,
         )
 
@@ -151,7 +151,7 @@ _said_of_scores: set[int] = set()
 
 
 def check_not_sharded() -> None:
-    """Raises `ValueError` inside of torch's `context_parallel`, which replaces SDPA; compiled code is not looked at."""
+    """Raises `ValueError` inside of torch's `context_parallel`, which replaces SDPA; compiled code is not checked."""
     sdpa = F.scaled_dot_product_attention
     if torch.compiler.is_compiling() or not isinstance(sdpa, FunctionType):
         return
@@ -163,7 +163,7 @@ def check_not_sharded() -> None:
 
 
 def check_options(scale: float | None, dropout_p: float, inner: Callable | None) -> None:
-    """What else `lighthouse.attention` is asked for. Raises ValueError or TypeError."""
+    """The other arguments of `lighthouse.attention`. Raises ValueError or TypeError."""
     if scale is not None:
         if isinstance(scale, Tensor):
             raise TypeError("scale is a tensor, which would get no gradient: a number is needed; scale the query by it")
@@ -183,9 +183,9 @@ def check_options(scale: float | None, dropout_p: float, inner: Callable | None)
 
 
 def check_inner_output(output: Tensor, query: Tensor) -> Tensor:
-    """What the user's inner attention made of its query, as `scatter` takes it. Raises ValueError or TypeError."""
+    """The output of the user's inner attention, as `scatter` needs it. Raises ValueError or TypeError."""
     if not isinstance(output, Tensor):
-        raise TypeError(f"inner returned a {type(output).__name__}: the output alone is needed, a tensor")
+        raise TypeError(f"inner returned a {type(output).__name__}: only the output is needed, a tensor")
     _check_layout("what inner returned", output)
     if output.shape != query.shape or output.dtype != query.dtype or output.device != query.device:
         raise ValueError(

@@ -15,7 +15,7 @@ OLDEST_TORCH = (2, 10)
 
 
 class NativeLibraryError(ImportError):
-    """The native library is missing or does not load; the message says what was looked for, where, and what to do."""
+    """The native library is missing or does not load; the message says where it was searched for, and what to do."""
 
 
 def load(folders: Iterable[str]) -> Path:
@@ -31,8 +31,8 @@ def load(folders: Iterable[str]) -> Path:
     if path is None:
         looked = "\n  ".join(map(str, paths))
         raise NativeLibraryError(
-            f"the native library {LIBRARY} is not there; looked for\n  {looked}\n"
-            "It is built on installing: run `pip install .` in a checkout (`make test` in a development checkout)."
+            f"the native library {LIBRARY} does not exist; looked for\n  {looked}\n"
+            "It is built by installing: run `pip install .` in a checkout (`make test` in a development checkout)."
         )
     if os.path.realpath(path) not in torch.ops.loaded_libraries:
         _check_that_the_namespace_is_free()
@@ -41,17 +41,17 @@ def load(folders: Iterable[str]) -> Path:
     except OSError as error:
         raise NativeLibraryError(
             f"the native library {path} does not load: {error}\n"
-            f"It may be built for another machine or damaged (torch here is {torch.__version__}): reinstall with "
+            f"It may be damaged or built for another machine (torch here is {torch.__version__}): reinstall with "
             "`pip install --force-reinstall --no-deps lighthouse-attn`."
         ) from error
     return path
 
 
 def _check_that_the_namespace_is_free() -> None:
-    """What is registered already must not be registered again: the library would end the process on being loaded."""
+    """Refuses to register operators twice: loading the library would then end the process."""
     operators = sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith(f"{NAMESPACE}::"))
     if operators:
-        found = f"{operators[0]} is there"
+        found = f"{operators[0]} already exists"
     else:
         try:
             torch.library.Library(NAMESPACE, "DEF")._destroy()
@@ -60,5 +60,5 @@ def _check_that_the_namespace_is_free() -> None:
             found = " ".join(re.findall(r"Previous registration .*?registered at [^;]*", str(error))) or str(error)
     raise NativeLibraryError(
         f"the namespace torch.ops.{NAMESPACE}, in which lighthouse registers its operators, is taken in this process: "
-        f"{found}. It is a second copy of lighthouse, or another package that uses the name: import one of them alone."
+        f"{found}. It is a second copy of lighthouse, or another package that uses the name: import only one of them."
     )

@@ -1,10 +1,10 @@
-"""The method's settings, described, checked, read and printed here alone (METHOD 1 and 3).
+"""The method's settings, described, checked, read and printed only here (METHOD 1 and 3).
 
 A field of `Method` is a setting, and a new one is one line there: commands, files, checkpoints, reports and cards take
 fields, texts and numbers from here.
 
-A message is put together where it is raised: under `torch.compile(dynamic=True)` the numbers are symbolic, and to write
-one down breaks the graph.
+A message is formatted where it is raised: under `torch.compile(dynamic=True)` the numbers are symbolic, and formatting
+one breaks the graph.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SWITCHES = {"true": True, "false": False}
 
 def check_cover_start(cover_start: bool) -> None:
     """Raises TypeError."""
-    if not isinstance(cover_start, bool):  # of "False" the truth is True
+    if not isinstance(cover_start, bool):  # bool("False") is True
         raise TypeError(f"cover_start={cover_start!r}: True or False is needed")
 
 
@@ -50,11 +50,11 @@ def check_pool_ratios(pool_ratios: Sequence[float]) -> tuple[int, ...]:
     for i, ratio in enumerate(pool_ratios):
         if isinstance(ratio, bool) or not isinstance(ratio, Real):
             raise TypeError(f"pool_ratios[{i}]={ratio!r}: a number is needed")
-        if not 0 < ratio < 1:  # NaN is not, either
+        if not 0 < ratio < 1:  # NaN fails too
             raise ValueError(f"pool_ratios[{i}]={ratio!r}: a ratio must be above 0 and below 1")
         if ratio < 1 / MAX_WINDOW:
             raise ValueError(f"pool_ratios[{i}]={ratio!r}: at least 2^-40 is needed")
-        numerator, denominator = float(ratio).as_integer_ratio()  # where the ratio is symbolic, constants from here on
+        numerator, denominator = float(ratio).as_integer_ratio()  # a symbolic ratio becomes constant here
         inverse = denominator / numerator
         window = max(2, round(inverse))
         if abs(inverse - window) > RATIO_TOLERANCE * window:
@@ -95,7 +95,7 @@ def check_select_topk(select_topk: int | float) -> tuple[int, int]:
         raise ValueError(f"select_topk={select_topk!r}: a share of the tokens must be above 0 and at most 1{hint}")
     fraction = Fraction(share).limit_denominator(MAX_DENOMINATOR)
     if fraction == 0:
-        return 1, 0  # less than one parent for any length: one is the least there is
+        return 1, 0  # less than one parent for any length: one is the minimum
     return fraction.numerator, fraction.denominator
 
 
@@ -133,7 +133,7 @@ class Method:
 
     @classmethod
     def settings(cls) -> list[Field]:
-        """Of each setting its name, default and, as metadata, the help and what its values are called."""
+        """Each setting's name, default and, as metadata, the help and the name of its values."""
         return [setting for setting in fields(cls) if setting.init]
 
     @classmethod
@@ -155,7 +155,7 @@ class Method:
         return {name: text_of(value) for name, value in self.written().items()}
 
     def __str__(self) -> str:
-        """In a line, without what is as by default and rarely another."""
+        """One line, without rarely changed settings that have their default."""
         plain = DEFAULT.texts()
         always = ("pool_ratios", "select_topk")
         shown = {name: text for name, text in self.texts().items() if name in always or text != plain[name]}
@@ -166,11 +166,11 @@ class Method:
         return parents_per_level(tokens, self.topk)
 
     def length(self, tokens):
-        """S, the entries of a sequence that attend to one another."""
+        """S, the number of entries of a sequence that attend to one another."""
         return sub_length(tokens, self.windows, self.topk)
 
     def plan(self, tokens: int) -> Plan:
-        """What is made of a sequence, before any data is seen. Raises ValueError or TypeError."""
+        """The plan of a sequence, from its length alone. Raises ValueError or TypeError."""
         if isinstance(tokens, bool) or not isinstance(tokens, Integral):
             raise TypeError(f"tokens={tokens!r}: a whole number is needed")
         if tokens < 1:
@@ -191,7 +191,7 @@ def plan(tokens: int, *, pool_ratios: Sequence[float] = POOL_RATIOS, select_topk
 
 
 def number(name: str, value: Any) -> Any:
-    """`"1/64"` is 0.015625, `"512"` the number 512, `"1.0"` a share; what is no text stays as it is."""
+    """`"1/64"` is 0.015625, `"512"` the number 512, `"1.0"` a share; anything but text is returned unchanged."""
     if not isinstance(value, str):
         return value
     try:
@@ -205,7 +205,7 @@ def number(name: str, value: Any) -> Any:
 
 
 def _read(setting: Field, value: Any) -> Any:
-    """Of a text or a list of texts what the setting takes; what is no text stays as it is."""
+    """Converts a text, or a list of texts, to the setting's type; anything else is returned unchanged."""
     name, default = setting.name, setting.default
     if isinstance(default, tuple):
         value = value.split() if isinstance(value, str) else value
@@ -224,7 +224,7 @@ def _plain(value: Any) -> Any:
 
 
 def written(value: Any) -> Any:
-    """What `Method.of` reads back to the same: 0.015625 is 1/64."""
+    """The text that `Method.of` reads back to the same: 0.015625 is 1/64."""
     if isinstance(value, (list, tuple)):
         return [written(item) for item in value]
     if not isinstance(value, float):

@@ -1,4 +1,4 @@
-"""The operators torch.ops.lighthouse.* as PyTorch sees them: sizes for tracing, and which is whose gradient.
+"""The operators torch.ops.lighthouse.* as PyTorch sees them: sizes for tracing, and the gradient of each.
 
 The numbers are made in C++ (src/torch/operators.cpp has the schemas). Shapes: query side `[B, Hq, N, D]`, key side
 `[B, Hkv, N, D]`, scores, mask and prefix `[B, Hkv, N]`; `_sub` is S long instead of N.
@@ -19,7 +19,7 @@ from lighthouse.core.sequences import Sequences
 
 LIBRARY_PATH = _library.load(sys.modules["lighthouse"].__path__)
 _OPERATORS = torch.ops.lighthouse
-CHOICE = (_OPERATORS.score.default, _OPERATORS.select.default)  # what checkpointing never does twice
+CHOICE = (_OPERATORS.score.default, _OPERATORS.select.default)  # which checkpointing never recomputes
 
 HEADS_FIRST = (0, 1, 2, 3)
 TOKENS_FIRST = (0, 2, 1, 3)
@@ -32,7 +32,7 @@ def memory_order(tensor: Tensor) -> list[int]:
 
 
 def with_unit_stride(tensor: Tensor) -> Tensor:
-    """The tensor itself where the head dimension is contiguous, else a copy of which that is true."""
+    """The tensor itself if its head dimension is contiguous, else a copy with a contiguous one."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
@@ -134,13 +134,13 @@ def _scatter_backward_backward(ctx, grad):
 
 
 def _refuse_forward_mode(inputs) -> None:
-    """Without a word PyTorch would take the tangent of what has no forward-mode formula for zero."""
+    """PyTorch would silently use a tangent of zero where there is no forward-mode formula."""
     if forward_ad._current_level < 0:  # the usual case costs least
         return
     if any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in inputs):
         raise NotImplementedError(
             "forward-mode derivatives (torch.func.jvp, torch.autograd.forward_ad) through Lighthouse attention are not "
-            "supported: take torch.autograd.grad"
+            "supported: use torch.autograd.grad"
         )
 
 
@@ -178,7 +178,7 @@ _DERIVATIVES = (torch._C._functorch.TransformType.Grad, torch._C._functorch.Tran
 
 
 def _traced() -> bool:
-    """Whether something looks through autograd: `torch.compile` and vmap see the registered operators alone.
+    """Whether something traces through autograd: `torch.compile` and vmap see only the registered operators.
 
     The derivatives of `torch.func` see neither: forward mode would silently find a tangent of zero.
     """
@@ -188,13 +188,13 @@ def _traced() -> bool:
         return False
     if any(level.key() in _DERIVATIVES for level in torch._C._functorch.get_interpreter_stack()):
         raise NotImplementedError(
-            "torch.func.grad, vjp and jvp through lighthouse.attention are not supported: take torch.autograd.grad"
+            "torch.func.grad, vjp and jvp through lighthouse.attention are not supported: use torch.autograd.grad"
         )
     return True
 
 
 def _without_gradient(operator, *inputs):
-    """Past the operator's autograd function, which would record nothing here but takes its time."""
+    """Bypasses the operator's autograd function, which would record nothing here but costs time."""
     if _traced():
         return operator(*inputs)
     try:
@@ -207,11 +207,11 @@ def _without_gradient(operator, *inputs):
 
 
 def is_out_of_memory(message: str, on_cuda: bool) -> bool:
-    """Whether an operator failed for want of GPU memory; callers that catch `torch.OutOfMemoryError` should find it.
+    """Whether an operator failed because GPU memory ran out; callers may catch `torch.OutOfMemoryError`.
 
     The stable ABI knows one kind of error, and before torch 2.15 not its words, which are on stderr then: a failed
-    allocation. An earlier kernel's failure arrives in the next allocation too, but then the device takes no more calls
-    at all, and says why: PyTorch's own error (`torch.AcceleratorError`) is raised in place of an answer.
+    allocation. An earlier kernel's failure arrives in the next allocation too, but then the device refuses all further
+    calls and says why: PyTorch's own error (`torch.AcceleratorError`) is raised instead of an answer.
     """
     if not on_cuda or "out of memory" in message:
         return on_cuda
@@ -222,7 +222,7 @@ def is_out_of_memory(message: str, on_cuda: bool) -> bool:
 
 
 def _in_backward(operator, *inputs):
-    """With a gradient of its own where the caller asked for one (`create_graph`)."""
+    """Differentiable itself if the caller asked for it (`create_graph`)."""
     _refuse_forward_mode(inputs)
     return operator(*inputs) if torch.is_grad_enabled() else _without_gradient(operator, *inputs)
 
@@ -253,7 +253,7 @@ class Selection:
 
     Attributes:
         mask: `[B, Hkv, N]` uint8; bit l of a token says that the entry of level l whose window ends there is chosen.
-        prefix: `[B, Hkv, N]` int32; the place in the sub-sequence of the first such entry.
+        prefix: `[B, Hkv, N]` int32; the position in the sub-sequence of the first such entry.
         sequences: what was chosen from.
     """
 
@@ -302,8 +302,8 @@ def gather(query: Tensor, key: Tensor, value: Tensor, selection: Selection) -> t
 def scatter(output_sub: Tensor, selection: Selection) -> Tensor:
     """`torch.ops.lighthouse.scatter` with its gradient.
 
-    Compiled code makes the output again in its backward. The product behind it would keep it, a full tensor a layer,
-    while it follows from the sub-sequence's output, which attention keeps anyway. (torch 2.11 keeps it all the same.)
+    Compiled code recomputes the output in the backward. The next matmul would otherwise save it, one full-length tensor
+    per layer, although it follows from the sub-sequence's output, which attention saves anyway. (torch 2.11 saves it.)
     """
     inputs = output_sub, selection.mask, selection.prefix, selection.windows
     _refuse_forward_mode(inputs)

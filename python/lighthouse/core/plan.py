@@ -1,7 +1,7 @@
 """What follows from lengths and settings alone: windows, strata, the sub-sequence's length (METHOD 3).
 
-The same formulas stand in the C++ rules, which cannot calculate with the symbolic lengths that `torch.compile` traces;
-a test holds the two together.
+The C++ rules have the same formulas, but cannot compute with the symbolic lengths that `torch.compile` traces; a test
+compares the two.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ PARENTS_PER_STRATUM = 128
 class StratumKind(NamedTuple):
     """`count` strata that hold `entries` of the coarsest level and choose `budget` parents per level, each."""
 
-    count: int  # type: ignore[assignment]  # a tuple's method elsewhere
+    count: int  # type: ignore[assignment]  # a tuple has a method of this name
     entries: int
     budget: int
 
@@ -43,7 +43,7 @@ def stratum_kinds(tokens, windows: Sequence[int], topk: tuple[int, int]) -> list
     """The kinds of strata in order; one of the middle two is always empty. `tokens` may be symbolic."""
     entries, parents = tokens // windows[-1], parents_per_level(tokens, topk)
     count = _larger(1, (parents + PARENTS_PER_STRATUM - 1) // PARENTS_PER_STRATUM)
-    more_entries, more_budget = entries % count, parents % count  # so many strata have one more
+    more_entries, more_budget = entries % count, parents % count  # this many strata have one more
     return [
         StratumKind(_smaller(more_entries, more_budget), entries // count + 1, parents // count + 1),
         StratumKind(_larger(more_entries - more_budget, 0), entries // count + 1, parents // count),
@@ -53,8 +53,8 @@ def stratum_kinds(tokens, windows: Sequence[int], topk: tuple[int, int]) -> list
 
 
 def _fits(parents, entries, windows: Sequence[int], topk: tuple[int, int]):
-    """parents <= entries. For most shares it holds of every length with an entry, and then it is asked so: of a
-    symbolic length that is known to be long enough PyTorch sees it, and `torch.export` needs no condition."""
+    """parents <= entries. For most shares this holds for every length with an entry, and then only that is checked: for
+    a symbolic length known to be long enough PyTorch sees it, and `torch.export` needs no condition."""
     numerator, denominator = topk
     always = numerator * windows[-1] <= denominator
     return entries >= 1 if always else parents <= entries
@@ -87,11 +87,11 @@ def sub_length(tokens, windows: Sequence[int], topk: tuple[int, int]):
 
 @dataclass(frozen=True)
 class Plan:
-    """What Lighthouse makes of a sequence of `tokens` tokens, before any data is seen. Print it.
+    """What Lighthouse does with a sequence of `tokens` tokens, from its length alone. Can be printed.
 
     Attributes:
         windows: tokens per entry of each level, finest first.
-        parents: k, the entries of each level above 0 whose children are in.
+        parents: k, the entries of each level above 0 whose children are kept.
         strata: kinds of strata, as (count, coarsest entries each, parents per level each).
         entries: entries that each level has.
         chosen: of those, how many are in the sub-sequence.
@@ -111,7 +111,7 @@ class Plan:
 
     @property
     def kept_share(self) -> float:
-        """The part of the tokens that are in at level 0."""
+        """The share of the tokens that are kept at level 0."""
         return self.chosen[0] / self.tokens
 
     @property

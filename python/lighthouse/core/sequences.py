@@ -9,9 +9,9 @@ from lighthouse.core.method import Method
 
 
 class SubSequences(NamedTuple):
-    """How the short sequences lie in an inner attention's tensors: `count` rows of `length` entries, each causal."""
+    """The layout of short sequences in an inner attention's input: `count` rows of `length` entries, each causal."""
 
-    count: int  # type: ignore[assignment]  # a tuple's method elsewhere
+    count: int  # type: ignore[assignment]  # a tuple has a method of this name
     length: int
 
 
@@ -19,8 +19,8 @@ class SubSequences(NamedTuple):
 class Sequences:
     """`rows` sequences of `tokens` tokens, a row of the batch each, and how they are pooled and chosen from.
 
-    Whatever takes sequences asks here for their number, lengths and places; none of it takes them all for one length
-    by itself. `tokens` may be symbolic.
+    All code that handles sequences asks here for their number, lengths and positions; none assumes one length for all.
+    `tokens` may be symbolic.
     """
 
     method: Method
@@ -34,5 +34,5 @@ class Sequences:
 
     @property
     def sub(self) -> SubSequences:
-        """The sub-sequences, as an inner attention gets them."""
+        """The sub-sequences, as passed to an inner attention."""
         return SubSequences(self.rows, self.length)

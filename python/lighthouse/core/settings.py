@@ -1,4 +1,4 @@
-"""What a wrapped model is told: the method, the layers it acts in, and when it runs dense instead."""
+"""Settings of a wrapped model: the method, the layers it acts in, and when it runs dense instead."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from lighthouse.core.method import DEFAULT, Method
 
 # From this many tokens on, one layer's forward and backward is faster than dense attention: on a CPU the shortest
-# length that was measured (bench/README.md), on CUDA where launching the kernels no longer decides.
+# measured length (bench/README.md), on CUDA where launching the kernels no longer dominates.
 MIN_TOKENS = {"cpu": 512, "cuda": 8192}
 
-LONG = 98_304  # tokens from which a text is long: settings for "100K" are meant for it, and a small kept share is warned of
+LONG = 98_304  # tokens from which a text is long: settings for "100K" are for it, and a small kept share gets a warning
 
 # Above this share of the tokens the sub-sequence is so long that gathering and writing back cost what is saved.
 MAX_SHARE = 0.6
@@ -27,7 +27,7 @@ LOSS = ("chunked", "model")
 
 @dataclass(frozen=True)
 class LighthouseSettings:
-    """What a wrapped model was given, checked. `LighthouseWrapper` says what each of them means.
+    """The checked settings of a wrapped model. `LighthouseWrapper` says what each of them means.
 
     `dense_layers` is a number once the model is known.
     """
@@ -62,14 +62,14 @@ class LighthouseSettings:
         return found
 
     def check_layers(self, layers: int) -> None:
-        """Raises `ValueError` where Lighthouse, with `dense_layers` as a number, has none of `layers` layers."""
+        """Raises `ValueError` if Lighthouse, with `dense_layers` as a number, has none of `layers` layers."""
         if layers < 1:
             raise ValueError("the model has no layers")
         dense = self._dense_at_each_end
         if 2 * dense >= layers:
             raise ValueError(
-                f"dense_layers={dense}: with {dense} dense layers at each end of {layers}, none is left to Lighthouse; "
-                f"at most {(layers - 1) // 2} can be dense at each end"
+                f"dense_layers={dense}: with {dense} dense layers at each end of {layers}, none is left for "
+                f"Lighthouse; at most {(layers - 1) // 2} can be dense at each end"
             )
 
     def acts_in_layer(self, layer: int, layers: int) -> bool:
@@ -88,7 +88,7 @@ class LighthouseSettings:
         return MIN_TOKENS.get(device_type, 0)
 
     def pays(self, tokens: int, device_type: str) -> bool:
-        """Whether a sequence of `tokens` is worth it: `min_tokens` and `max_share`. Symbolic numbers pass too."""
+        """Whether Lighthouse is used for `tokens` tokens, by `min_tokens` and `max_share`. May be symbolic."""
         if tokens < self.least_tokens(device_type):
             return False
         return self.method.length(tokens) <= self.max_share * tokens
@@ -96,7 +96,7 @@ class LighthouseSettings:
     def why_dense(self, tokens: int | None, device_type: str) -> tuple[str, str]:
         """The rule that keeps a sequence of `tokens` dense, and a sentence with its numbers; None: they are not known.
 
-        Asked where `pays` is False.
+        Called if `pays` is False.
         """
         least = self.least_tokens(device_type)
         if tokens is None:

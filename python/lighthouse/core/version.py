@@ -4,5 +4,5 @@ from importlib.metadata import PackageNotFoundError, version
 
 try:
     VERSION = version("lighthouse-attn")
-except PackageNotFoundError:  # the sources on the path without an installation
+except PackageNotFoundError:  # sources on the path that are not installed
     VERSION = "0+unknown"
