@@ -116,8 +116,8 @@ def test_a_best_model_from_before_the_switch_is_said(tmp_path, caplog, monkeypat
     run = trainer(wrapped(), tmp_path / "run", callbacks, load_best_model_at_end=True, **every)
     run.train()
     best = run.state.best_global_step
-    assert best <= 2 and f"the best checkpoint's, of step {best}, from before the dense stage" in caplog.text
-    assert f"All {best} steps behind these weights used Lighthouse" in caplog.text
+    assert best <= 2 and f"the best checkpoint's weights, of step {best}, from before the dense stage" in caplog.text
+    assert f"All {best} steps of these weights used Lighthouse" in caplog.text
     assert "No dense step has followed" in history_of_model(run.model).warnings()[0]
     assert len(history_of_checkpoint(Path(run.state.best_model_checkpoint)).warnings()) == 1
     caplog.clear()
@@ -147,7 +147,7 @@ def test_processes_that_are_strangers_are_said(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
     callback, found = LighthouseCallback(switch_step=1), SimpleNamespace(world_size=1, max_steps=2, **NOT_COUNTED)
     callback.on_train_begin(found, TrainerState(), None, model=wrapped())
-    assert "OMPI_COMM_WORLD_SIZE=2: a launcher has started 2 processes, and they are not joined" in caplog.text
+    assert "OMPI_COMM_WORLD_SIZE=2: a launcher has started 2 processes, but they are not joined" in caplog.text
 
 
 SAVED = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4}
@@ -190,7 +190,7 @@ def test_a_wrong_switch(arguments, error, message):
 
 
 def test_a_model_that_is_not_wrapped(tmp_path):
-    with pytest.raises(ValueError, match="the Trainer's LlamaForCausalLM is not wrapped: model = LighthouseWrapper"):
+    with pytest.raises(ValueError, match="the Trainer's LlamaForCausalLM is not wrapped: call LighthouseWrapper"):
         trainer(plain(), tmp_path, [LighthouseCallback(switch_step=1)]).train()
 
 

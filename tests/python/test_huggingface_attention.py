@@ -475,7 +475,7 @@ def with_layers_of(model):
 def test_a_part_called_directly_is_refused_where_lighthouse_would_act(part):
     model, never = wrapped(), plain()
     model({"input_ids": ids()}).loss.backward()
-    with pytest.raises(ValueError, match="part of a wrapped model and was called without it"):
+    with pytest.raises(ValueError, match="part of a wrapped model and was called directly"):
         part(model)(ids(), use_cache=False)
     for dense in (lambda: model.lighthouse(False), lambda: model.lighthouse(True).eval(), model.unwrap):
         dense()

@@ -109,7 +109,7 @@ def test_a_copied_layer_alone_is_refused(made):
     spare = made(model.model.layers[1])
     model.unwrap()
     model.model.layers[1] = spare
-    with pytest.raises(ValueError, match="a copy of a wrapped model's and stands in none"):
+    with pytest.raises(ValueError, match="a copy of a wrapped model's layer and is in no wrapped model"):
         model(ids())
 
 

@@ -137,17 +137,17 @@ def shared_by_two_layers(model, monkeypatch):
 
 
 REPLACED = [
-    (subclass, "attention of layer 1, a Subclass, has a forward of its own"),
-    (instance, "layer 1, a LlamaAttention, has a forward of its own on the instance"),
-    (dense_layer, "layer 0, a Subclass, has a forward of its own"),
-    (patched, "layer 0, a LlamaAttention, has a forward of its own, .*Subclass.forward"),
-    (patched_by_a_decorator, "layer 0, a LlamaAttention, has a forward of its own"),
+    (subclass, "attention of layer 1, a Subclass, has its own forward"),
+    (instance, "layer 1, a LlamaAttention, has its own forward on the instance"),
+    (dense_layer, "layer 0, a Subclass, has its own forward"),
+    (patched, "layer 0, a LlamaAttention, has its own forward, .*Subclass.forward"),
+    (patched_by_a_decorator, "layer 0, a LlamaAttention, has its own forward"),
     (not_causal, "layer 1, a LlamaAttention, has is_causal=False"),
     (registered, 'attention "mine" is .*attend, not one of Transformers'),
     (registered_mask, 'attention "documents" has a mask made by .*<lambda>, not by Transformers'),
     (registered_as_the_mask_of_sdpa, 'attention "sdpa" has a mask made by .*<lambda>'),
     (transformers_own_by_another_name, 'attention "other" was registered by its user'),
-    (call_of_its_own, "layer 1, a Called, has a __call__ of its own"),
+    (call_of_its_own, "layer 1, a Called, has its own __call__"),
     (registered_as_sdpa, 'attention "sdpa" is .*attend, not one of .*sequence parallelism'),
     (registered_as_lighthouse, 'attention "lighthouse" in Transformers. registry is .*attend'),
     (eager_replaced, 'attention "eager" is .*attend'),
@@ -250,13 +250,13 @@ def with_loss_function(model):
 
 
 OWN_LOSSES = [
-    ("scaled_logits", Scaled, None, "this Scaled has a forward of its own"),
-    ("a_term_more", ZLoss, None, "this ZLoss has a forward of its own"),
+    ("scaled_logits", Scaled, None, "this Scaled has its own forward"),
+    ("a_term_more", ZLoss, None, "this ZLoss has its own forward"),
     ("hook", LlamaForCausalLM, with_hook, "the output layer has hooks"),
     ("pre_hook", LlamaForCausalLM, with_pre_hook, "the output layer has hooks"),
     ("backward_hook", LlamaForCausalLM, with_backward_hook, "the output layer has hooks"),
-    ("instance_forward", LlamaForCausalLM, with_instance_forward, "the output layer has a forward of its own"),
-    ("loss_function", LlamaForCausalLM, with_loss_function, "has a loss function of its own"),
+    ("instance_forward", LlamaForCausalLM, with_instance_forward, "the output layer has its own forward"),
+    ("loss_function", LlamaForCausalLM, with_loss_function, "has its own loss function"),
 ]
 
 
@@ -290,7 +290,7 @@ def test_a_loss_of_its_own_is_not_passed_by(model_class, change, message, said):
     model.lighthouse(False)
     for _ in range(2):
         assert torch.equal(model(ids(), labels=ids()).loss, expected)
-    assert len(said) == 1 and "the loss is the model's own" in said[0]
+    assert len(said) == 1 and "the model's own loss is used" in said[0]
 
 
 def test_a_replaced_cross_entropy_is_not_passed_by(monkeypatch):
@@ -298,7 +298,7 @@ def test_a_replaced_cross_entropy_is_not_passed_by(monkeypatch):
         return 7 * source.float().logsumexp(-1).mean()
 
     monkeypatch.setattr(loss_utils, "fixed_cross_entropy", fixed_cross_entropy)
-    with pytest.raises(ValueError, match='the cross entropy was replaced: loss="model"'):
+    with pytest.raises(ValueError, match='the cross entropy was replaced: use loss="model"'):
         wrapped()
 
 
@@ -343,7 +343,11 @@ REFUSED = [
     ("cu_seqlens", {"cu_seqlens": torch.tensor([0, 40, 128])}, "cu_seqlens is given: packed documents"),
     ("short_positions", {"position_ids": torch.arange(TOKENS - 1)[None]}, "63 positions for 64 tokens"),
     ("cache_positions_that_jump", {"cache_position": 2 * torch.arange(TOKENS)}, "cache_position restart or jump"),
-    ("unknown", {"document_ids": torch.zeros(2, TOKENS)}, "document_ids is given: Lighthouse does not know it"),
+    (
+        "unknown",
+        {"document_ids": torch.zeros(2, TOKENS)},
+        "document_ids is given: Lighthouse does not know it",
+    ),
     ("unknown_number", {"temperature": 2.0}, "temperature is given: Lighthouse does not know it"),
 ]
 

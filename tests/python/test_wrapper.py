@@ -283,9 +283,9 @@ WRONG_MODELS = [
     ("not_of_transformers", lambda: torch.nn.Linear(2, 2), TypeError, "Linear: .*LlamaModel"),
     ("not_a_module", lambda: "llama", TypeError, "str: .*LlamaModel"),
     ("compiled", lambda: torch.compile(plain()), TypeError, "OptimizedModule around a LlamaForCausalLM"),
-    ("wrapped", wrapped, ValueError, "wrapped already.*unwrap it first"),
-    ("part_wrapped", part_wrapped, ValueError, "part of this LlamaForCausalLM is wrapped"),
-    ("forward_on_the_instance", with_forward, ValueError, "forward of its own on the instance"),
+    ("wrapped", wrapped, ValueError, "already wrapped.*unwrap it first"),
+    ("part_wrapped", part_wrapped, ValueError, "part of this LlamaForCausalLM is already wrapped"),
+    ("forward_on_the_instance", with_forward, ValueError, "its own forward on the instance"),
     ("loss_of_its_own", with_loss_function, ValueError, 'loss="model"'),
 ]
 

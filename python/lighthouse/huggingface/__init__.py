@@ -1,10 +1,10 @@
 """Lighthouse in models of Hugging Face Transformers.
 
-`wrapping.py` is the way into a wrapped model, `wrapped.py` what it does, `state.py` what it remembers,
-`attention_interface.py` how the attention gets into its layers, `architectures.py` the models it knows, `originals.py`
-what it replaces and `checks.py` what it is called with, each refused where it does not fit, `loss.py` the loss without
-logits, `callback.py` the switch to dense in a Trainer, `trainer_state.py` what that leaves. `export.py`, the way to a
-plain folder, needs the `train` extra: import it by name.
+`wrapping.py` wraps a model, `wrapped.py` is what a wrapped model does, `state.py` what it remembers, `looking.py` the
+check that it is unchanged, `attention_interface.py` the attention in its layers, `architectures.py` the supported
+models. `originals.py` checks what Lighthouse replaces, `checks.py` the arguments of a call. `loss.py` is the loss
+without logits, `switch.py` the switch to dense attention in a Trainer, `callback.py` the callback for any Trainer
+script, `steps.py` what the steps used, `trainer_state.py` what a Trainer saves. Export is in `lighthouse.export`.
 """
 
 from lighthouse.huggingface.architectures import ARCHITECTURES, Architecture, architecture_of

@@ -1,4 +1,4 @@
-"""The models that can be wrapped, and where in them things are.
+"""The models that can be wrapped, and where their parts are.
 
 One entry per architecture. A model belongs here if its attention is causal self-attention over the whole sequence and
 goes through Transformers' `AttentionInterface`. One whose attention normalises queries and keys per head (QK-norm)
@@ -60,7 +60,7 @@ ARCHITECTURES = (
 
 
 def architecture_of(model: nn.Module) -> Architecture:
-    """The entry for `model`. Raises `TypeError` if it is no model of Transformers, `ValueError` if it is another."""
+    """The entry for `model`. Raises `TypeError` if it is not a Transformers model, `ValueError` if not supported."""
     for architecture in ARCHITECTURES:
         if isinstance(model, (architecture.bare, architecture.causal)):
             return architecture
@@ -74,5 +74,5 @@ def architecture_of(model: nn.Module) -> Architecture:
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model is a {name}: a model of Transformers with causal self-attention is needed: {known}")
     raise ValueError(
-        f"model is a {name}: Lighthouse knows {known}, models with causal self-attention, and no others yet"
+        f"model is a {name}: Lighthouse supports {known}, models with causal self-attention, and no others yet"
     )

@@ -1,10 +1,10 @@
 """The attention under its name in Transformers: "lighthouse".
 
-A wrapped model's configuration names it while Lighthouse acts. What it does in a layer is what the state of the model
-says that the layer sits in (`state.py`); a dense layer has a configuration of its own that names a dense attention, and
+A wrapped model's configuration names it while Lighthouse acts. What it does in a layer follows from the
+state of the layer's model (`state.py`); a dense layer has a configuration of its own that names a dense attention, and
 never gets here.
-The wrapped model has refused beforehand what cannot be honoured; who calls a part of it directly passes that check by,
-so both functions here check again what they can see.
+The wrapped model has already refused what cannot be honoured. A direct call of a part of it bypasses that check, so
+both functions here check again what they can see.
 """
 
 from __future__ import annotations
@@ -42,26 +42,26 @@ def lighthouse_attention(
     seat = getattr(module, "lighthouse_seat", None)
     if seat is None:
         raise ValueError(
-            f'attention "{NAME}" in a {type(module).__name__} of no wrapped model: it is not chosen by name but by '
-            "LighthouseWrapper(model, ...); a configuration taken from a wrapped model names it, so for another model "
-            'make that with attn_implementation="sdpa"'
+            f'attention "{NAME}" in a {type(module).__name__} that is not part of a wrapped model: use '
+            "LighthouseWrapper(model, ...), not the name; a configuration copied from a wrapped model has this name: "
+            'for another model set attn_implementation="sdpa" in it'
         )
     state = seat.state
     if state is not None and not torch.compiler.is_compiling() and not state.is_running():
         raise ValueError(
-            f"this {type(module).__name__} is a part of a wrapped model and was called without it, where no length, "
-            "mask or stage is looked at: call the model itself, or switch Lighthouse off first "
+            f"this {type(module).__name__} is part of a wrapped model and was called directly, where length, mask and "
+            "stage are not checked: call the model itself, or switch Lighthouse off first "
             "(model.lighthouse(False), or model.eval() of the whole model)"
         )
     if state is None:
         raise ValueError(
-            f"this {type(module).__name__} is a copy of a wrapped model's and stands in none itself: put it into one, "
-            "or copy the layer after unwrap()"
+            f"this {type(module).__name__} is a copy of a wrapped model's layer and is in no wrapped model: insert it "
+            "into one, or copy the layer after unwrap()"
         )
     if state.with_gradients and not torch.is_grad_enabled():
         raise ValueError(
             "a layer runs without gradients in a training forward, as reentrant activation checkpointing does: its "
-            "backward could run another attention than the forward did; take use_reentrant=False, with "
+            "backward could run a different attention from the forward; use use_reentrant=False, with "
             "checkpoint_wrapper CheckpointImpl.NO_REENTRANT (and freeze layers by requires_grad_(False))"
         )
     settings = state.settings

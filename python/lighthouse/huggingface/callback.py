@@ -23,25 +23,25 @@ from lighthouse.huggingface.trainer_state import STATE, best_checkpoint, step_of
 
 logger = logging.getLogger("lighthouse")
 
-# What `export` tells of a checkpoint; the others are not numbers, or say how the model was trained and not what with.
+# What `export` reports of a checkpoint; the others are not numbers, or say how the model was trained and not what with.
 SAVED_SETTINGS = ("dense_layers", "eval")
 
 
 class LighthouseCallback(SwitchToDense, ExportableState):
-    """`SwitchToDense` at a share of the steps, a step or a number of tokens, which also tells what the steps did.
+    """`SwitchToDense` at a share of the steps, a step or a number of tokens, which also reports what the steps did.
 
     Args, one of which is given:
         switch_share: share of the optimizer steps that use Lighthouse, 0 to 1.
         switch_step: number of optimizer steps that use Lighthouse.
-        switch_tokens: Lighthouse until so many tokens were trained on, in whole steps. Needs
+        switch_tokens: Lighthouse until this many tokens were trained on, in whole steps. Needs
             `TrainingArguments(include_num_input_tokens_seen="all")`, by which the Trainer counts them on all devices.
 
-    A resumed run switches where the first one would have; another share, step or number than the checkpoint has counts
-    as a new wish. `step` is the switch's, None as long as it depends on tokens to come.
+    A resumed run switches where the first one would have; a share, step or number that differs from the checkpoint's
+    counts as a new wish. `step` is the switch's, None as long as it depends on tokens to come.
 
-    `steps` counts what the steps did, which is kept in each checkpoint too and told by `lighthouse export`: in which
-    Lighthouse acted and which were dense, as those are whose sequences are too short. None in a run that was resumed
-    from a checkpoint without these numbers. What keeps the model from use is logged at the end.
+    `steps` counts the steps in which Lighthouse acted and those that were dense, as with too short sequences; each
+    checkpoint keeps it and `lighthouse export` reports it. None in a run that was resumed from a checkpoint without
+    these numbers. The end of training logs why the model is not ready for use, if it is not.
 
     Raises `ValueError` at the start of training if the model is not wrapped, or the tokens are not counted.
     """
@@ -67,7 +67,7 @@ class LighthouseCallback(SwitchToDense, ExportableState):
         self.on_steps = 0  # in which Lighthouse was on, by a former share or step too
         self.counted: str | None = None  # which tokens the Trainer has counted from the first step on
         self.told_until = 0  # the step up to which all of this is known
-        self.loaded: dict | None = None  # what the best checkpoint says of itself, where the Trainer has loaded it
+        self.loaded: dict | None = None  # what the best checkpoint records, if the Trainer has loaded it
 
     def state(self) -> dict:
         steps = None if self.steps is None else asdict(self.steps)
@@ -138,7 +138,9 @@ class LighthouseCallback(SwitchToDense, ExportableState):
                 inside.trained_before(Steps(**its["steps"]), step, args.gradient_accumulation_steps)
             if step <= last:
                 inside.ready = False
-                said.append(f"The model is now the best checkpoint's, of step {step:,}, from before the dense stage.")
+                said.append(
+                    f"The model now has the best checkpoint's weights, of step {step:,}, from before the dense stage."
+                )
         said += not_ready(step, last, lighthouse)
         # The Trainer does so in checkpoints alone; `save_state` writes it too.
         state.stateful_callbacks[type(self).__name__] = self.state()
@@ -147,7 +149,7 @@ class LighthouseCallback(SwitchToDense, ExportableState):
                 logger.warning("Lighthouse: %s", sentence)
 
     def _say_what_changed(self, earlier: dict, state) -> None:
-        """A resumed run may be given a model that was wrapped otherwise."""
+        """A resumed run may have a model with other settings."""
         changed = [
             f"{name} was {earlier[name]!r}, is {value!r}"
             for name, value in self.settings.items()
@@ -164,18 +166,17 @@ class LighthouseCallback(SwitchToDense, ExportableState):
         wish = f"switch_tokens={self.given['switch_tokens']}"
         if args.include_num_input_tokens_seen == "no":
             raise ValueError(
-                f"{wish}: the Trainer does not count tokens; "
-                'TrainingArguments(include_num_input_tokens_seen="all") makes it do so'
+                f'{wish}: the Trainer does not count tokens; set TrainingArguments(include_num_input_tokens_seen="all")'
             )
         if state.global_step > 0 and self.counted is None:
             raise ValueError(
-                f"{wish}: the {state.global_step} steps of the checkpoint were made without counting their tokens, or "
-                f"not all of them as {args.include_num_input_tokens_seen!r} does; give switch_step"
+                f"{wish}: the {state.global_step} steps of the checkpoint were made without counting their tokens "
+                f"as {args.include_num_input_tokens_seen!r} does; use switch_step"
             )
 
 
 def _told_by(checkpoint: Path) -> dict:
-    """Of a checkpoint's state, what tells how its weights were trained."""
+    """The part of a checkpoint's state that records how its weights were trained."""
     told = {"global_step": step_of(checkpoint), "num_input_tokens_seen": 0, "stateful_callbacks": {}}
     if not (checkpoint / STATE).is_file():
         return told

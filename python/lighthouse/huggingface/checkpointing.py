@@ -23,7 +23,7 @@ def keep_choices(model: nn.Module) -> None:
 
 
 def forget_choices(model: nn.Module) -> None:
-    """Takes back what `keep_choices` did."""
+    """Undoes `keep_choices`."""
     for module, function in _checkpoint_functions(model):
         if function.keywords.get("context_fn") is checkpoint_contexts:
             keywords = {name: value for name, value in function.keywords.items() if name != "context_fn"}

@@ -1,8 +1,8 @@
 """What Lighthouse cannot honour, refused before the first layer runs.
 
 Transformers hands a custom attention no mask unless it asks, and no document boundaries at all: without these checks
-padding and packed documents would be ignored in silence. The trap is `torch.compile`: the values of a tensor cannot
-be looked at there, so the check becomes part of the graph and fails when it runs, as a RuntimeError on a CPU and as a
+padding and packed documents would be silently ignored. The trap is `torch.compile`: the values of a tensor cannot
+be read there, so the check becomes part of the graph and fails when it runs, as a RuntimeError on a CPU and as a
 device-side assertion on a GPU.
 """
 
@@ -29,7 +29,7 @@ REFUSED_KEYWORDS = {
     "block_sequence_ids": "attention in blocks is not supported",
 }
 
-# What may come along because it changes nothing that an attention computes, or is looked at elsewhere.
+# What is allowed because it changes nothing that an attention computes, or is checked elsewhere.
 KNOWN_KEYWORDS = frozenset(
     {
         *("input_ids", "inputs_embeds", "labels", "shift_labels", "num_items_in_batch", "logits_to_keep"),
@@ -71,15 +71,15 @@ def check_config(config) -> None:
 def check_checkpointing(body) -> None:
     """Refuses reentrant gradient checkpointing: it would recompute with whatever attention the last call left.
 
-    Transformers keeps the checkpoint function, a partial, on `body`; without `use_reentrant` torch takes it as True.
+    Transformers keeps the checkpoint function, a partial, on `body`; without `use_reentrant` torch assumes True.
     """
     if not getattr(body, "gradient_checkpointing", False):
         return
     keywords = getattr(body._gradient_checkpointing_func, "keywords", {})
     if keywords.get("use_reentrant", True) is not False:
         raise ValueError(
-            "gradient checkpointing is reentrant: its backward could run another attention than the forward did; "
-            'take the other kind: model.gradient_checkpointing_enable({"use_reentrant": False})'
+            "gradient checkpointing is reentrant: its backward could run a different attention from the forward; "
+            'use the other kind: model.gradient_checkpointing_enable({"use_reentrant": False})'
         )
 
 
@@ -107,7 +107,7 @@ def check_call(call: Mapping, rows: int, tokens: int, config, names: Collection[
 def check_keywords(keywords: Mapping) -> None:
     """Refuses what reaches an attention function as a keyword and changes what it would have to compute.
 
-    What is not known is refused too: nobody can tell what it asks for.
+    An unknown keyword is refused too: its meaning is not known.
     """
     for name, reason in REFUSED_KEYWORDS.items():
         if keywords.get(name) is not None:
@@ -117,7 +117,7 @@ def check_keywords(keywords: Mapping) -> None:
     for name, value in keywords.items():
         if value is not None and name not in KNOWN_KEYWORDS and name not in CACHES:
             raise ValueError(
-                f"{name} is given: Lighthouse does not know it, and what it asks of the attention would be lost; leave "
+                f"{name} is given: Lighthouse does not know it, and would ignore what it asks for; leave "
                 "it out of the batch" + WAY_OUT
             )
 
@@ -134,7 +134,7 @@ def check_length(tokens: int, config) -> None:
     if limit is not None and tokens > limit:
         raise ValueError(
             f"the sequence has {tokens} tokens, the model allows {limit}: "
-            "cut it, or make the model with a larger config.max_position_embeddings"
+            "shorten it, or make the model with a larger config.max_position_embeddings"
         )
 
 
@@ -152,7 +152,7 @@ def check_mask(mask, shape: tuple[int, int] | None = None) -> None:
             + WAY_OUT
         )
     if shape is not None and tuple(mask.shape) != shape:
-        raise ValueError(f"attention_mask is {list(mask.shape)}, the batch {list(shape)}: they must be alike")
+        raise ValueError(f"attention_mask is {list(mask.shape)}, the batch {list(shape)}: they must be equal")
     _require(
         (mask != 0).all(),
         "attention_mask hides tokens: Lighthouse supports no padding yet, only full sequences" + WAY_OUT,

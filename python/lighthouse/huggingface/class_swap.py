@@ -15,13 +15,13 @@ from weakref import WeakKeyDictionary
 
 
 class Swapped:
-    """Base of every behaviour that is laid over a plain class."""
+    """Base of every behaviour that is put over a plain class."""
 
     plain_class: type  # set in each class that `swapped_class` makes
 
     @classmethod
     def namespace(cls, plain: type) -> dict:
-        """What the class over `plain` gets beside this behaviour's methods."""
+        """What the class over `plain` gets besides this behaviour's methods."""
         return {}
 
     def __init__(self, *args, **kwargs):
@@ -51,13 +51,13 @@ def swapped_class(behaviour: type[Swapped], plain: type) -> type:
 
 
 def swap(instance, behaviour: type[Swapped]) -> None:
-    """Lays `behaviour` over the class of `instance`, in place; nothing happens where it lies there already."""
+    """Puts `behaviour` over the class of `instance`, in place; does nothing if it is already there."""
     if not isinstance(instance, behaviour):
         instance.__class__ = swapped_class(behaviour, type(instance))  # type: ignore[arg-type]  # as above
 
 
 def unswap(instance) -> None:
-    """Takes the behaviour off again; classes that others have put on top stay."""
+    """Removes the behaviour; classes that others have put on top stay."""
     instance.__class__ = unswapped_class(type(instance))
 
 

@@ -1,7 +1,7 @@
-"""Whether a wrapped model is still what was wrapped: looked at at the switch, in `train()` and in each forward.
+"""Checks that a wrapped model is unchanged: at the switch, in `train()` and in each forward.
 
-What is found changed is refused where Lighthouse is on and would not act, or not on what it was given; a layer that was
-put in, copied or taken out gets the seat that it has in the model now. Compiled code looks once, while it is traced.
+A change is refused if Lighthouse is on and would not act, or not on its input; a layer that was inserted, copied or
+removed gets the seat that it has in the model now. Compiled code checks once, while it is traced.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def say_why_dense_while_tracing(name: str, device: str) -> None:
 
 
 def say_why_dense(model: Stateful, tokens: int | None, device: str) -> None:
-    """Says once that, and by which rule, a sequence of `tokens` runs dense; None: their number is not known yet."""
+    """Logs once that, and by which rule, a sequence of `tokens` runs dense; None: their number is not known yet."""
     state = model._lighthouse
     rule, message = state.settings.why_dense(tokens, device)
     say_once(state.name, f"{message}: dense attention runs", rule)
@@ -47,7 +47,7 @@ def attention_modules(model: Stateful) -> list:
 
 
 def look_again(model: Stateful) -> None:
-    """Raises `ValueError` for what Lighthouse, switched on, would pass by."""
+    """Raises `ValueError` for a change that would bypass Lighthouse while it is on."""
     state = model._lighthouse
     named = model.config._attn_implementation
     if named not in (NAME, state.former):
@@ -66,8 +66,8 @@ def look_again(model: Stateful) -> None:
         forward = vars(model).get("forward")
         if forward is not None and not leads_to_ours(forward):
             raise ValueError(
-                f"this {type(model).__name__} has got a forward of its own on the instance since it was wrapped, "
-                f"{originals.place_of(forward)}, as Liger leaves it: Lighthouse would be passed by; wrap the model "
+                f"this {type(model).__name__} got its own forward on the instance after it was wrapped, "
+                f"{originals.place_of(forward)}, as Liger leaves it: it would bypass Lighthouse; wrap the model "
                 "without it"
             )
     seat_layers(model)
@@ -75,7 +75,7 @@ def look_again(model: Stateful) -> None:
 
 
 def seat_layers(model: Stateful) -> None:
-    """Every layer follows the model's state, whatever it came with."""
+    """Makes every layer follow the model's state, whatever it came with."""
     state = model._lighthouse
     modules = attention_modules(model)
     for index, module in enumerate(modules):

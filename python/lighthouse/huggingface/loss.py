@@ -9,7 +9,7 @@ called, so the whole loss is computed inside one call of the output layer, whose
 Sums are float32, the weight's gradient too: in bfloat16, 128 stretches made its error seven times that of plain logits.
 That is why torch 2.15's `linear_cross_entropy`, which works alike and in less memory, is not used: it sums the loss and
 the weight's gradient in the inputs' dtype (a bfloat16 loss of 4,096 tokens by 16,384 classes was 15 % off), under
-autocast it multiplies in float32, and it adds rows by `index_add_`, whose order on CUDA is by chance. `bench/loss.py`
+autocast it multiplies in float32, and it adds rows by `index_add_`, whose order on CUDA is random. `bench/loss.py`
 compares the two.
 """
 
@@ -65,7 +65,7 @@ class OutputLayer(_Layer):
         if not self.multiplies:
             raise TypeError(
                 f"the output layer is a {type(self).__name__}: the loss without logits needs a plain nn.Linear or "
-                'nn.Embedding; loss="model" takes the logits of any layer'
+                'nn.Embedding; use loss="model" for any other layer'
             )
         factors = hidden, self.weight, getattr(self, "bias", None)
         wanted = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in factors)
@@ -121,7 +121,7 @@ class _SummedLoss(torch.autograd.Function):
     def backward(ctx, grad_total):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             raise NotImplementedError(
-                'the loss without logits has no second derivatives: loss="model" takes the model\'s own, which has'
+                'the loss without logits has no second derivatives: use loss="model", which has them'
             )
         found = [
             None if gradient is None else _scaled(gradient, grad_total, dtype)
@@ -154,8 +154,8 @@ def next_token_loss(
 ) -> torch.Tensor:
     """The mean over all predicted tokens of the cross entropy, without the logits. What Transformers' own loss gives.
 
-    hidden `[B, N, C]`; labels `[B, N]`, the token at each place, -100 where nothing is to be predicted;
-    `shift_labels` `[B, N]`, the token behind each place, replaces them. With `num_items_in_batch` the sum is divided
+    hidden `[B, N, C]`; labels `[B, N]`: the token at each position, -100 to ignore it; `shift_labels` `[B, N]`: the
+    next token at each position, used instead. With `num_items_in_batch` the sum is divided
     by that number instead, as `Trainer` does for accumulated gradients. With `past_hooks` the layer's hooks do not run.
 
     Raises `ValueError` for labels of another shape.

@@ -1,8 +1,8 @@
-"""Whether what Lighthouse replaces is what it is taken for: Transformers' own code.
+"""Checks that what Lighthouse replaces is Transformers' own code.
 
-A layer with an attention of its own would never run Lighthouse, or run without the mask it counts on and see later
-tokens; a forward with a loss of its own would be passed by. Neither can be seen from names. What can be seen is where a
-function's code lies: here each function of a chain of wrappers has to lie in Transformers.
+A layer with its own attention would never run Lighthouse, or run without the mask it relies on and see later tokens; a
+forward with its own loss would be bypassed. Names show neither, but a function's code has a file: each function of a
+chain of wrappers must be in Transformers.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lighthouse.huggingface.attention_interface import NAME, dense_name, lightho
 _PACKAGE = str(Path(transformers.__file__).parent) + "/"
 _TORCH = str(Path(torch.__file__).parent) + "/"
 
-# Attentions that Transformers brings; kernels of its hub have a "/" in their names.
+# Attentions that Transformers has; kernels of its hub have a "/" in their names.
 OWN_NAMES = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
 
 # Whose hooks gather what is sharded, and change no number.
@@ -73,19 +73,19 @@ def check_attention_module(index: int, module: nn.Module, attention: type[nn.Mod
 
 def _why_another(module: nn.Module, attention: type[nn.Module]) -> str | None:
     if type(module).__call__ is not nn.Module.__call__:
-        return f"a __call__ of its own: {_SELF_ATTENTION}"
+        return f"its own __call__: {_SELF_ATTENTION}"
     if "forward" in vars(module):
-        return f"a forward of its own on the instance: {_SELF_ATTENTION}"
+        return f"its own forward on the instance: {_SELF_ATTENTION}"
     if not is_own(type(module).forward, f"{attention.__name__}.forward"):
-        return f"a forward of its own, {place_of(type(module).forward)}: {_SELF_ATTENTION}"
+        return f"its own forward, {place_of(type(module).forward)}: {_SELF_ATTENTION}"
     if getattr(module, "is_causal", True) is not True:
         return f"is_causal={module.is_causal!r}: Lighthouse is causal self-attention only"
     return None
 
 
 _SELF_ATTENTION = (
-    "Lighthouse replaces the attention of Transformers' own, and would pass by another or take its mask away; to train "
-    "with an attention of your own call lighthouse.attention in it, without the wrapper"
+    "Lighthouse replaces only Transformers' own attention, and would bypass another one or drop its mask; to train "
+    "with your own attention, call lighthouse.attention in it, without the wrapper"
 )
 
 
@@ -123,7 +123,7 @@ def check_attention_function(name: str, module: nn.Module) -> None:
 
 
 _SELF_CHOSEN = (
-    "Lighthouse would replace it and what its mask hides, and the dense stage would not train what Lighthouse trained; "
+    "Lighthouse would bypass it and its mask, and the dense stage would not train what Lighthouse trained; "
     'set "sdpa", "eager" or a flash attention before wrapping, and leave their entries in Transformers\' registry as '
     "they are (sequence parallelism replaces them, and each process would attend within its own shard)"
 )
@@ -142,19 +142,19 @@ def check_registry() -> None:
 
 
 def why_own_loss(model: nn.Module, output_layer: nn.Module, forward: Callable, causal: type[nn.Module]) -> str | None:
-    """What of the model's own loss the loss without logits would pass by; None where it gives the same.
+    """What in the model's own loss the loss without logits would bypass; None where it gives the same.
 
     `forward` is the plain class's, `causal` the architecture's class with an output layer.
     """
     name = type(model).__name__
     if not is_own(forward, f"{causal.__name__}.forward"):
-        return f"this {name} has a forward of its own, {place_of(forward)}"
+        return f"this {name} has its own forward, {place_of(forward)}"
     if not is_own(model.loss_function, "ForCausalLMLoss"):
-        return f"this {name} has a loss function of its own, {place_of(model.loss_function)}"
+        return f"this {name} has its own loss function, {place_of(model.loss_function)}"
     if not is_own(loss_utils.fixed_cross_entropy) or not F.cross_entropy.__code__.co_filename.startswith(_TORCH):
         return "the cross entropy was replaced"
     if "forward" in vars(output_layer):
-        return "the output layer has a forward of its own on the instance"
+        return "the output layer has its own forward on the instance"
     if _hooks(output_layer, sharding=False):
         return "the output layer has hooks"
     return None
@@ -166,7 +166,7 @@ def may_pass_hooks(layer: nn.Module) -> bool:
     if others and _hooks(layer, sharding=True):
         raise ValueError(
             f"the input embedding is sharded and has a hook, {place_of(others[0])}: it is the output layer too, and "
-            "the hook would run on the loss; take a model with an output layer of its own"
+            "the hook would run on the loss; use a model with its own output layer"
         )
     return bool(others)
 

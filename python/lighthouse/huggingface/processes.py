@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 
-# Most telling first. Not SLURM_NTASKS: it is set in a batch script too, where one process runs.
+# Most reliable first. Not SLURM_NTASKS: it is set in a batch script too, where one process runs.
 COUNTED_BY = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 
 
 def launched() -> tuple[str, int]:
-    """The variable that tells and its number; `("", 1)` where nothing does."""
+    """The variable that gives the number, and the number; `("", 1)` if there is none."""
     for name in COUNTED_BY:
         number = os.environ.get(name, "")
         if number.isdecimal() and int(number) > 1:
@@ -26,7 +26,7 @@ def strangers(found: int) -> str | None:
     if number == 1 or found > 1:
         return None
     return (
-        f"{name}={number}: a launcher has started {number} processes, and they are not joined: each would train alone, "
+        f"{name}={number}: a launcher has started {number} processes, but they are not joined: each would train alone, "
         f"on the same rows and into the same folder; start them with torchrun --nproc_per_node {number}, or one "
         f"process alone with {name}=1"
     )

@@ -1,4 +1,4 @@
-"""The arguments of a plain model's forward, as a wrapped model takes them."""
+"""The arguments of a plain model's forward, as a wrapped model accepts them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def positional_names(plain: Any) -> list[str]:
-    """Of the arguments of `plain.forward`; of the nearest base that names them where it takes `*args`."""
+    """Names of the arguments of `plain.forward`, or of the nearest base that names them if it has `*args`."""
     for cls in plain.__mro__:
         parameters = inspect.signature(cls.forward).parameters.values()
         if not any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):

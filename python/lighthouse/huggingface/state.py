@@ -1,8 +1,8 @@
 """What a wrapped model remembers, and the seat that each of its Lighthouse layers has in it.
 
-What decides is one place: every layer asks the state of the model it sits in. The trap is a layer that is copied: it
-takes its configuration, and with it the attention's name, along. So a copied seat belongs to no model until the model
-that the layer stands in gives it one, and a layer without one is refused by the attention.
+One place decides: every layer asks the state of its model. The trap is a copied layer: its configuration, with the
+attention's name, is copied too. So a copied seat belongs to no model until the layer's model gives it one, and the
+attention refuses a layer without one.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Used(NamedTuple):
 if TYPE_CHECKING:
 
     class Stateful(Swapped, PreTrainedModel):
-        """A wrapped model as those see it who are not to know what it does."""
+        """A wrapped model, for modules that do not depend on what it does."""
 
         _lighthouse: State
         plain_class: Any
@@ -46,7 +46,7 @@ else:
 
 @dataclass
 class State:
-    """What a wrapped model remembers beside its plain attributes."""
+    """What a wrapped model remembers besides its plain attributes."""
 
     settings: LighthouseSettings
     former: str  # the attention the model came with
@@ -82,7 +82,7 @@ class State:
                 config._attn_implementation = wanted
 
     def enter(self, acts: bool) -> tuple[bool, bool] | None:
-        """Begins a forward with Lighthouse or without; returns that of this thread which it lies in, for `leave`.
+        """Begins a forward with Lighthouse or without; returns the enclosing forward of this thread, for `leave`.
 
         Raises `RuntimeError` where another thread runs the model with the other attention, which has the same name.
         """
@@ -94,8 +94,8 @@ class State:
         thread = threading.get_ident()
         if any(other[0] != acts for number, other in list(self.running.items()) if number != thread):
             raise RuntimeError(
-                "another thread runs this model at the same time, with Lighthouse where this one is dense or the other "
-                "way round: a wrapped model has one attention at a time"
+                "another thread is running this model with the other attention, Lighthouse or dense: a "
+                "wrapped model has one attention at a time"
             )
         outer = self.running.get(thread)
         self.running[thread] = acts, gradients
@@ -104,7 +104,7 @@ class State:
         return outer
 
     def leave(self, outer: tuple[bool, bool] | None) -> None:
-        """Ends a forward; the one that it lay in goes on with its own attention."""
+        """Ends a forward; the enclosing one continues with its own attention."""
         self.with_gradients = outer is not None and outer[1]
         if torch.compiler.is_compiling():
             return
@@ -153,7 +153,7 @@ class State:
 
     @property
     def hardly_dense(self) -> tuple[int, int] | None:
-        """(training forwards, the dense ones among them) where these are too few for dense attention; else None."""
+        """(training forwards, dense ones among them) if the dense ones are too few, else None."""
         lighthouse, dense = self.lighthouse_forwards, self.dense_forwards
         few = lighthouse > 0 and dense < LEAST_DENSE_SHARE * (lighthouse + dense)
         return (lighthouse + dense, dense) if few and not self.ran_compiled else None
@@ -181,7 +181,7 @@ _said: set[tuple[str, str]] = set()
 def say_once(name: str, message: str, rule: str | None = None) -> None:
     """Logs a warning once per model, rule (by default the message itself) and process.
 
-    Compiled code says it while it is compiled.
+    Compiled code logs it while it is compiled.
     """
     if (name, rule or message) not in _said:
         _said.add((name, rule or message))

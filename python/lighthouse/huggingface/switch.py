@@ -1,4 +1,4 @@
-"""The switch from Lighthouse to dense attention: when it comes, and what is done there.
+"""The switch from Lighthouse to dense attention: when it happens, and what is done then.
 
 The trap is the resumed run: a share of the steps moves when there are more of them. So the step is worked out once and
 kept, and compared with `state.global_step`.
@@ -33,7 +33,7 @@ class Switch:
             if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
                 raise TypeError(f"{name}={value!r}: a whole number is needed")
             if value is not None and value < 0:
-                raise ValueError(f"{name}={value}: a number from 0 on is needed")
+                raise ValueError(f"{name}={value}: at least 0 is needed")
         if self.share is not None:
             if isinstance(self.share, bool) or not isinstance(self.share, (int, float)):
                 raise TypeError(f"{self.share_name}={self.share!r}: a number is needed")
@@ -46,7 +46,7 @@ class Switch:
         return all(value is None or value > 0 for value in (self.share, self.step, self.tokens))
 
     def steps(self, max_steps: int, tokens_per_step: int | None = None) -> int | None:
-        """How many steps use Lighthouse, of which there may be fewer; None where only their tokens will tell."""
+        """How many steps use Lighthouse, of which there may be fewer; None if that depends on their tokens."""
         if self.share is not None:
             return round(self.share * max_steps)
         if self.step is not None:
@@ -60,9 +60,9 @@ class SwitchToDense(TrainerCallback):
     """Lighthouse on in the first `step` optimizer steps, off after them. Optimizer and schedule are untouched.
 
     Where the Trainer evaluates at all, it also does so right before the switch: the last dense loss of that stage. With
-    `load_best_model_at_end` a checkpoint is saved there too, or with `each_loss_saved` at every evaluation: the Trainer
-    takes a loss for the best though nothing was saved there, and would load another checkpoint. `step` is None as long
-    as it is not known.
+    `load_best_model_at_end` a checkpoint is saved there too (with `each_loss_saved`, at every evaluation), or the
+    Trainer could count a loss as the best although no checkpoint was saved at it, and load another one. `step` is None
+    as long as it is not known.
     """
 
     def __init__(self, step: int | None, *, each_loss_saved: bool = False):
@@ -89,7 +89,7 @@ def wrapped_in(model) -> WrappedModel:
         inside = getattr(inside, "_orig_mod", getattr(inside, "module", None))
     if inside is None:
         raise ValueError(
-            f"the Trainer's {type(model).__name__} is not wrapped: model = LighthouseWrapper(model, ...) before the "
-            "Trainer is made"
+            f"the Trainer's {type(model).__name__} is not wrapped: call LighthouseWrapper(model, ...) before making "
+            "the Trainer"
         )
     return inside

@@ -1,4 +1,4 @@
-"""What Transformers' Trainer leaves of a run: its checkpoints' names, their state, and which of them is the best."""
+"""What Transformers' Trainer saves of a run: its checkpoints' names, their state, and which of them is the best."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def step_of(checkpoint: Path) -> int:
 
 
 def best_checkpoint(state, training) -> Path | None:
-    """The checkpoint whose weights the Trainer loads at its end, where that is to be the best and there is one.
+    """The best checkpoint, whose weights the Trainer loads at its end with `load_best_model_at_end`; None without one.
 
-    `state` is a `TrainerState`, `training` the `TrainingArguments`. Not by `best_global_step`, of which there may be no
+    `state` is a `TrainerState`, `training` the `TrainingArguments`. `best_global_step` is not used: it may have no
     checkpoint.
     """
     best = state.best_model_checkpoint if training.load_best_model_at_end else None

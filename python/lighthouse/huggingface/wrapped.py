@@ -1,10 +1,10 @@
-"""What a wrapped model does differently from the plain one, as a class laid over the plain model's.
+"""What a wrapped model does differently from the plain one, as a class over the plain model's.
 
 Each forward is decided once, here: Lighthouse acts, or the plain model runs with its own attention and masks. The
-decision is the attention's name in the model's configuration. It is left standing after the forward, because gradient
+decision is the attention's name in the model's configuration. It stays after the forward, because gradient
 checkpointing runs the layers again in the backward and has to find the same name. Where another call has changed it in
-between, `use_reentrant=False` raises torch's RuntimeError; reentrant checkpointing would give wrong gradients in
-silence, and is refused.
+between, `use_reentrant=False` raises torch's RuntimeError; reentrant checkpointing would silently give wrong
+gradients, and is refused.
 
 Two configurations: the model's, a copy of its own since the one it came with may be shared with other models, and the
 one that dense layers hold, which names a dense attention while the model's names Lighthouse.
@@ -47,8 +47,8 @@ class WrappedModel(Stateful):
 
         The configuration stays the model's own copy, equal in content to the one it came with but for later changes.
         Nothing of Lighthouse stays on the plain model, so a second `model.unwrap()` is an AttributeError;
-        `lighthouse.unwrap(model)` says it in a clear ValueError. Warns of a model that was trained with Lighthouse and
-        not, or hardly, with dense attention after that.
+        `lighthouse.unwrap(model)` raises a clear ValueError. Warns if the model was trained with Lighthouse but not, or
+        hardly, with dense attention after that.
         """
         state = self._lighthouse
         self._say_if_not_ready()
@@ -76,15 +76,14 @@ class WrappedModel(Stateful):
             say_once(
                 state.name,
                 "this model was trained with Lighthouse and with no step of dense attention after it: it is not ready "
-                "for the dense attention that it has from now on; train on with model.lighthouse(False) before "
-                "unwrap()",
+                "for the dense attention it now has; continue training with model.lighthouse(False) before unwrap()",
             )
         elif state.hardly_dense is not None:
             forwards, dense = state.hardly_dense
             say_once(
                 state.name,
                 f"of this model's {forwards:,} training forwards only {dense:,} had dense attention: with "
-                f"less than {LEAST_DENSE_SHARE:.0%} it is hardly ready for it; train on before it is used",
+                f"less than {LEAST_DENSE_SHARE:.0%} it is hardly ready for it; continue training before using it",
             )
 
     def _forget_forward(self) -> None:
@@ -162,14 +161,14 @@ class WrappedModel(Stateful):
             self._settle()
 
     def save_pretrained(self, *args, **kwargs) -> None:
-        """The plain model's files. Says once where no dense training has followed Lighthouse: others run them dense."""
+        """Saves the plain model. Logs once if no dense training has followed Lighthouse: others run it dense."""
         state = self._lighthouse
         if state.enabled or not state.ready:
-            still = "and Lighthouse is still on: " if state.enabled else ""
+            still = " and Lighthouse is still on" if state.enabled else ""
             say_once(
                 state.name,
-                f"what is saved is the plain model, {still}without steps of dense attention (lighthouse(False), then "
-                "train on) its weights are not ready for the dense attention that others run",
+                f"the plain model is saved{still}: without dense steps (lighthouse(False), then continue training) its "
+                "weights are not ready for dense attention, which every other program uses",
             )
         super().save_pretrained(*args, **kwargs)
 
@@ -250,8 +249,8 @@ class WrappedModel(Stateful):
         if no_cache and (acts or call.get("position_ids") is None):
             call["use_cache"] = False  # dense with position_ids: they mean something else to it without a cache
         if acts and call.get("attention_mask") is not None:
-            call["attention_mask"] = None  # it hides nothing: _acts has looked
-        # In eval() only what Lighthouse does: who forgets no_grad there trains nothing.
+            call["attention_mask"] = None  # it hides nothing: _acts has checked
+        # In eval() it counts only if Lighthouse acts: an evaluation without no_grad trains nothing.
         if torch.is_grad_enabled() and (self.training or acts):
             state.note_training(acts)
         outer = state.enter(acts)
@@ -296,30 +295,30 @@ class WrappedModel(Stateful):
         if not self.training:
             say_once(
                 state.name,
-                'in eval() Lighthouse acts, as eval="lighthouse" asks for: losses do not compare with dense ones',
+                'Lighthouse acts in eval() because of eval="lighthouse": losses are not comparable with dense ones',
             )
         return True
 
     def _loss_is_ours(self, call: dict) -> bool:
-        """Not where the model has its own and that, or some of the logits, is asked for."""
+        """Whether the loss without logits is used: not if the model's own, or some of the logits, are asked for."""
         state = self._lighthouse
         if not architecture_of(self).has_head(self):
             if call.get("ignore_index") is not None:
-                raise ValueError("ignore_index is given: a bare model's labels are left out by -100")
+                raise ValueError("ignore_index is given: for a bare model mark ignored labels with -100")
             return True
         kept = call.get("logits_to_keep")
         if state.settings.loss != "chunked" or not (kept is None or (isinstance(kept, int) and kept == 0)):
             return False
         if call.get("ignore_index") is not None:
             return False
-        # Evaluations that take hidden states along would find them in the place of the logits.
+        # Evaluations that ask for hidden states would find them in place of the logits.
         if not self.training and call.get("output_hidden_states", self.config.output_hidden_states):
             return False
         if state.own_loss is not None:
             say_once(
                 state.name,
-                f'{state.own_loss}: the loss is the model\'s own, which holds all logits; loss="model" says that it '
-                "is to be",
+                f'{state.own_loss}: the model\'s own loss is used, which holds all logits; set loss="model" to silence '
+                "this",
             )
             return False
         return True

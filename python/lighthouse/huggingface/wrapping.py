@@ -1,4 +1,4 @@
-"""The way into a wrapped model: everything is checked before anything is changed."""
+"""Wraps a model: everything is checked before anything is changed."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from lighthouse.huggingface.wrapped import WrappedModel
 
 
 def wrap(model: PreTrainedModel, settings: LighthouseSettings) -> WrappedModel:
-    """Lays `WrappedModel` over `model`, in place. `lighthouse.LighthouseWrapper` is the way in for users.
+    """Puts `WrappedModel` over `model`, in place. Users call `lighthouse.LighthouseWrapper`.
 
     Raises `TypeError` or `ValueError` before anything is changed.
     """
     if isinstance(model, WrappedModel):
         raise ValueError(
-            f"this {type(model).__name__} is wrapped already, with {model.lighthouse_settings}; "
+            f"this {type(model).__name__} is already wrapped, with {model.lighthouse_settings}; "
             "unwrap it first for other settings"
         )
     architecture = architecture_of(model)
@@ -58,13 +58,14 @@ def wrap(model: PreTrainedModel, settings: LighthouseSettings) -> WrappedModel:
 
 
 def _say_if_never(model: WrappedModel) -> None:
-    """Of settings with which Lighthouse acts at no length that the model allows."""
+    """Warns of settings with which Lighthouse acts at no length that the model allows."""
     state, device = model._lighthouse, next(model.parameters()).device.type
     longest = checks.longest(model.config)
     if longest is None or device == "meta" or state.settings.pays(longest, device):
         return
     _, message = state.settings.why_dense(longest, device)
-    say_once(state.name, f"{message}, and the model allows no longer ones: with these settings Lighthouse never acts")
+    never = "the model allows no longer sequences: with these settings Lighthouse never acts"
+    say_once(state.name, f"{message}, and {never}")
 
 
 def _check_model(model: PreTrainedModel, architecture: Architecture, settings: LighthouseSettings) -> None:
@@ -72,11 +73,11 @@ def _check_model(model: PreTrainedModel, architecture: Architecture, settings: L
     checks.check_config(model.config)
     if "forward" in vars(model):
         raise ValueError(
-            f"this {name} has a forward of its own on the instance, as Liger or accelerate leave it: wrap it before"
+            f"this {name} has its own forward on the instance, as Liger or accelerate leave it: wrap the model first"
         )
     for module in architecture.body(model).modules():
         if isinstance(module, WrappedModel):
-            raise ValueError(f"a part of this {name} is wrapped already: unwrap it, then wrap the whole")
+            raise ValueError(f"a part of this {name} is already wrapped: unwrap it, then wrap the whole")
     modules = architecture.attention(architecture.body(model))
     originals.check_layers(modules, architecture.attention_class)
     originals.check_attention_functions(model.config._attn_implementation, modules[0])
@@ -85,8 +86,8 @@ def _check_model(model: PreTrainedModel, architecture: Architecture, settings: L
         layer = architecture.output_layer(model)
         reason = originals.why_own_loss(model, layer, type(model).forward, architecture.causal)
         if settings.loss == "chunked" and reason is not None:
-            raise ValueError(f'{reason}: loss="model" uses it, the loss without logits would pass it by')
+            raise ValueError(f'{reason}: use loss="model"; the loss without logits would bypass it')
     elif settings.loss == "model":
         raise ValueError(
-            f'loss="model": a {name} has no loss of its own; take "chunked" or a {architecture.causal.__name__}'
+            f'loss="model": a {name} has no loss of its own; use "chunked" or a {architecture.causal.__name__}'
         )
