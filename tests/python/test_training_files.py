@@ -62,15 +62,15 @@ def test_what_is_left_out_is_counted_by_reason_and_named(tmp_path, monkeypatch):
     found = find(text)
     assert {reason: (count, Path(first).name) for reason, (count, first) in found.left_out.found.items()} == {
         "hidden": (2, ".git"),
-        "links to nothing": (2, "gone.txt"),
-        "no regular files": (1, "pipe"),
-        "that may not be read": (2, "locked"),
-        "of rows, which --dataset json reads": (2, "more.JSONL.gz"),
-        "of rows, which --dataset csv reads": (1, "table.csv"),
+        "broken links": (2, "gone.txt"),
+        "special files": (1, "pipe"),
+        "without read permission": (2, "locked"),
+        "with rows, to be read with --dataset json": (2, "more.JSONL.gz"),
+        "with rows, to be read with --dataset csv": (1, "table.csv"),
         "not UTF-8 text": (3, "latin.txt"),
         "without text": (1, "empty.txt"),
         "that cannot be decompressed": (1, "broken.gz"),
-        "with the text of another": (1, "copy.txt"),
+        "with the same text as another": (1, "copy.txt"),
     }
     for said in (f"; left out: 2 hidden ({text}/.git, ...); ", f"; 1 without text ({text}/empty.txt)"):
         assert said in str(found)
@@ -200,7 +200,7 @@ def test_a_text_that_comes_twice_is_used_once_and_not_in_both_parts(tmp_path, tw
         " ".join(each.split()) for each in texts
     }
     files_twice = len({os.path.realpath(path) for path in text.rglob("*.*")}) > len(texts)
-    assert ("with the text of another" in str(corpus.left_out)) == (files_twice or twice is rows_twice)
+    assert ("with the same text as another" in str(corpus.left_out)) == (files_twice or twice is rows_twice)
 
 
 def test_of_large_files_only_those_that_look_alike_are_read_whole(tmp_path, monkeypatch):
@@ -213,7 +213,7 @@ def test_of_large_files_only_those_that_look_alike_are_read_whole(tmp_path, monk
     corpus = find(tmp_path)
     assert {Path(file.path).name for file in corpus.source.files} == set("acd")
     assert {"a", "b"} <= set(whole) <= set("abc")
-    assert str(corpus.left_out) == f"left out: 1 with the text of another ({tmp_path}/b)"
+    assert str(corpus.left_out) == f"left out: 1 with the same text as another ({tmp_path}/b)"
 
 
 def test_compressed_files_that_begin_alike_are_two(tmp_path):

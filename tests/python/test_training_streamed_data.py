@@ -209,7 +209,7 @@ def test_two_processes_share_the_rows_skip_alike_and_have_one_text(tmp_path):
             assert [place for a, b in pairs for place in [*a, *b]] == expected[4 * skip : 4 * skip + 24], (name, skip)
     for stream in (False, True):
         for found in (first, second):
-            assert "is another text on process 1 than on process 0" in found[f"refused {stream}"]
+            assert "the text on process 1 differs from that on process 0" in found[f"refused {stream}"]
 
 
 def test_the_end_of_a_pass_is_said(find, caplog):

@@ -101,8 +101,8 @@ class Stand:
 
 NO_IDS = [
     ("none", [3, None], "'stand' has no id for some text"),
-    ("negative", [3, -1], "'stand' gives the id -1, and its vocabulary has 0 to 8"),
-    ("beyond_the_vocabulary", [9], "'stand' gives the id 9, and its vocabulary has 0 to 8"),
+    ("negative", [3, -1], "'stand' gives the id -1, but its vocabulary has 0 to 8"),
+    ("beyond_the_vocabulary", [9], "'stand' gives the id 9, but its vocabulary has 0 to 8"),
 ]
 
 
@@ -119,7 +119,7 @@ def test_what_is_no_id_is_refused(ids, message):
 def test_one_that_adds_marks_by_itself_is_refused():
     adds = Stand(1, 3)
     adds.all_special_ids, adds.all_special_tokens = [1], ["</s>"]
-    with pytest.raises(ValueError, match="tokenizer='stand' adds '</s>' to a text by itself"):
+    with pytest.raises(ValueError, match="tokenizer='stand' adds '</s>' to a text although"):
         _check_text_stays_text("stand", Encoder(adds))
 
 
@@ -133,7 +133,7 @@ def test_the_identity_is_all_that_a_tokenizer_saves_and_gives():
 def test_a_tokenizer_that_changes_text_is_said_to(tmp_path, encoder):
     assert encoder.loses == ""
     lowers = load_tokenizer(save_letters(tmp_path, normalizer=normalizers.Lowercase()))
-    assert "'The light of" in Encoder(lowers).loses and "comes back as 'the light of" in Encoder(lowers).loses
+    assert "'The light of" in Encoder(lowers).loses and "is decoded as 'the light of" in Encoder(lowers).loses
 
 
 def test_many_unknown_tokens_are_said(tmp_path):
@@ -144,7 +144,7 @@ def test_many_unknown_tokens_are_said(tmp_path):
         (tmp_path / str(number)).write_text(f"{number} " + "the sea by night, and a ship\n" * 50)
     options = DataOptions(data=[str(tmp_path / str(number)) for number in range(9)], held_out=2)
     said = str(data.find_corpus(options, context=128, seed=0, tokenizer=tokenizer))
-    assert re.search(r"\nNote: \d+\.\d% of the held-out tokens are the unknown one, '<unk>'\.", said)
+    assert re.search(r"\nNote: \d+\.\d% of the held-out tokens are the unknown token '<unk>'\.", said)
 
 
 def without_end_mark(folder: Path) -> str:
@@ -162,9 +162,9 @@ def of_class(name: str):
 REFUSED = [
     ("a_missing_folder", lambda folder: "./nowhere", OSError, "tokenizer='./nowhere' cannot be loaded"),
     ("an_empty_folder", str, ValueError, "tokenizer=.* cannot be loaded: "),
-    ("no_end_mark", without_end_mark, ValueError, "has no end mark"),
-    ("an_end_mark_that_is_a_word", save_whole_words, ValueError, "reads '</s>' in a text as its special token 1"),
-    ("no_vocabulary", of_class("LlamaTokenizer"), ValueError, "knows no text, 3 tokens in all"),
+    ("no_end_mark", without_end_mark, ValueError, "has no end token"),
+    ("an_end_mark_that_is_a_word", save_whole_words, ValueError, "encodes '</s>' in a text as its special token 1"),
+    ("no_vocabulary", of_class("LlamaTokenizer"), ValueError, "cannot encode text, with 3 tokens in all"),
     ("a_missing_package", of_class("MarianTokenizer"), ValueError, "requires the SentencePiece library"),
 ]
 

@@ -1,1 +1,1 @@
-"""Text to train on: found, read, held out and cut into rows of tokens. Knows nothing of models."""
+"""Text to train on: found, read, held out and made into rows of tokens. Knows nothing of models."""

@@ -1,7 +1,7 @@
-"""Rows cut before training, once, into a memory-mapped file of `datasets`' cache.
+"""Rows made before training, once, in a memory-mapped file of `datasets`' cache.
 
-The trap: everything that changes rows must be in the cache's key. What was cut also has a digest of its ids, by which
-a resumed run sees whether its rows are those that it began with.
+The trap: everything that changes rows must be in the cache's key. The rows also have a digest of their ids, by which a
+resumed run sees whether they are those that it began with.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from lighthouse.text.documents import LeftOut
 from lighthouse.text.tokenizer import tokens_of
 
-# Part of the cache's key and of a text's fingerprint: raise it when the same text is to give other rows, or a stream
+# Part of the cache's key and of a text's fingerprint: raise it if the same text is to give other rows, or a stream
 # another order.
 ROWS_VERSION = 4
 
@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 def cut_once(corpus) -> tuple[Path, dict]:
     """The folder with the rows and their documents' ends, and what was noted of them; made whole or not at all.
 
-    The first process that asks cuts, and the others find it in the cache.
+    The first process that asks makes it, and the others find it in the cache.
     """
     key = [ROWS_VERSION, corpus.context, corpus.encoder.identity, corpus.source.key]
     key += [sorted(corpus.held_out.documents.items())]
@@ -59,8 +59,8 @@ def cut_once(corpus) -> tuple[Path, dict]:
                 written = sum(file.stat().st_size for file in made.iterdir())
                 raise OSError(
                     error.errno,
-                    f"no space for the cut text in {str(folder.parent)!r}, {written / 1e9:.3g} GB were written "
-                    f"({error.strerror}): set HF_DATASETS_CACHE to a folder with more, or use stream",
+                    f"no space for the tokenized text in {str(folder.parent)!r}, {written / 1e9:.3g} GB were written "
+                    f"({error.strerror}): set HF_DATASETS_CACHE to a folder with more space, or use stream",
                 ) from error
             finally:
                 shutil.rmtree(made, ignore_errors=True)
@@ -80,7 +80,7 @@ def first_process() -> bool:
 
 
 def _is_whole(folder: Path) -> bool:
-    """A machine that lost its power may have renamed a folder whose files were not written yet."""
+    """After a loss of power a renamed folder may lack files that were not written yet."""
     try:
         sizes = json.loads((folder / ABOUT).read_text(encoding="utf-8"))["sizes"]
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
@@ -139,11 +139,11 @@ def _cut(corpus, folder: Path) -> None:
 
 @contextmanager
 def _progress(source):
-    """Yields a function that passes documents on and shows how far they are, when it takes more than two seconds."""
+    """Yields a function that passes documents on and shows the progress, if it takes more than two seconds."""
     files = source.kind == "files"
     total = sum(file.bytes for file in source.files) if files else len(source)
     unit = {"unit": "B", "unit_scale": True, "unit_divisor": 1000} if files else {"unit": " documents"}
-    with tqdm(total=total, desc="cutting the text", delay=2, **unit) as bar:
+    with tqdm(total=total, desc="tokenizing the text", delay=2, **unit) as bar:
 
         def counted(pieces):
             for piece in pieces:

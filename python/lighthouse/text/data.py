@@ -1,7 +1,7 @@
 """Text to rows of token ids, each one context long: what there is of it, and where a row came from.
 
-Documents are tokenised without special tokens, joined with an end mark after each, and cut. Rows are cut before
-training (`cutting`), or, where the text is streamed, while training. Where text comes from: `files` and `tables`; what
+Documents are tokenized without special tokens, joined with an end token after each, and cut into rows: before training
+(`cutting`) or, if the text is streamed, while training. Where text comes from: `files` and `tables`; what
 is held out: `held_out`.
 """
 
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 class Corpus:
-    """The text of a run. `str()` tells what it is, `fingerprint` whether another is the same text and held-out part."""
+    """The text of a run. `str()` describes it; equal `fingerprint`s mean the same text and held-out part."""
 
     def __init__(
         self, source, *, streamed: bool, context: int, seed: int, held_out: int, encoder: Encoder, key: str = ""
@@ -44,7 +44,7 @@ class Corpus:
         self.seed = seed
         self.most_held_out = held_out
         self.encoder = encoder
-        self.key = key  # what `key_of` made of the options it was found by
+        self.key = key  # `key_of` its options
         self._ends: np.ndarray | None = None
         self._cut: dict | None = None  # what `cutting` noted of the rows
 
@@ -54,26 +54,26 @@ class Corpus:
 
     @property
     def name(self) -> str:
-        """As an error names it."""
+        """Its name in errors."""
         option = "data" if self.source.kind == "files" else "dataset"
         return f"{option}={self.source.title!r}"
 
     @property
     def fingerprint(self) -> str:
-        """Known before the text is cut: of files of another size, or another text in the parts that are looked at."""
+        """Known before the text is tokenized: it changes with file sizes and with the text in the sampled parts."""
         parts = [cutting.ROWS_VERSION, self.source.fingerprint, self.seed, self.most_held_out, self.encoder.identity]
         return hash_of(parts)
 
     @property
     def rows_fingerprint(self) -> str | None:
-        """Of the ids of all rows, in order. None before `rows_of`; of a stream, of the held-out rows alone."""
+        """A hash of the ids of all rows, in order. None before `rows_of`; of a stream, of the held-out rows alone."""
         if self._cut is None and not self.streamed:
             return None
         return hash_of([self._cut and self._cut["digest"], self.held_out.rows.tobytes()])
 
     @property
     def train_tokens(self) -> int:
-        """Of files; about, unless bytes are the tokens and no file is compressed."""
+        """Training tokens of files; an estimate, unless bytes are the tokens and no file is compressed."""
         train = [file for n, file in enumerate(self.source.files) if n not in self.held_out.documents]
         if self._exact:
             return sum(file.size + 1 for file in train)
@@ -81,13 +81,13 @@ class Corpus:
 
     @property
     def held_out_tokens(self) -> int:
-        """Of all documents that are held out, evaluated or not; about, unless bytes are the tokens."""
+        """Tokens of all held-out documents, evaluated or not; an estimate, unless bytes are the tokens."""
         held = self.held_out
         return len(held.documents) + (held.bytes if self.encoder.is_bytes else int(held.bytes * held.tokens_per_byte))
 
     @property
     def left_out(self) -> LeftOut:
-        """What is not used of the text, as far as it was read."""
+        """The text that is not used, as far as it was read."""
         return self.source.left_out + self.source.passed_over
 
     @property
@@ -97,7 +97,9 @@ class Corpus:
 
     @property
     def too_little(self) -> str:
-        return f"{self.name} holds less than a context of {self.context:,} tokens beside what is held out{self.but_for}"
+        return (
+            f"{self.name} holds less than {self.context:,} tokens, one context, besides the held-out text{self.but_for}"
+        )
 
     @property
     def _exact(self) -> bool:
@@ -107,21 +109,21 @@ class Corpus:
         """Raises `ValueError` if `total` tokens are too few for a row to train on and one held out."""
         if total < 2 * self.context:
             raise ValueError(
-                f"{self.name} holds {about}{total:,} tokens, and {2 * self.context:,} are needed: one context of "
+                f"{self.name} holds {about}{total:,} tokens, but {2 * self.context:,} are needed: one context of "
                 f"{self.context:,} to train on and one held out{self.but_for}"
             )
 
     def describe(self, place: Iterable[int]) -> str:
         """Which documents a training row holds; `place` is what the batch says of the row.
 
-        Of files and datasets cut before training this needs `rows_of` to have been called.
+        Unless the text is streamed, `rows_of` must have been called.
         """
         place = [int(number) for number in place]
         if self.streamed:
             row, round, number, offset = place
             return f"row {row:,} of pass {round:,}: from token {offset:,} of {self.source.name(number)} on"
         if self._ends is None:
-            raise ValueError("the rows are not cut yet: rows_of(corpus) cuts them")
+            raise ValueError("the rows are not made yet: call rows_of(corpus) first")
         [row] = place
         start, stop = row * self.context, (row + 1) * self.context
         first, last = np.searchsorted(self._ends, [start, stop - 1], side="right").tolist()
@@ -131,23 +133,23 @@ class Corpus:
             if end > begin:
                 span = f"{max(start, begin) - begin:,} to {min(stop, end) - begin:,} of {end - begin:,}"
                 parts.append(f"{self.source.name(number)}, tokens {span}")
-        more = [f"and {len(parts) - 5:,} documents more"] if len(parts) > 5 else []
+        more = [f"and {len(parts) - 5:,} more documents"] if len(parts) > 5 else []
         return f"row {row:,}: " + "; ".join(parts[:5] + more)
 
     def passes(self, steps: int, tokens_per_step: int) -> str:
-        """What `rows_of` made of the text, and how often a run goes over it; empty where nobody knows."""
+        """What `rows_of` made of the text, and how often a run reads it; empty if that is not known."""
         if self.streamed:
             if self.source.kind != "files":
                 return ""
-            return f"The run reads {steps * tokens_per_step / self.train_tokens:.3g} times the text to train on, about."
+            return f"The run reads the training text about {steps * tokens_per_step / self.train_tokens:.3g} times."
         if self._cut is None:
             return ""
         rows, rows_per_step = self._cut["rows"], tokens_per_step // self.context
         if rows < rows_per_step:
             return ""
         rest = self._cut["tokens"] - rows * self.context
-        said = f"The run reads {steps / (rows // rows_per_step):.3g} times the {rows:,} rows to train on"
-        said += f"; {rest:,} tokens at their end fill no row." if rest else "."
+        said = f"The run reads the {rows:,} training rows {steps / (rows // rows_per_step):.3g} times"
+        said += f"; the last {rest:,} tokens do not fill a row." if rest else "."
         return f"{said} {self._held_out_said.capitalize()}." if self.source.kind == "dataset" else said
 
     @property
@@ -155,7 +157,7 @@ class Corpus:
         held, what = self.held_out, "file" if self.source.kind == "files" else "document"
         documents, rows = len(held.documents), len(held.rows)
         about = "" if self.encoder.is_bytes else "about "
-        asked = f" ({self.most_held_out} were asked for: a tenth of the text at most is held out)"
+        asked = f" ({self.most_held_out} were asked for, but at most a tenth of the text is held out)"
         return (
             f"{documents:,} {what}{'s' if documents > 1 else ''} of {about}{self.held_out_tokens:,} tokens held out, "
             f"{rows} x {self.context:,} tokens of them evaluated{asked if rows < self.most_held_out else ''}"
@@ -165,8 +167,8 @@ class Corpus:
         source = self.source
         if source.kind == "dataset":
             return (
-                f"{source.title}, column {source.column!r}: loaded and cut before training; documents held out, up to "
-                f"{self.most_held_out} x {self.context:,} tokens of them evaluated"
+                f"{source.title}, column {source.column!r}: loaded and tokenized before training; documents held out, "
+                f"up to {self.most_held_out} x {self.context:,} tokens of them evaluated"
             ) + self._notes
         if source.kind == "stream":
             said = f"{source.title}, column {source.column!r}: streamed, its first {self._held_out_said}"
@@ -180,16 +182,16 @@ class Corpus:
 
     @property
     def _notes(self) -> str:
-        """Lines about what a tokenizer does not keep of a text."""
+        """Lines about what the tokenizer loses of the text."""
         notes = [self.encoder.loses]
         if self.source.kind != "dataset" and self.held_out.unknown > MANY_UNKNOWN:
             token = self.encoder.tokenizer.unk_token
-            notes.append(f"Note: {self.held_out.unknown:.1%} of the held-out tokens are the unknown one, {token!r}.")
+            notes.append(f"Note: {self.held_out.unknown:.1%} of the held-out tokens are the unknown token {token!r}.")
         return "".join(f"\n{note}" for note in notes if note)
 
 
 def key_of(options, *, context: int, seed: int) -> str:
-    """What of a run's options decides its `Corpus`: where it is alike, `find_corpus` finds the same one."""
+    """The options of a run that decide its `Corpus`: if they are equal, `find_corpus` finds the same one."""
     names = ("data", "dataset", *OF_DATASETS, "stream", "held_out", "tokenizer")
     return repr([{name: getattr(options, name, None) for name in names}, context, seed])
 
@@ -213,9 +215,9 @@ def find_corpus(options, *, context: int, seed: int, tokenizer=None) -> Corpus:
     apart, one is used.
 
     Raises:
-        FileNotFoundError: a path that does not exist, a pattern that matches no file, a dataset that is not there.
-        OSError: a dataset that cannot be reached, a file or folder that may not be read.
-        ValueError: no text, or too little; too few documents to hold one out; files of rows among texts; an unknown
+        FileNotFoundError: a path that does not exist, a pattern that matches no file, a dataset that does not exist.
+        OSError: a dataset that cannot be reached, a file or folder without read permission.
+        ValueError: no text, or too little; too few documents to hold one out; files with rows among texts; an unknown
             split or column, or a dataset that cannot be read.
     """
     source = open_source(options, seed)
@@ -252,11 +254,11 @@ def rows_of(corpus: Corpus) -> tuple[datasets.Dataset | StreamedRows, datasets.D
     """The rows to train on and those held out.
 
     A row to train on is `{"input_ids": [context], "place": what Corpus.describe takes}`; a held-out row has no place.
-    Rows are cut by the first process that asks and found in the cache by the others.
+    The first process that asks makes the rows, and the others find them in the cache.
 
     Raises:
-        ValueError: a file that the user named is no text, text changed meanwhile, there is too little, or it is not the
-            same on all processes.
+        ValueError: a file that the user named is not text, text changed meanwhile, there is too little, or it is not
+            the same on all processes.
         OSError: no space is left for the cache, or the dataset cannot be loaded.
     """
     value = datasets.Value(str(corpus.encoder.dtype))
@@ -273,7 +275,7 @@ def rows_of(corpus: Corpus) -> tuple[datasets.Dataset | StreamedRows, datasets.D
 
 
 def _check_same_everywhere(corpus: Corpus) -> None:
-    """Each process finds its text itself, and other machines may hold another at the same path."""
+    """Each process finds its text itself, and machines may have different texts at the same path."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
     found: list = [None] * torch.distributed.get_world_size()
@@ -281,8 +283,8 @@ def _check_same_everywhere(corpus: Corpus) -> None:
     others = [rank for rank, text in enumerate(found) if text != found[0]]
     if others:
         raise ValueError(
-            f"{corpus.name} is another text on process {others[0]} than on process 0: all need the same files and the "
-            "same tokenizer; put them where every machine reads them, or copy them to each"
+            f"{corpus.name}: the text on process {others[0]} differs from that on process 0: all need the same files "
+            "and the same tokenizer; put them where every machine reads them, or copy them to each"
         )
 
 
@@ -299,11 +301,11 @@ def collate(rows: list[dict]) -> dict:
 
 
 class StreamedRows(torch.utils.data.IterableDataset):
-    """Rows cut while training, without end, in an order that depends on the seed alone.
+    """Rows made while training, without end, in an order that depends on the seed alone.
 
     In each pass over the text each row comes once; what is left at its end and fills no row is not used. Rows are drawn
     from a buffer of 8 Mi tokens, or 16 rows. Row k is the same in every iteration, so a resumed run that skips as many
-    rows goes on where it was; it reads the text again up to there.
+    rows continues where it was; it reads the text again up to there.
     """
 
     def __init__(self, corpus: Corpus):
@@ -317,7 +319,7 @@ class StreamedRows(torch.utils.data.IterableDataset):
                 raise ValueError(
                     f"dataloader_num_workers={worker.num_workers}: a stream is read in order, by one worker or none"
                 )
-            # The tokenizer's threads do not survive the fork; it would say so and go on without them.
+            # The tokenizer's threads do not survive the fork; it would warn and continue without them.
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         round = 0
         while True:

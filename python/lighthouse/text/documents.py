@@ -1,8 +1,8 @@
-"""What a document is, wherever it comes from: UTF-8 text in pieces, known again by what it says.
+"""What a document is, wherever it comes from: UTF-8 text in pieces, recognized by its content.
 
 A document may be longer than memory: it comes in pieces of about 256 KiB that end with a line where they can, and a
-tokenizer sees a piece at a time. The trap: the same text comes twice, under two names, and one of them would be held
-out and the other trained on. Whoever passes documents on asks `Seen`.
+tokenizer sees a piece at a time. The trap: the same text may come twice, under two names, and one copy would be held
+out and the other trained on. So every source checks its documents with `Seen`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ WHITE_SPACE = b" \t\n\r\f\v"
 # Why a document is not used.
 WITHOUT_TEXT = "without text"
 NOT_UTF8 = "not UTF-8 text"
-SAME_TEXT = "with the text of another"
+SAME_TEXT = "with the same text as another"
 
 Documents = Iterator[tuple[int, Iterable[bytes]]]  # a number, by which the source names it, and its text
 
@@ -38,7 +38,7 @@ class TextLost(ValueError):
 
 
 class LeftOut:
-    """What is not used: by reason how many, and the first of them. `str()` is a line, `found` fits into JSON."""
+    """What is not used: how many by reason, and the first of each. `str()` is a line, `found` fits into JSON."""
 
     def __init__(self, found: dict[str, list] | None = None):
         self.found = {reason: list(entry) for reason, entry in (found or {}).items()}  # reason: [how many, the first]
@@ -78,7 +78,7 @@ class TextDigest:
         return self._hash.digest()[:16]
 
     def reading(self, pieces: Iterable[bytes]) -> Iterator[bytes]:
-        """The same pieces, of which the digest is once all were taken."""
+        """The same pieces; the digest is theirs once all were read."""
         for piece in pieces:
             self.update(piece)
             yield piece
@@ -88,9 +88,9 @@ BLANK = TextDigest().digest()
 
 
 class Seen:
-    """A set of digests of which 8 bytes each are kept: 10^8 documents take 0.8 GB.
+    """A set of digests, which keeps 8 bytes of each: 10^8 documents need 0.8 GB.
 
-    That two of so many texts share them by chance, and one is left out in error, happens once in 3,000 times.
+    The chance that two of so many texts share them, and one is left out in error, is 1 in 3,000.
     """
 
     RECENT = 2**17
@@ -150,7 +150,7 @@ def _seam(text: bytes) -> int:
 
 
 def changed(path: str) -> str:
-    """The error of a file that is another, or gone, while a command uses it."""
+    """The error for a file that has changed, or is gone, while a command uses it."""
     return f"data={path!r} changed since this command found it: text must stay as it is until the command ends"
 
 

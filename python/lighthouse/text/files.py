@@ -1,7 +1,7 @@
 """Text from files, each one document: UTF-8, also compressed.
 
-Whether a file is text is known for its first 64 KiB only until it is read. The trap: a file that changes while a
-command runs would be other rows than the cache's key and the run's settings say; each reading checks that it did not.
+Until a file is read, only its first 64 KiB are known to be text. The trap: the rows of a file that changes while a
+command runs would not match the cache's key and the run's settings; each reading checks that it did not.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from lighthouse.text.documents import (
 )
 
 HEAD = 2**16
-SAMPLES, SAMPLE = 16, 2**12  # blocks of a file, and their bytes, that are looked at past its head
+SAMPLES, SAMPLE = 16, 2**12  # blocks of a file that are sampled after its head, and their bytes
 MOST_IN_MEMORY = 2**26  # bytes of one document; a longer file is read twice, first to see whether all of it is text
 
-COMPRESSED_TO = 4  # bytes of text that a compressed byte stands for, about
+COMPRESSED_TO = 4  # bytes of text per compressed byte, roughly
 BROKEN = "that cannot be decompressed"
 
 
@@ -71,8 +71,8 @@ class Files:
     title: str
     files: tuple[TextFile, ...]
     seed: int
-    left_out: LeftOut  # what was found and is no text
-    passed_over: LeftOut = field(default_factory=LeftOut)  # what is not used of the files, by the latest `training`
+    left_out: LeftOut  # files that were found but are not text
+    passed_over: LeftOut = field(default_factory=LeftOut)  # files that the latest `training` did not use
 
     kind = "files"
 
@@ -82,12 +82,12 @@ class Files:
 
     @property
     def key(self) -> str:
-        """Of what the files hold, as far as their state tells."""
+        """Identifies the files' content, as far as their state shows."""
         return repr([(file.real, file.size, file.modified, file.changed, file.sample) for file in self.files])
 
     @property
     def fingerprint(self) -> str:
-        """Of the same, for files of any name and place: the order counts, and what can be seen without reading all."""
+        """The same for files of any name and place: it depends on their order, sizes and samples."""
         return repr([(file.size, file.sample) for file in self.files])
 
     def __len__(self) -> int:
@@ -106,7 +106,7 @@ class Files:
         return ((number, file.bytes) for number, file in enumerate(self.files))
 
     def one(self, number: int) -> Iterator[bytes]:
-        """A document's pieces, checked as they come: raises `NotText` where it stops to be text."""
+        """A document's pieces, checked as they come: raises `NotText` where it stops being text."""
         return _checked(self.files[number])
 
     def training(self, held_out: Mapping[int, bytes], round: int | None = None) -> Documents:
@@ -132,7 +132,7 @@ class Files:
 
 
 def open_files(data: list[str] | None, seed: int) -> Files:
-    """The files that `data` stands for, of which the first 64 KiB and a few blocks are read."""
+    """The files that `data` selects; reads the first 64 KiB and a few blocks of each."""
     left_out = LeftOut()
     if data is None:
         title, found = str(finding.standard_library()), finding.python_sources(finding.standard_library())
@@ -149,7 +149,7 @@ def open_files(data: list[str] | None, seed: int) -> Files:
             left_out.add(error.reason, path)
         except PermissionError as error:
             if named:
-                raise PermissionError(f"data={path!r} may not be read: {error.strerror}") from error
+                raise PermissionError(f"data={path!r} cannot be read: {error.strerror}") from error
             left_out.add(finding.UNREADABLE, path)
     files = _without_copies(files, left_out)
     if not files:
@@ -181,7 +181,7 @@ def _text_file(path: str, real: str, named: bool) -> TextFile:
 
 
 def _without_copies(files: list[TextFile], left_out: LeftOut) -> list[TextFile]:
-    """Of files that are the same to the byte the first. Only those are read whole that look alike so far."""
+    """Keeps the first of byte-identical files; reads only those whole whose sizes and samples match."""
     alike = Counter((file.size, file.sample) for file in files)
     kept, contents = [], set()
     for file in files:
@@ -267,7 +267,7 @@ def _blocks(file: TextFile) -> Iterator[bytes]:
 
 
 def _check_unchanged(file: TextFile) -> None:
-    """Also before a file is said to be no text: one that is being written is for a while no whole archive."""
+    """Called also before a file is rejected as not text: an archive that is still being written is incomplete."""
     state = os.stat(file.path) if os.path.exists(file.path) else None
     if state is None or (state.st_size, state.st_mtime_ns) != (file.size, file.modified):
         raise ValueError(changed(file.path))
@@ -286,7 +286,7 @@ def _checked(file: TextFile) -> Iterator[bytes]:
 
 
 def _whole(file: TextFile) -> tuple[bytes, Iterable[bytes]]:
-    """A file's digest and its pieces, when all of it was found to be text."""
+    """A file's digest and its pieces, after checking that all of it is text."""
     digest, first, size = TextDigest(), [], 0
     for piece in digest.reading(_checked(file)):
         size += len(piece)

@@ -1,4 +1,4 @@
-"""Which files `--data` stands for: those that a person finds who looks into the folders, and what is left out of them.
+"""The files that `--data` selects, and what is left out.
 
 Links are followed, to folders too, and loops of them end. A file that is reached in two ways is one file.
 """
@@ -15,12 +15,12 @@ from pathlib import Path
 from lighthouse.text.documents import LeftOut
 
 HIDDEN = "hidden"
-DANGLING = "links to nothing"
-UNREADABLE = "that may not be read"
-SPECIAL = "no regular files"
+DANGLING = "broken links"
+UNREADABLE = "without read permission"
+SPECIAL = "special files"
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
-# Files of rows, of which a field is the text, and how they are read: as text they would be trained on with all their
+# Files with rows, whose text is in one field, and how to read them: as text they would be trained on with all their
 # marks and fields.
 ROWS = {
     ".json": "--dataset json",
@@ -35,12 +35,12 @@ NOT_SOURCES = {"site-packages", "dist-packages", "__pycache__", "test", "tests",
 
 
 def find(entries: list[str], left_out: LeftOut) -> list[tuple[str, str, bool]]:
-    """Of each file once, sorted: its path, its real path, and whether an entry names the file itself.
+    """Each file once, sorted: its path, its real path, and whether an entry names the file itself.
 
     Raises:
         FileNotFoundError: an entry that does not exist, or a pattern without files.
-        PermissionError: a folder that was named may not be read.
-        ValueError: an entry that is neither file nor folder, or is a file of rows.
+        PermissionError: a folder that was named cannot be read.
+        ValueError: an entry that is neither file nor folder, or is a file with rows.
     """
     found: list[tuple[str, str, bool]] = []
     walked: set[str] = set()
@@ -68,7 +68,7 @@ def python_sources(root: Path) -> list[tuple[str, str, bool]]:
 
 
 def suffix_of_rows(path: str) -> str | None:
-    """The suffix that tells that a file, compressed or not, has rows; None where it may be text."""
+    """The suffix of a file, compressed or not, if it means that it has rows; None if it may be text."""
     name = path.lower()
     for suffix in COMPRESSED:
         name = name.removesuffix(suffix)
@@ -79,7 +79,7 @@ def suffix_of_rows(path: str) -> str | None:
 def _is_of_rows(path: str, left_out: LeftOut) -> bool:
     suffix = suffix_of_rows(path)
     if suffix is not None:
-        left_out.add(f"of rows, which {ROWS[suffix]} reads", path)
+        left_out.add(f"with rows, to be read with {ROWS[suffix]}", path)
     return suffix is not None
 
 
@@ -91,9 +91,9 @@ def _find(entry: str, left_out: LeftOut, walked: set[str]) -> Iterator[tuple[str
     elif os.path.isdir(path):
         yield from _files_below(path, left_out, walked, entry)
     elif os.path.exists(path):
-        raise ValueError(f"data={entry!r} is no regular file: text is read more than once; save it as a file first")
+        raise ValueError(f"data={entry!r} is not a regular file: text is read more than once; save it as a file first")
     elif os.path.lexists(path):
-        raise FileNotFoundError(f"data={entry!r} is a link to nothing")
+        raise FileNotFoundError(f"data={entry!r} is a broken link")
     elif glob.has_magic(path):
         some = False
         for match in sorted(glob.iglob(path, recursive=True)):
@@ -119,13 +119,13 @@ def _refuse_rows(entry: str, path: str) -> None:
             way.replace("FOLDER", repr(os.path.dirname(path) or ".")) if "FOLDER" in way else f"{way} --data {entry!r}"
         )
         raise ValueError(
-            f"data={entry!r} is a file of rows ({suffix}), not a text: {way} reads a column of it, --text_column; to "
-            "train on all its marks and fields, give it another suffix"
+            f"data={entry!r} is a file with rows ({suffix}), not a text: read a column of it (--text_column) with "
+            f"{way}; to train on all its marks and fields, give it another suffix"
         )
 
 
 def _files_below(top: str, left_out: LeftOut, walked: set[str], entry: str = "") -> Iterator[tuple[str, str, bool]]:
-    """The regular files of a folder to its bottom. Linked folders come last: what is there too has the plain path."""
+    """The regular files of a folder, recursively. Linked folders come last: the plain path of a file counts."""
     folders, links = deque([top]), deque[str]()
     while folders or links:
         folder = folders.popleft() if folders else links.popleft()
@@ -138,7 +138,7 @@ def _files_below(top: str, left_out: LeftOut, walked: set[str], entry: str = "")
                 entries = sorted(found, key=lambda entry: entry.name)
         except PermissionError as error:
             if entry and folder == top:
-                raise PermissionError(f"data={entry!r} may not be read: {error.strerror}") from error
+                raise PermissionError(f"data={entry!r} cannot be read: {error.strerror}") from error
             left_out.add(UNREADABLE, folder)
             continue
         for each in entries:

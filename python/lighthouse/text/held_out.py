@@ -1,7 +1,7 @@
 """Which documents are held out, and their rows.
 
-Whole documents are, so that no part of one is trained on: by chance of files and loaded datasets, the first of a
-stream. What is held out is known by what it says and not by its name: no copy of it is trained on either.
+Whole documents are, so that no part of one is trained on: random ones of files and loaded datasets, the first of a
+stream. They are recognized by their content, not by their names: no copy of one is trained on either.
 
 The trap: one document may be most of the text. Shares are of bytes and never of documents, and what a compressed file
 holds is known only when it was read.
@@ -25,7 +25,7 @@ MOST_AT_ALL = 0.5
 class HeldOut:
     """Documents that are not trained on, and the rows cut from them."""
 
-    documents: dict[int | str, bytes]  # what the source names each by, and its `TextDigest`
+    documents: dict[int | str, bytes]  # the source's name of each, and its `TextDigest`
     rows: np.ndarray  # [rows, context]
     bytes: int  # of these documents, whole
     tokens_per_byte: float
@@ -82,8 +82,8 @@ def hold_out(corpus) -> HeldOut:
     else:
         if source.kind == "stream":
             raise ValueError(
-                f"{corpus.name} ends before {corpus.most_held_out} x {context:,} tokens are held out, with nothing "
-                "left to train on: leave out stream, or lower held_out"
+                f"{corpus.name} has fewer than the {corpus.most_held_out} x {context:,} tokens to hold out, so nothing "
+                "is left to train on: leave out stream, or lower held_out"
             )
     if tokens < context:
         if source.kind == "files" and read > 0:
@@ -99,11 +99,11 @@ def _nothing_to_hold_out(corpus, tokens: int) -> str:
     if corpus.source.kind == "files":
         largest = max(file.bytes for file in corpus.source.files)
         return (
-            f"{corpus.name}: whole files are held out, and no choice of its {len(corpus.source)} files leaves a "
-            f"context of {corpus.context:,} tokens held out and half of the text to train on: split the largest, "
+            f"{corpus.name}: whole files are held out, but no choice of its {len(corpus.source)} files holds out a "
+            f"context of {corpus.context:,} tokens and leaves half of the text to train on: split the largest, "
             f"of {largest:,} bytes{corpus.but_for}"
         )
     return (
-        f"{corpus.name}: whole documents are held out, and no choice of them leaves a context of {corpus.context:,} "
-        f"tokens held out and half of the text to train on (found: {tokens:,} tokens); split the largest documents"
+        f"{corpus.name}: whole documents are held out, but no choice of them holds out a context of {corpus.context:,} "
+        f"tokens and leaves half of the text to train on (found: {tokens:,} tokens); split the largest documents"
     )

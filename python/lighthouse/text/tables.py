@@ -1,8 +1,8 @@
 """Text from datasets of the `datasets` library, each row one document: loaded, or streamed while training.
 
-The traps: the library names what it loaded by the paths and times of local files, so that a dataset that lies elsewhere
-is another to it. What a run is compared by looks into the files instead. And it never looks whether a file changed
-since it was found.
+The traps: the library identifies a dataset by the paths and times of its local files, so a copy elsewhere is another
+dataset to it. Runs are compared by the files' content instead. And it never checks whether a file changed since it was
+found.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from lighthouse.text.files import sample_of
 
 FORMATS = ("json", "parquet", "csv", "text", "arrow", "xml")
 LOOKED_AT = 1000  # rows, for one with text
-CHECKED = 2**23  # bytes of a stream's text after which its files are looked at again
+CHECKED = 2**23  # bytes of a stream's text after which its files are checked again
 OF_A_PLACE = {"name", "version", "data_dir", "data_files", "description"}  # of a builder's configuration: not its text
 
 
@@ -70,7 +70,7 @@ class Table:
             except datasets.exceptions.DatasetGenerationError as error:
                 self.local.check()
                 raise ValueError(f"dataset={self.title!r} cannot be read: {error.__cause__ or error}") from error
-            self.local.check()  # else the library would keep a later text under the name of the one that was found
+            self.local.check()  # else the library would cache a later text under the name of the one that was found
             _check_column(self.title, rows.features, self.column)
             self._rows = rows.select_columns([self.column])
         return self._rows
@@ -87,7 +87,7 @@ class Table:
         return sum(pc.sum(pc.binary_length(chunk)).as_py() or 0 for chunk in self.rows.data.column(self.column).chunks)
 
     def sizes(self) -> Iterator[tuple[int, int]]:
-        """Candidates to hold out, by chance, each once: number and size in bytes."""
+        """Candidates to hold out, in random order, each once: number and size in bytes."""
         chance, rows = np.random.default_rng([self.seed]), self.rows.with_format("arrow")
         seen: set[int] = set()
         while len(seen) < len(self):
@@ -117,7 +117,7 @@ class Table:
 
 @dataclass
 class Stream:
-    """A dataset read while training. Its documents have no numbers that last: one held out is known by its text."""
+    """A dataset read while training. Its documents have no lasting numbers: one held out is recognized by its text."""
 
     title: str
     fingerprint: str
@@ -194,7 +194,7 @@ class LocalFiles:
 
 
 def open_dataset(options, seed: int) -> Table | Stream:
-    """The dataset that `options` name, of which the first rows are read up to one with text."""
+    """The dataset that `options` name; reads its first rows, up to one with text."""
     name, split, column = options.dataset, options.dataset_split, options.text_column
     if name in FORMATS and not os.path.isdir(name):
         _check_files(name, options.data)
@@ -202,7 +202,7 @@ def open_dataset(options, seed: int) -> Table | Stream:
     try:
         builder = datasets.load_dataset_builder(name, options.dataset_config, data_files=options.data or None)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"dataset={name!r} is not there: {error}") from error
+        raise FileNotFoundError(f"dataset={name!r} does not exist: {error}") from error
     except OSError as error:
         raise OSError(f"dataset={name!r} cannot be loaded: {error}") from error
     except Exception as error:
@@ -214,8 +214,8 @@ def open_dataset(options, seed: int) -> Table | Stream:
         features = datasets.Features.from_arrow_schema(pa.Table.from_pylist([row]).schema)
     if row.get(column, "") is None:
         raise ValueError(
-            f"text_column={column!r} of {title} holds nothing in its first rows, up to {LOOKED_AT:,}: name the column "
-            f"with the text; there is {', '.join(features)}"
+            f"text_column={column!r} of {title} is empty in the first rows (up to {LOOKED_AT:,}): give the column that "
+            f"has the text; columns: {', '.join(features)}"
         )
     _check_column(title, features, column)
     found = title, fingerprint(builder, split, column), local
@@ -225,7 +225,7 @@ def open_dataset(options, seed: int) -> Table | Stream:
 
 
 def fingerprint(builder: datasets.DatasetBuilder, split: str, column: str) -> str:
-    """Of what shows without reading all: how files are read, and of each the commit or, here, size and samples."""
+    """Made without reading everything: how files are read, and of each the commit or, if local, size and samples."""
     config = {name: value for name, value in vars(builder.config).items() if name not in OF_A_PLACE}
     files = builder.config.data_files or {}
     return repr([builder.name, config, split, column, {str(part): _states(files[part]) for part in files}])
@@ -242,11 +242,11 @@ def _states(files: list[str]) -> list:
 
 def _check_files(name: str, data: list[str] | None) -> None:
     if not data:
-        raise ValueError(f"dataset={name!r} is a format of files: name them with data")
+        raise ValueError(f"dataset={name!r} is a file format: give the files with data")
     for entry in data:
         if os.path.isdir(entry):
             raise ValueError(
-                f"data={entry!r} is a folder, and dataset={name!r} takes files: name them, such as "
+                f"data={entry!r} is a folder, but dataset={name!r} needs files: name them, such as "
                 f"{os.path.join(entry, '*.' + name)!r}, or read the folder with --dataset {entry}"
             )
 
@@ -254,7 +254,7 @@ def _check_files(name: str, data: list[str] | None) -> None:
 def _first_row(
     builder, name: str, split: str, column: str, data, whole_splits: bool
 ) -> tuple[datasets.IterableDataset, dict]:
-    """The split as a stream, and its first row that holds something in the column, or the last that was looked at."""
+    """The split as a stream, and its first row that holds something in the column, or the last that was read."""
     part = re.split(r"[\[+]", split)[0].strip()
     if whole_splits and "[" in split:
         raise ValueError(f"dataset_split={split!r}: a streamed dataset has whole splits only, such as {part!r}")
@@ -271,23 +271,23 @@ def _first_row(
             raise ValueError(f"dataset_split={split!r} is unknown to dataset={name!r}: {error}") from error
         raise ValueError(f"dataset={name!r} cannot be read: {error}") from error
     if row is None:
-        files = f"; no file of data={data} is there, or they are empty" if data else ""
+        files = f"; no file of data={data} exists, or all are empty" if data else ""
         raise ValueError(f"dataset={name!r}, split {split!r} has no rows{files}")
     return rows, row
 
 
 def _check_column(title: str, features: dict, column: str) -> None:
     if column not in features:
-        raise ValueError(f"text_column={column!r} is no column of {title}: there is {', '.join(features)}")
+        raise ValueError(f"text_column={column!r} is not a column of {title}; columns: {', '.join(features)}")
     held = getattr(features[column], "dtype", features[column])
     if held not in ("string", "large_string"):
-        raise ValueError(f"text_column={column!r} of {title} holds {held}, and not text")
+        raise ValueError(f"text_column={column!r} of {title} has {held} instead of text")
 
 
 def _each_once(
     source: Table | Stream, texts: Iterable[tuple[int, str | None]], held_out: Collection[bytes], among: bool = False
 ) -> Documents:
-    """Of documents with the same text the first, and none that is held out, also where these are `among` the texts."""
+    """The first of documents with the same text, and none that is held out, even if those are `among` the texts."""
     seen, themselves = Seen(held_out), set(held_out if among else ())
     for number, text in texts:
         try:
@@ -308,7 +308,7 @@ def _each_once(
 
 def _pieces(text: str | None, name: str) -> list[bytes]:
     if text is not None and not isinstance(text, str):
-        raise ValueError(f"{name} holds {type(text).__name__}, and not text: {text!r:.60}")
+        raise ValueError(f"{name} has {type(text).__name__} instead of text: {text!r:.60}")
     try:
         whole = (text or "").encode("utf-8")
     except UnicodeEncodeError as error:

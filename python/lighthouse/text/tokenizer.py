@@ -1,8 +1,8 @@
 """Tokenizers by folder or name, and documents to ids with them.
 
 Without a name bytes are the tokens, byte + 3 as ByT5Tokenizer has it, computed without the tokenizer itself, which does
-under a megabyte a second. The trap: a tokenizer usually reads text such as "</s>" as its own end mark. Here a mark in
-a text stays text, and a tokenizer that cannot do so is refused.
+under a megabyte a second. The trap: a tokenizer usually encodes text such as "</s>" as its own end token. Here it
+stays text, and a tokenizer that cannot do so is refused.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
 from lighthouse.text.documents import Documents
 
 SAMPLE = "The light of a house on the rock; 1234 ships see it.\n"
-# Its ids are part of what a tokenizer is known by: another version of the library that does the work may give others.
+# Its ids are part of a tokenizer's identity: another version of the tokenizers library may give different ones.
 SAMPLES = [SAMPLE, "  def f(x):\n\treturn x != 1.5e-3  # naïve\r\n", "Ελλάδα, Москва, 灯台の光 🌊 ﬁn\u00a0½\n"]
-BATCH = 2**22  # bytes tokenised at a time
+BATCH = 2**22  # bytes tokenized at a time
 
 
 def byte_tokenizer() -> ByT5Tokenizer:
@@ -34,8 +34,8 @@ def load_tokenizer(name: str | None) -> PreTrainedTokenizerBase:
 
     Raises:
         OSError: there is no such folder or name, or the Hub cannot be reached.
-        ValueError: it cannot be loaded, has no end mark, turns text into its own special tokens, adds them by itself,
-            or gives ids that are none.
+        ValueError: it cannot be loaded, has no end token, turns text into its own special tokens, adds them by itself,
+            or gives ids outside its vocabulary.
     """
     if name is None:
         return byte_tokenizer()
@@ -47,7 +47,7 @@ def load_tokenizer(name: str | None) -> PreTrainedTokenizerBase:
         raise ValueError(f"tokenizer={name!r} cannot be loaded: {str(error).strip()}") from error
     if tokenizer.eos_token_id is None:
         raise ValueError(
-            f"tokenizer={name!r} has no end mark (eos_token), which is needed after each document: "
+            f"tokenizer={name!r} has no end token (eos_token), which is needed after each document: "
             "set eos_token and save the tokenizer again"
         )
     _check_text_stays_text(name, Encoder(tokenizer))
@@ -57,8 +57,8 @@ def load_tokenizer(name: str | None) -> PreTrainedTokenizerBase:
 class Encoder:
     """Text to ids, without special tokens: a call takes pieces of UTF-8 text and returns an array of ids for each.
 
-    `end` is the end mark's id, `ids` one more than the highest id, `dtype` the smallest in which all of them fit, and
-    `identity` a hash that two tokenizers share that give the same ids.
+    `end` is the end token's id, `ids` one more than the highest id, `dtype` the smallest in which all of them fit, and
+    `identity` a hash that is equal for tokenizers that give the same ids.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
@@ -70,7 +70,7 @@ class Encoder:
         self.is_bytes = isinstance(tokenizer, ByT5Tokenizer)
         self._fast = None
         if not self.is_bytes and tokenizer.is_fast:
-            # A copy, whose switches nobody else turns; encode_batch_fast leaves out the offsets that nobody needs.
+            # A copy, so that nobody else changes its settings; encode_batch_fast leaves out the offsets.
             self._fast = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
             self._fast.encode_special_tokens = True
             self._fast.no_truncation()
@@ -101,14 +101,14 @@ class Encoder:
 
     @property
     def loses(self) -> str:
-        """A sentence if text cannot be had back from its ids, else nothing."""
+        """A sentence if decoding does not give the text back, else nothing."""
         if self.is_bytes:
             return ""
         [ids] = self([SAMPLE.encode()])
         back = str(self.tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False))
         if back.strip() == SAMPLE.strip():
             return ""
-        return f"Note: the tokenizer changes text: {SAMPLE!r} comes back as {back!r}, and that is what is learned."
+        return f"Note: the tokenizer changes text: {SAMPLE!r} is decoded as {back!r}, and the model learns that."
 
     def _checked(self, ids: list[int]) -> np.ndarray:
         name = f"tokenizer={self.tokenizer.name_or_path!r}"
@@ -116,11 +116,11 @@ class Encoder:
             found = np.asarray(ids, dtype=np.int64)
         except TypeError:
             raise ValueError(
-                f"{name} has no id for some text, not even an unknown token's: give it an unk_token"
+                f"{name} has no id for some text, not even an unknown token: give it an unk_token"
             ) from None
         if found.size and (found.min() < 0 or found.max() >= self.ids):
             wrong = found[(found < 0) | (found >= self.ids)][0]
-            raise ValueError(f"{name} gives the id {wrong}, and its vocabulary has 0 to {self.ids - 1}: it is damaged")
+            raise ValueError(f"{name} gives the id {wrong}, but its vocabulary has 0 to {self.ids - 1}: it is damaged")
         return found.astype(self.dtype)
 
     def _identity(self) -> str:
@@ -129,7 +129,7 @@ class Encoder:
         kind = f"{type(self.tokenizer).__module__}.{type(self.tokenizer).__qualname__}"
         if self._fast is not None:
             described = self._fast.to_str()
-        else:  # all that it saves: a vocabulary alone tells no merges, scores or settings
+        else:  # all that it saves: a vocabulary alone has no merges, scores or settings
             with tempfile.TemporaryDirectory() as folder:
                 self.tokenizer.save_pretrained(folder)
                 files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
@@ -139,9 +139,9 @@ class Encoder:
 
 
 def tokens_of(text: Documents, encoder: Encoder, batch: int | None = None) -> Iterator[tuple[int, int, np.ndarray]]:
-    """Yields `(document, offset, ids)`: ids `[T]` of the document from its token `offset` on.
+    """Yields `(document, offset, ids)`, in order: `ids` `[T]` are the document's tokens from `offset`.
 
-    An end mark follows the last piece of each document. `batch` bytes are tokenised at a time, by default `BATCH`.
+    An end token follows the last piece of each document. `batch` bytes are tokenized at a time, by default `BATCH`.
     """
     batch = BATCH if batch is None else batch
     waiting: list[tuple[int, bytes | None]] = []  # None after the last piece
@@ -178,21 +178,23 @@ def _check_text_stays_text(name: str, encode: Encoder) -> None:
         return
     [sample] = encode([SAMPLE.encode()])
     if len(sample) == 0 or (sample == (-1 if tokenizer.unk_token_id is None else tokenizer.unk_token_id)).all():
-        raise ValueError(f"tokenizer={name!r} knows no text, {len(tokenizer)} tokens in all: its vocabulary is missing")
+        raise ValueError(
+            f"tokenizer={name!r} cannot encode text, with {len(tokenizer)} tokens in all: its vocabulary is missing"
+        )
     special = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
     special.pop(tokenizer.unk_token_id, None)
     added = [special[number] for number in sample.tolist() if number in special]
     if added:
         raise ValueError(
-            f"tokenizer={name!r} adds {added[0]!r} to a text by itself, though asked for none: marks would stand "
-            "within documents, which are tokenised in pieces; switch that off and save the tokenizer again"
+            f"tokenizer={name!r} adds {added[0]!r} to a text although no special tokens were asked for; documents "
+            "are tokenized in pieces, so it would appear inside them: switch this off and save the tokenizer again"
         )
     for number, token in special.items():
         [ids] = encode([f"a {token} b{token}c\n".encode()])
         if number in ids:
             raise ValueError(
-                f"tokenizer={name!r} reads {token!r} in a text as its special token {number}: a document could end "
-                "where its text says so; use a tokenizer that can split its special tokens"
+                f"tokenizer={name!r} encodes {token!r} in a text as its special token {number}, so a document could "
+                "end in the middle; use a tokenizer that can split its special tokens"
             )
 
 
