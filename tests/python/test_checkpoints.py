@@ -22,7 +22,7 @@ from lighthouse.training.trainer import RunTrainer
 from training_runs import status
 
 FAULTS = [
-    ("no_manifest", lambda folder: (folder / "manifest.json").unlink(), "was not written to its end"),
+    ("no_manifest", lambda folder: (folder / "manifest.json").unlink(), "it is incomplete"),
     ("a_cut_off_manifest", lambda folder: os.truncate(folder / "manifest.json", 40), "manifest.json is damaged"),
     ("a_missing_file", lambda folder: (folder / "scheduler.pt").unlink(), "its scheduler.pt is missing"),
     ("a_cut_off_file", lambda folder: os.truncate(folder / "optimizer.pt", 7), "optimizer.pt has 7 bytes instead of 9"),
@@ -42,7 +42,7 @@ def test_a_folder_that_is_no_whole_checkpoint(tmp_path, damage, fault):
     damage(folder)
     assert fault in checkpoints.fault_of(folder)
     assert checkpoints.last_whole(tmp_path, passed_over.append).name == "checkpoint-3"
-    assert len(passed_over) == 1 and "checkpoint-20 is passed over" in passed_over[0]
+    assert len(passed_over) == 1 and "checkpoint-20 is skipped" in passed_over[0]
     checkpoints.remove_unfinished(tmp_path)
     assert [path.name for path in checkpoints.checkpoints_in(tmp_path)] == ["checkpoint-3"]
 

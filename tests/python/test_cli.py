@@ -78,7 +78,7 @@ def test_a_run(tmp_path, capsys):
     assert (out / "model" / "config.json").is_file()
 
     assert main(["pretrain", *SMALL, "--data", str(text), "--output_dir", str(out)]) == 2
-    assert "holds a run already" in capsys.readouterr().err
+    assert "already holds a run" in capsys.readouterr().err
 
 
 def test_options_from_files_and_from_the_command_line(tmp_path, capsys):

@@ -162,21 +162,21 @@ def test_a_run_goes_on_where_its_text_lies_elsewhere_and_not_where_it_changed(tm
     assert [point.loss for point in again.held_out] == [point.loss for point in first.held_out]
     interrupted()
     change_the_middle(moved)
-    with pytest.raises(Refused, match="the text is another, though its files are as long as they were"):
+    with pytest.raises(Refused, match="the text has changed, although its files have the same sizes"):
         run(moved, resume=True)
     write_text(moved, seed=1)
-    changed = "data was .*the text, its order, its tokenizer or the way it is cut is another"
+    changed = "data was .*the text, its order, its tokenizer or how it is split into rows has changed"
     with pytest.raises(ValueError, match=changed):
         run(moved, resume=True)
 
 
 def test_how_often_the_text_is_read_and_what_is_not_is_said(tmp_path):
     corpus = find(write_text(tmp_path), held_out=99)
-    assert " (99 were asked for: a tenth of the text at most is held out)" in str(corpus)
+    assert " (99 were asked for, but at most a tenth of the text is held out)" in str(corpus)
     rows, _ = data.rows_of(corpus)
     rest = corpus.train_tokens - len(rows) * CONTEXT
     assert corpus.passes(len(rows) // 2 * 3, 2 * CONTEXT) == (
-        f"The run reads 3 times the {len(rows):,} rows to train on; {rest:,} tokens at their end fill no row."
+        f"The run reads the {len(rows):,} training rows 3 times; the last {rest:,} tokens do not fill a row."
     )
     corpus = find(write_json(tmp_path), dataset="json", held_out=99)
     data.rows_of(corpus)
@@ -231,6 +231,6 @@ def test_a_disk_without_space_is_an_error_that_leaves_nothing(tmp_path):
     process = a_process_cutting(write_text(tmp_path / "text"), tmp_path / "cache", limit)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert f"no space for the cut text in '{tmp_path}/cache/lighthouse', " in said
-    assert "set HF_DATASETS_CACHE to a folder with more, or use stream" in said
+    assert f"no space for the tokenized text in '{tmp_path}/cache/lighthouse', " in said
+    assert "set HF_DATASETS_CACHE to a folder with more space, or use stream" in said
     assert not list((tmp_path / "cache" / "lighthouse").glob("*.incomplete"))

@@ -34,7 +34,7 @@ def test_tensorboard_has_what_the_run_logs(tmp_path):
     log = EventAccumulator(str(events)).Reload()
     values = {tag: {event.step: event.value for event in log.Scalars(tag)} for tag in log.Tags()["scalars"]}
     settings = plan(CONTEXT, pool_ratios=[0.5, 0.25], select_topk=4)  # as in training_runs
-    # The switch is behind step 2 of 4.
+    # The switch is after step 2 of 4.
     assert values["train/lighthouse"] == {1: 1, 2: 1, 3: 0, 4: 0}
     assert values["train/sub_length"] == {1: settings.length, 2: settings.length, 3: CONTEXT, 4: CONTEXT}
     assert values["train/kept_share"] == pytest.approx({1: settings.kept_share, 2: settings.kept_share, 3: 1, 4: 1})
@@ -66,7 +66,7 @@ class Model:
     """Of a wrapped model, what its training forwards ran in each step."""
 
     def __init__(self, *steps: tuple[bool, bool]):
-        self.steps = [(False, False), *steps]  # none ahead of the first
+        self.steps = [(False, False), *steps]  # none before the first
 
     def take_used(self):
         return Used(*self.steps.pop(0))
@@ -104,8 +104,8 @@ def test_a_step_counts_for_what_its_forwards_did_and_not_for_what_was_planned(st
 
 
 READY = [
-    ("no_dense_stage", (30, 30, 30), "All 30 steps behind these weights used Lighthouse"),
-    ("an_earlier_checkpoint", (4, 30, 30), "All 4 steps behind these weights used Lighthouse"),
+    ("no_dense_stage", (30, 30, 30), "All 30 steps of these weights used Lighthouse"),
+    ("an_earlier_checkpoint", (4, 30, 30), "All 4 steps of these weights used Lighthouse"),
     ("dense_steps_before_alone", (30, 30, 7), "was used up to the last of the 30 steps"),
     ("too_short_a_dense_stage", (100, 96, 96), "only the last 4 were dense: with less than 5%"),
     ("a_dense_stage", (100, 95, 95), None),
@@ -235,7 +235,7 @@ def test_a_signal_saves_behind_the_step(number, capfd):
         os.kill(os.getpid(), number)
         assert at_step(stop, 2) == (True, True)
     assert signal.getsignal(number) is before
-    assert f"{number.name}: saves a checkpoint behind this step" in capfd.readouterr().err
+    assert f"{number.name}: the run will save a checkpoint after this step and exit" in capfd.readouterr().err
 
 
 def test_a_signal_in_the_last_step_lets_the_run_end():

@@ -99,11 +99,11 @@ WRONG = [
     ("null_for_a_number", "context: null", "context: it is null: .*; leave it out for the default, 8192"),
     ("null_for_a_switch", "stream: null", "stream: it is null: .* default, False"),
     ("null_for_text", "eval_strategy: ~", "eval_strategy: it is null: .* default, 'steps'"),
-    ("a_name_twice", "max_steps: 4\nmax_steps: 6", "'max_steps' is there twice, again in line 2"),
-    ("a_name_twice_in_json", '{"seed": 4, "seed": 4}', "'seed' is there twice"),
-    ("a_name_twice_further_in", "fsdp_config:\n  a: 1\n  a: 2", "'a' is there twice, again in line 3"),
-    ("two_names_of_one_option", "steps: 4\nmax_steps: 6", "'steps' and 'max_steps' are one option"),
-    ("tokens_counted_in_no_way", "include_num_input_tokens_seen: some", "seen='some': take one of all, non_pad"),
+    ("a_name_twice", "max_steps: 4\nmax_steps: 6", "'max_steps' appears twice, again in line 2"),
+    ("a_name_twice_in_json", '{"seed": 4, "seed": 4}', "'seed' appears twice"),
+    ("a_name_twice_further_in", "fsdp_config:\n  a: 1\n  a: 2", "'a' appears twice, again in line 3"),
+    ("two_names_of_one_option", "steps: 4\nmax_steps: 6", "'steps' and 'max_steps' are the same option"),
+    ("tokens_counted_in_no_way", "include_num_input_tokens_seen: some", "seen='some': use one of all, non_pad"),
 ]
 
 

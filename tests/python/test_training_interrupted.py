@@ -122,7 +122,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, text, undisturbed, call
     assert (last and last.name) == left
     assert status(start(nothing, text, folder, max_steps=10, resume=True)) == 0, said(folder)
     assert losses(folder) == undisturbed(10)
-    assert (f"Going on from {last}" if last else "it begins again") in said(folder)
+    assert (f"Continuing from {last}" if last else "it starts again") in said(folder)
 
 
 def test_a_run_killed_before_its_first_step_begins_again(tmp_path, text, undisturbed):
@@ -130,7 +130,7 @@ def test_a_run_killed_before_its_first_step_begins_again(tmp_path, text, undistu
     assert status(start(in_cutting, text, folder, max_steps=10)) == -signal.SIGKILL
     assert {path.name for path in folder.iterdir()} == {"config.yaml", "run.json"}
     assert status(start(nothing, text, folder, max_steps=10, resume=True)) == 0, said(folder)
-    assert losses(folder) == undisturbed(10) and "it begins again" in said(folder)
+    assert losses(folder) == undisturbed(10) and "it starts again" in said(folder)
 
 
 @pytest.mark.slow
@@ -179,7 +179,7 @@ def test_a_signal(tmp_path, text, undisturbed, signals, expected, left):
     assert status(start(AtStep(5, *signals), text, folder, max_steps=10)) == expected, said(folder)
     assert checkpoints.last_whole(folder).name == left
     if expected != -signal.SIGTERM:
-        what = "Interrupted behind step 4" if signals == [signal.SIGINT] else "Stopped by a signal behind step 5"
+        what = "Interrupted after step 4" if signals == [signal.SIGINT] else "Stopped by a signal after step 5"
         assert f"{what}. The last whole checkpoint is {folder / left}: the same command with --resume" in said(folder)
     if expected == 143:
         assert status(start(nothing, text, folder, max_steps=10, resume=True)) == 0, said(folder)
@@ -259,14 +259,14 @@ def test_a_disk_full_at_the_end_keeps_the_checkpoint(text, small_disk, checkpoin
 
 def test_a_disk_too_small_for_one_checkpoint_is_refused(text, small_disk, checkpoint_size):
     folder = small_disk(0.9 * checkpoint_size) / "run"
-    with pytest.raises(DiskFull, match="a checkpoint needs about .* MB and the model .* MB, and .* MB are free there"):
+    with pytest.raises(DiskFull, match="a checkpoint needs about .* MB and the model .* MB, but .* MB are free there"):
         pretrain(options(text), training(folder, save_strategy="steps"))
     assert not folder.exists()
 
 
 def test_a_disk_too_small_for_the_cut_text(tmp_path, text, small_disk, monkeypatch):
     monkeypatch.setattr(run_module.data.datasets.config, "HF_DATASETS_CACHE", small_disk(0.02))
-    with pytest.raises(DiskFull, match="no space for the cut text in .* set HF_DATASETS_CACHE"):
+    with pytest.raises(DiskFull, match="no space for the tokenized text in .* set HF_DATASETS_CACHE"):
         pretrain(options(text), training(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
@@ -294,7 +294,7 @@ def bad_weight(trainer, loss):
 BAD = [
     ("loss", bad_loss, "step 4: the loss is not finite, on row "),
     ("gradient", bad_gradient, "step 4: the gradient norm is not finite, on row "),
-    ("weight", bad_weight, "step 4: a weight is not finite behind it"),
+    ("weight", bad_weight, "step 4: a weight is not finite after this step"),
 ]
 
 
@@ -344,4 +344,4 @@ def test_a_stopped_command(tmp_path, text):
     os.kill(run.pid, signal.SIGTERM)
     assert status(run) == 143, log.read_text()
     said = log.read_text()
-    assert "the same command with --resume goes on from there" in said and "Traceback" not in said
+    assert "the same command with --resume continues from there" in said and "Traceback" not in said

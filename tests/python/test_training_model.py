@@ -108,8 +108,15 @@ FITTED = [
     # context, the configuration's RoPE, max_position_embeddings and rope_theta afterwards, what is said
     ("all_fits", 4096, {}, 4096, 10_000, []),
     ("shorter_than_it_allows", 1024, {}, 4096, 10_000, []),
-    ("longer", 8192, {}, 8192, 10_000, ["max_position_embeddings was 4,096, is 8,192"]),
-    ("far_longer", 100_000, {}, 100_000, 64_000, ["max_position", "rope_theta was 10,000, .* 19,869 tokens; it is 64"]),
+    ("longer", 8192, {}, 8192, 10_000, ["max_position_embeddings was 4,096, is now 8,192"]),
+    (
+        "far_longer",
+        100_000,
+        {},
+        100_000,
+        64_000,
+        ["max_position", "rope_theta was 10,000, .* 19,869 .*; it is now 64"],
+    ),
     ("kept_large_base", 100_000, {"rope_theta": 5e5}, 100_000, 500_000, ["max_position_embeddings"]),
     ("linear", 4096, {"rope_type": "linear", "factor": 4.0}, 4096, 10_000, ["'linear' is kept as given"]),
     ("dynamic", 8192, {"rope_type": "dynamic", "factor": 4.0}, 8192, 10_000, ["max_", "'dynamic' is kept"]),
@@ -151,24 +158,24 @@ def test_the_end_mark_is_trained_where_it_also_pads(tmp_path):
 
 REFUSED = [
     # the name or the configuration's changes, the context, what is said
-    ("an_unknown_name", "huge", 128, "model='huge': there is nano, tiny, .*path of a config.json .*does not exist"),
+    ("an_unknown_name", "huge", 128, "model='huge': give one of nano, tiny, .*path of a config.json .*does not exist"),
     ("too_long_a_context", "nano", 65_537, "context=65537: model 'nano' allows at most 65536 tokens"),
-    ("another_kind", {"model_type": "qwen2"}, 128, "model_type 'qwen2': Lighthouse knows llama, no others yet"),
-    ("no_kind", {"model_type": None}, 128, "model_type None: Lighthouse knows llama"),
-    ("odd_heads", {"num_attention_heads": 3}, 128, "is no llama configuration: .*64.* not a multiple of .*3"),
+    ("another_kind", {"model_type": "qwen2"}, 128, "model_type 'qwen2': Lighthouse supports only llama"),
+    ("no_kind", {"model_type": None}, 128, "model_type None: Lighthouse supports only llama"),
+    ("odd_heads", {"num_attention_heads": 3}, 128, "is not a llama configuration: .*64.* not a multiple of .*3"),
     ("uneven_groups", {"num_key_value_heads": 3}, 128, "num_key_value_heads 3 and num_attention_heads 4: .*multiple"),
     ("a_tiny_head_dim", {"head_dim": 2}, 128, "head_dim 2: RoPE needs an even number"),
-    ("text_for_a_number", {"hidden_size": "wide"}, 128, "is no llama configuration: .*hidden_size"),
-    ("quantized", {"quantization_config": {"bits": 4}}, 128, "quantization_config: weights are trained in full"),
-    ("attention_weights", {"output_attentions": True}, 128, "output_attentions True: a step needs the loss alone"),
-    ("all_layers_states", {"output_hidden_states": True}, 128, "output_hidden_states True: .*take it out"),
-    ("no_names_of_outputs", {"return_dict": False}, 128, "return_dict False: a step needs the loss alone, by its name"),
+    ("text_for_a_number", {"hidden_size": "wide"}, 128, "is not a llama configuration: .*hidden_size"),
+    ("quantized", {"quantization_config": {"bits": 4}}, 128, "quantization_config: weights are trained unquantized"),
+    ("attention_weights", {"output_attentions": True}, 128, "output_attentions True: a step needs only the loss"),
+    ("all_layers_states", {"output_hidden_states": True}, 128, "output_hidden_states True: .*remove it"),
+    ("no_names_of_outputs", {"return_dict": False}, 128, "return_dict False: a step needs only the loss, by its name"),
     ("a_sliding_window", {"sliding_window": 64}, 128, "config.sliding_window=64: sliding windows are not supported"),
     (
         "stretched_too_little",
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 2.0}},
         100_000,
-        "of type 'linear', is 39,738 tokens, and the context has 100,000: .*take \"rope_parameters\"",
+        "of type 'linear', is 39,738 tokens, and the context has 100,000: .*use \"rope_parameters\"",
     ),
 ]
 
@@ -183,7 +190,7 @@ def test_what_is_no_configuration_is_refused(tmp_path):
     with pytest.raises(ValueError, match="is a folder without a config.json"):
         check_model(str(tmp_path), 128)
     (tmp_path / "config.json").write_text("layers: 3")
-    with pytest.raises(ValueError, match="is no configuration in JSON: Expecting value"):
+    with pytest.raises(ValueError, match="is not a configuration in JSON: Expecting value"):
         check_model(str(tmp_path), 128)
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ValueError, match="model_type None"):
@@ -191,7 +198,7 @@ def test_what_is_no_configuration_is_refused(tmp_path):
 
 
 def test_a_tokenizer_beyond_the_vocabulary_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="vocab_size 383: a tokenizer whose ids exceed the vocabulary, up to 383; "):
+    with pytest.raises(ValueError, match="vocab_size 383: the tokenizer has ids beyond the vocabulary, up to 383; "):
         new_config(written(tmp_path, vocab_size=383), 128)
 
 

@@ -155,7 +155,7 @@ def test_a_port_in_use_is_named(tmp_path, text):
         port = str(other.getsockname()[1])
         first = {**forked.two_ranks()[0], "MASTER_PORT": port}
         ended, said = start(tmp_path, ["--data", str(text), "--output_dir", str(tmp_path / "run")], ranks=[first])
-    assert ended == 2 and f"could not meet at 127.0.0.1:{port}" in said
+    assert ended == 2 and f"could not connect at 127.0.0.1:{port}" in said
     assert "--master_port" in said and "Traceback" not in said
 
 

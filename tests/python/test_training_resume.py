@@ -76,7 +76,7 @@ def test_more_steps_on_resuming_leave_the_switch_where_it_was(tmp_path, text, sa
     (tmp_path / "run.json").write_text(json.dumps(began.settings()))
     run = prepare(options(text, **how), training(tmp_path, max_steps=8, resume=True))
     assert (began.switch_step, run.switch_step) == (first, then) and run.settings()["lighthouse_steps"] == then
-    assert "max_steps was 5, is 8" in str(run)
+    assert "max_steps was 5, is now 8" in str(run)
 
 
 def test_more_steps_are_with_lighthouse_up_to_the_switch(tmp_path, text, seen):
@@ -110,8 +110,8 @@ def test_with_more_steps_the_rates_are_those_of_so_many_from_the_first_on(tmp_pa
     run("resumed", max_steps=4, resume=True)
     undisturbed, resumed = rates[:4], rates[6:]
     assert resumed == undisturbed[2:] and 0 not in resumed
-    said = "is the same" if schedule == "reduce_lr_on_plateau" else "is now that of so many"
-    assert f"max_steps was 2, is 4: the learning rate {said}." in capsys.readouterr().out
+    said = "is the same" if schedule == "reduce_lr_on_plateau" else "now follows the schedule of 4 steps"
+    assert f"max_steps was 2, is now 4: the learning rate {said}." in capsys.readouterr().out
 
 
 def test_resuming_a_finished_run_only_finishes_it(tmp_path, text, saved, seen):
@@ -128,7 +128,7 @@ def test_resuming_a_finished_run_only_finishes_it(tmp_path, text, saved, seen):
 
 
 def test_fewer_steps_than_the_checkpoint_has_are_refused(text, saved):
-    with pytest.raises(ValueError, match="max_steps=3: .*checkpoint-5' has 5 steps already"):
+    with pytest.raises(ValueError, match="max_steps=3: .*checkpoint-5' already has 5 steps"):
         prepare(options(text), training(saved, max_steps=3, resume=True))
 
 
@@ -137,12 +137,12 @@ def test_a_checkpoint_not_written_to_its_end_is_passed_over(tmp_path, text, save
     (tmp_path / "run" / "checkpoint-5" / "trainer_state.json").unlink()
     run = prepare(options(text), training(tmp_path / "run", resume=True))
     assert run.checkpoint.endswith("checkpoint-4")
-    assert "checkpoint-5 is passed over: its trainer_state.json is missing" in capsys.readouterr().out
+    assert "checkpoint-5 is skipped: its trainer_state.json is missing" in capsys.readouterr().out
 
 
 def test_a_checkpoint_of_another_run_does_not_write_over_this_one(tmp_path, text, saved):
     shutil.copytree(saved, tmp_path / "run")
-    with pytest.raises(FileExistsError, match="holds another run than resume_from_checkpoint"):
+    with pytest.raises(FileExistsError, match="holds a different run from resume_from_checkpoint"):
         prepare(options(text), training(tmp_path / "run", resume_from_checkpoint=str(saved / "checkpoint-4")))
 
 
@@ -165,7 +165,7 @@ def test_a_best_checkpoint_that_is_not_there_is_not_taken_for_the_best(tmp_path,
         assert best_checkpoint(state_in(found), best) == (found if there else None)
         if there:
             check_best(found, best)
-    with pytest.raises(ValueError, match="best checkpoint so far was '.*moved/checkpoint-2', and it is not there"):
+    with pytest.raises(ValueError, match="best checkpoint so far, '.*moved/checkpoint-2', does not exist"):
         check_best(found, best)
     check_best(found, training(tmp_path / "run"))
 
@@ -255,7 +255,9 @@ def _with(model, **changes):
 
 def test_an_earlier_checkpoint_is_not_mixed_with_later_ones(saved, text):
     earlier = str(saved / "checkpoint-4")
-    with pytest.raises(FileExistsError, match="there are later ones, checkpoint-5, .* or go on in a new output_dir"):
+    with pytest.raises(
+        FileExistsError, match="folder has later checkpoints, checkpoint-5, .* or resume in a new output_dir"
+    ):
         prepare(options(text), training(saved, resume_from_checkpoint=earlier))
 
 

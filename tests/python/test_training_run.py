@@ -93,7 +93,7 @@ def test_lighthouse_alone_is_said_to_be_no_model_for_use(tmp_path, text, caplog,
     result = pretrain(options(text, lighthouse_only=True), training(tmp_path))
     assert steps == [(step, True) for step in range(1, 6)]
     assert result.name == "lighthouse-only" and list(result.stages) == ["lighthouse"]
-    assert "All 5 steps behind these weights used" in result.warnings[0] and result.warnings[0] in caplog.text
+    assert "All 5 steps of these weights used" in result.warnings[0] and result.warnings[0] in caplog.text
     assert PretrainResult.load(tmp_path / "results.json").warnings == result.warnings
     assert result.loss == pytest.approx(plain_loss(tmp_path, text, result), rel=1e-5)
 
@@ -117,7 +117,7 @@ def test_a_best_model_from_before_the_switch_is_said_to_be_no_model_for_use(tmp_
     best = {"load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 1, "eval_steps": 1}
     result = prepare(options(text), training(tmp_path, **best)).train(callbacks=[Spoil()])
     assert result.switch_step == 3 and result.model_step <= 3
-    warning = f"All {result.model_step} steps behind these weights used Lighthouse"
+    warning = f"All {result.model_step} steps of these weights used Lighthouse"
     assert len(result.warnings) == 1 and warning in result.warnings[0] and warning in caplog.text
     assert history_of_checkpoint(tmp_path / "model").warnings() == result.warnings
 
@@ -144,7 +144,7 @@ def test_every_step_is_whole_and_has_the_tokens_that_it_counts_for(tmp_path, mon
 
 
 def test_a_step_of_more_rows_than_the_text_has_is_refused(tmp_path, text):
-    with pytest.raises(ValueError, match=r"a step has 64 rows .*, and the text \d\d: take fewer"):
+    with pytest.raises(ValueError, match=r"a step needs 64 rows .*, and the text has only \d\d: use fewer"):
         pretrain(options(text, context=512), training(tmp_path / "run", per_device_train_batch_size=64))
     assert not (tmp_path / "run").exists()
 
@@ -162,7 +162,7 @@ def test_no_held_out_row_counts_twice(capsys, processes, rows, wanted, found):
     """Several processes would fill the last batch with rows again."""
     args = SimpleNamespace(per_device_eval_batch_size=wanted, world_size=processes, process_index=0)
     assert rows_to_evaluate(rows, args) == found
-    assert (f"was {wanted}, is {found}" in capsys.readouterr().out) == (found != wanted)
+    assert (f"from {wanted} to {found}" in capsys.readouterr().out) == (found != wanted)
 
 
 def test_the_saved_folder_needs_nothing_of_this_package(trained):
@@ -225,30 +225,30 @@ REFUSED = [
     ("share_not_a_number", {"share": float("nan")}, {}, "share=nan"),
     ("no_steps", {}, {"max_steps": 0}, "max_steps=0: at least one step"),
     ("steps_left_to_epochs", {}, {"max_steps": -1}, "max_steps=-1"),
-    ("unknown_size", {"model": "huge"}, {}, "model='huge': there is nano, tiny"),
+    ("unknown_size", {"model": "huge"}, {}, "model='huge': give one of nano, tiny"),
     ("longer_than_the_model_allows", {"context": 65_537}, {}, "context=65537: model 'nano' allows at most 65536"),
     ("no_context", {"context": 1}, {}, "context=1: at least 2"),
     ("nothing_held_out", {"held_out": 0}, {}, "held_out=0"),
     ("a_ratio_that_is_none", {"pool_ratios": ["0.3"]}, {}, r"pool_ratios\[0\]=0.3"),
     ("a_ratio_that_is_no_number", {"pool_ratios": ["a quarter"]}, {}, "pool_ratios=a quarter: a number"),
     ("no_parents", {"select_topk": "0"}, {}, "select_topk=0"),
-    ("all_layers_dense", {"dense_layers": 2}, {}, "dense_layers=2: .* none is left to Lighthouse"),
+    ("all_layers_dense", {"dense_layers": 2}, {}, "dense_layers=2: .* none is left for Lighthouse"),
     ("a_folder_that_is_not_there", {"data": "/no/such/folder"}, {}, "data='/no/such/folder' does not exist"),
     (
         "more_memory_than_there_is",
         {"model": "llama-8b", "context": 1_000_000},
         {},
-        "out of memory: a training step needs at least .* take a shorter --context, --gradient_checkpointing true",
+        "out of memory: a training step needs at least .* use a shorter --context, --gradient_checkpointing true",
     ),
     ("shards_on_a_cpu", {}, {"fsdp": "full_shard"}, "fsdp with 1 process on a cpu device"),
-    ("workers_that_each_stream", {"stream": True}, {"dataloader_num_workers": 2}, "each would read all of the text"),
+    ("workers_that_each_stream", {"stream": True}, {"dataloader_num_workers": 2}, "each would read the whole text"),
     ("a_streams_own_seed", {"stream": True}, {"data_seed": 1}, "data_seed=1 with stream: .* follows from seed"),
     ("a_stream_in_order", {"stream": True}, {"train_sampling_strategy": "sequential"}, "='sequential' with stream: "),
     ("nothing_to_resume", {}, {"resume": True}, "holds no checkpoint to resume from"),
     ("a_checkpoint_that_is_not_there", {}, {"resume_from_checkpoint": "/no/such"}, "'/no/such' is not a folder"),
     ("a_batch_size_that_changes", {}, {"auto_find_batch_size": True}, "auto_find_batch_size=True: the steps' tokens"),
-    ("checkpoints_to_no_avail", {}, {"save_only_model": True}, "save_only_model=True: no run could go on"),
-    ("another_hand_on_the_signal", {}, {"enable_jit_checkpoint": True}, "SIGTERM saves a checkpoint already"),
+    ("checkpoints_to_no_avail", {}, {"save_only_model": True}, "save_only_model=True: no run could resume"),
+    ("another_hand_on_the_signal", {}, {"enable_jit_checkpoint": True}, "SIGTERM already saves a checkpoint"),
 ]
 
 
@@ -263,7 +263,7 @@ def test_refused_before_any_work(tmp_path, text, run, trainer, message):
 def test_a_folder_with_a_run_is_not_written_over(text, trained):
     folder = Path(trained[0].model_folder).parent
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    with pytest.raises(FileExistsError, match="holds a run already: take another folder .* --resume, or delete"):
+    with pytest.raises(FileExistsError, match="already holds a run: use another folder .* --resume, or delete"):
         prepare(options(text), training(folder))
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
@@ -272,11 +272,14 @@ def test_two_runs_are_not_in_one_folder(tmp_path, text, monkeypatch):
     """Not at the same time, nor one after the other where the second was prepared before the first began."""
     monkeypatch.setattr(checkpoints, "WORKERS_END", 0.2)
     first, second = (prepare(options(text, dense_only=True), training(tmp_path / "run", max_steps=1)) for _ in range(2))
-    with checkpoints.alone_in(tmp_path / "run"), pytest.raises(Refused, match="another process trains in this folder"):
+    with (
+        checkpoints.alone_in(tmp_path / "run"),
+        pytest.raises(Refused, match="another process is training in"),
+    ):
         first.train()
     assert list((tmp_path / "run").iterdir()) == []
     result = first.train()
-    with pytest.raises(Refused, match="holds a run that another process has begun"):
+    with pytest.raises(Refused, match="holds a run that another process has started"):
         second.train()
     assert PretrainResult.load(tmp_path / "run" / "results.json") == result
 
@@ -341,7 +344,7 @@ def test_a_run_whose_streamed_text_changes_says_where_it_can_go_on(tmp_path, wor
     )
     said = (
         r"^data='[^\n]*00.txt' changed since this command found it: [^\n]* The last whole checkpoint is "
-        r"[^\n]*/checkpoint-\d+: the same command with --resume goes on from there. It needs the text that [^\n]*$"
+        r"[^\n]*/checkpoint-\d+: the same command with --resume continues from there. It needs the text that [^\n]*$"
     )
     with pytest.raises(TextFailed, match=said) as ended:
         run.train(callbacks=[Change()])

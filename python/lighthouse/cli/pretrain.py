@@ -1,4 +1,4 @@
-"""`lighthouse pretrain`: the options, the checks, the run, and what is said at the end."""
+"""`lighthouse pretrain`: the options, the checks, the run, and what is printed at the end."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ examples:
   torchrun --nproc_per_node 8 -m lighthouse.cli pretrain --config books.yaml --fsdp full_shard --output_dir runs/books
 """
 
-# Of the Trainer's options: it takes a word or a switch, and HfArgumentParser the switch alone.
+# Trainer options that accept a word or a switch; HfArgumentParser accepts only the switch.
 WORD_OR_SWITCH = ("include_num_input_tokens_seen",)
 
 
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str]) -> int:
     parser, _ = run_parser(
         "pretrain",
         "Pre-trains a Llama from scratch: a share of the steps with Lighthouse, the others dense. At the end the plain "
-        "model and its tokenizer are a Hugging Face folder.",
+        "model and its tokenizer are saved as a Hugging Face folder.",
         EXAMPLE,
         whole_help="--help-all" in arguments,
     )
@@ -89,14 +89,14 @@ def run_parser(
         add_help=False,
     )
     general = parser.add_argument_group("general")
-    general.add_argument("-h", "--help", action="help", help="this help")
-    general.add_argument("--help-all", action="help", help="with every option of Transformers' TrainingArguments")
+    general.add_argument("-h", "--help", action="help", help="show this help")
+    general.add_argument("--help-all", action="help", help="show also every option of Transformers' TrainingArguments")
     general.add_argument(
         "--config",
         action="append",
         metavar="FILE",
-        help="YAML or JSON with options by the same names; what the command line says wins, and of several files the "
-        "last. Every run writes its own, config.yaml, into its folder.",
+        help="YAML or JSON file with options by the same names. The command line takes precedence, and a later file "
+        "over an earlier one. Every run writes its own config.yaml into its folder.",
     )
     shown = field_names(*kinds, MethodOptions) | {"help", "help_all", "config"}
     for action in configuration.actions_of(parser):
@@ -131,14 +131,14 @@ def parse_run(parser: HfArgumentParser, arguments: Sequence[str]) -> tuple[Pretr
     except DistNetworkError as error:
         port = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise OSError(
-            f"the processes could not meet at {port}: {error}\n"
-            "another port: torchrun --master_port, or MASTER_PORT in the environment"
+            f"the processes could not connect at {port}: {error}\n"
+            "Use another port: torchrun --master_port, or MASTER_PORT in the environment"
         ) from error
     return PretrainOptions(**asdict(model), **asdict(data), **asdict(lighthouse)), training, [*more, general]
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Defaults behind each option, the examples as they are written, one spelling of each option."""
+    """Defaults after each option, the examples as they are written, one spelling of each option."""
 
     def _get_help_string(self, action):
         if action.default in (None, False, [], argparse.SUPPRESS):

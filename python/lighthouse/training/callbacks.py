@@ -27,12 +27,12 @@ from lighthouse.training.result import DENSE, LIGHTHOUSE, NotFinite
 class Record(TrainerCallback, ExportableState):
     """Training seconds, steps and peak memory of each stage, and the dense held-out loss against time and steps.
 
-    A step is of the stage that its forwards were in, whatever was planned. The clock runs while steps are made,
+    A step counts for the stage that its forwards were in, whatever was planned. The clock runs while steps are made,
     fetching their data included, and stands still during evaluation and saving, whose memory does not count either, and
     while something is compiled.
-    Checkpoints carry the record: a resumed run's clock goes on from the checkpoint's, and the time between the
+    Checkpoints carry the record: a resumed run's clock continues from the checkpoint's, and the time between the
     checkpoint and the interruption is in no number. They carry the `facts` of their run too, as `run.json` has them, so
-    that a checkpoint tells of itself wherever it lies.
+    that a checkpoint describes itself wherever it is.
     """
 
     def __init__(self, switch_step: int = 0, facts: dict | None = None):
@@ -126,7 +126,7 @@ class Record(TrainerCallback, ExportableState):
 
 
 def steps_in_record(attributes: dict) -> Steps:
-    """Of a `Record` in a checkpoint. Earlier versions saved the stages alone, of which Lighthouse's was the first."""
+    """The `Steps` of a `Record` in a checkpoint. Earlier versions saved only the stages, Lighthouse's first."""
     if "steps_used" in attributes:
         return Steps(**attributes["steps_used"])
     first, rest = (attributes.get("stages", {}).get(name, {}).get("steps", 0) for name in (LIGHTHOUSE, DENSE))
@@ -134,13 +134,13 @@ def steps_in_record(attributes: dict) -> Steps:
 
 
 class StopOnSignal(TrainerCallback):
-    """SIGTERM, or SIGUSR1 as a batch system sends it ahead of its limit: a checkpoint behind the running step, the end.
+    """On SIGTERM, or SIGUSR1 as a batch system sends it before its limit: finish the step, save a checkpoint, exit.
 
-    As a context manager it holds the two signals' handlers. All processes stop behind the same step, whichever of them
+    As a context manager it holds the two signals' handlers. All processes stop after the same step, whichever of them
     got the signal. A second SIGTERM ends the process at once; within `SAME` seconds it counts as the first, since
     launchers hand on to their processes what the whole group was sent.
 
-    Transformers' own `enable_jit_checkpoint` does not do: it saves in the middle of a step, by each process's own
+    Transformers' own `enable_jit_checkpoint` is not enough: it saves in the middle of a step, by each process's own
     flag (the others then wait for it forever), three seconds late, takes no second signal, and the run ends as if it
     were complete.
     """
@@ -177,7 +177,8 @@ class StopOnSignal(TrainerCallback):
         # Workers that load data inherit this handler, and with it outlive a signal to the whole process group.
         if self.received is None and os.getpid() == self._process:
             name = signal.Signals(number).name
-            os.write(2, f"\n{name}: saves a checkpoint behind this step and ends.\n".encode())  # print may be running
+            said = f"\n{name}: the run will save a checkpoint after this step and exit.\n"
+            os.write(2, said.encode())  # print may be running
         self.received = self.received or number
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -197,7 +198,7 @@ class StopOnSignal(TrainerCallback):
 
 
 def clock() -> float:
-    """Seconds, of which those that torch.compile took do not count."""
+    """Seconds, without those that torch.compile took."""
     dynamo = sys.modules.get("torch._dynamo.utils")  # not imported: nothing was compiled
     return perf_counter() - (dynamo.calculate_time_spent()["total_wall_time"] if dynamo else 0.0)
 
@@ -266,7 +267,7 @@ class PlainLines(TrainerCallback):
         if "eval_loss" in logs:
             self.write(f"{step}  dense held-out loss {logs['eval_loss']:.4f}")
         elif "loss" in logs:
-            share = logs.get("lighthouse", 0)  # of the steps that the line tells of
+            share = logs.get("lighthouse", 0)  # of the steps that the line covers
             stage = {0: "dense", 1: "Lighthouse"}.get(share, "both")
             line = f"{step}  {stage:10}  loss {float(logs['loss']):.4f}  rate {float(logs['learning_rate']):.2e}"
             if "tokens_per_second" in logs:
@@ -285,7 +286,7 @@ class Lines(PlainLines, ProgressCallback):
     """The same above the Trainer's progress bar."""
 
     def write(self, line: str) -> None:
-        if self.training_bar is None:  # before the first step and behind the last
+        if self.training_bar is None:  # before the first step and after the last
             super().write(line)
         else:
             self.training_bar.write(line)

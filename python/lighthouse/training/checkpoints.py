@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or passed over.
+"""Checkpoints that are whole or skipped.
 
 The Trainer writes a checkpoint's files one after the other into its final folder, and a process can be killed between
 any two bytes. So the last file is ours: a manifest with the size of each file, written when all of them are on the disk
@@ -29,8 +29,8 @@ WORKERS_END = 10.0  # seconds
 def alone_in(folder: Path) -> Iterator[None]:
     """Holds the folder, which is made, against other runs. Raises `FileExistsError` if one is in it.
 
-    The system lets go of it when the process ends, however it does. Workers that load data may live on for some
-    seconds, so it is waited for. Where the file system knows no locks nothing is held.
+    The system releases the lock when the process ends, however it does. Workers that load data may live on for some
+    seconds, so this waits for them. Where the file system has no locks nothing is held.
 
     The folder itself is locked: `filelock` would leave a file in it, where there may be nothing yet, and without locks
     of the system a mark that a killed process does not take away.
@@ -46,8 +46,8 @@ def alone_in(folder: Path) -> Iterator[None]:
                     sleep(0.1)
                     continue
                 raise FileExistsError(
-                    f"output_dir={str(folder)!r}: another process trains in this folder now; wait for its end, or take "
-                    "another folder"
+                    f"output_dir={str(folder)!r}: another process is training in this folder; wait until it ends, or "
+                    "use another folder"
                 ) from None
             except OSError:
                 pass
@@ -72,7 +72,7 @@ def fault_of(checkpoint: Path) -> str | None:
     try:
         sizes = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
     except FileNotFoundError:
-        return f"it was not written to its end (it has no {MANIFEST})"
+        return f"it is incomplete (it has no {MANIFEST})"
     except (ValueError, KeyError, TypeError):
         return f"its {MANIFEST} is damaged"
     for name, size in sizes.items():
@@ -91,12 +91,12 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 
 def last_whole(folder: Path, say: Callable[[str], None] = lambda message: None) -> Path | None:
-    """The last whole checkpoint. `say` is told of each later folder that is passed over, and why."""
+    """The last whole checkpoint. `say` gets a message for each later folder that is skipped, with the reason."""
     for checkpoint in reversed(checkpoints_in(folder)):
         fault = fault_of(checkpoint)
         if fault is None:
             return checkpoint
-        say(f"{checkpoint} is passed over: {fault}.")
+        say(f"{checkpoint} is skipped: {fault}.")
     return None
 
 
@@ -113,7 +113,7 @@ def rotate(folder: Path, limit: int | None, best: str | None) -> None:
 
 
 def weights_in(folder: Path) -> str:
-    """A digest of the folder's safetensors, by which it is known again."""
+    """A digest of the folder's safetensors, by which the same weights are recognized."""
     digest = hashlib.blake2b(digest_size=16)
     for path in sorted(folder.glob("*.safetensors")):
         with open(path, "rb") as file:

@@ -1,4 +1,4 @@
-"""What is refused of a run's options before any work, because it would not be done, or otherwise than asked for.
+"""Options that are refused before any work, because a run would ignore them or do something else.
 
 What the text, the folder or the machine's memory do not allow is checked where these are known.
 """
@@ -26,7 +26,7 @@ from lighthouse.training.options import WITHOUT_WARM_UP, PretrainOptions, Traini
 
 logger = logging.getLogger(__name__)
 
-# Where accelerate runs copies in place of shards, without a word.
+# Where accelerate silently runs copies instead of shards.
 NOT_SHARDED_ON = frozenset({"cpu", "mps"})
 
 # What accelerate does by itself where a variable says so, as `accelerate launch` sets them, and the option for it.
@@ -41,11 +41,11 @@ COUNTED = ("all", "non_padding", "no")
 
 
 def check_together(options: PretrainOptions, training: TrainingOptions) -> None:
-    """Refuses of options that do not go together what would be done otherwise than asked for, without a word."""
+    """Refuses combinations of options that would silently do something else."""
     device = training.device.type
     if training.fsdp and (device in NOT_SHARDED_ON or training.world_size == 1):
         raise ValueError(
-            f"fsdp with {training.world_size} process on a {device} device: shards are made by several processes on "
+            f"fsdp with {training.world_size} process on a {device} device: sharding needs several processes on "
             "accelerators (torchrun --nproc_per_node 8 -m lighthouse.cli pretrain ...); without --fsdp each process "
             "holds a copy"
         )
@@ -56,13 +56,13 @@ def check_together(options: PretrainOptions, training: TrainingOptions) -> None:
     strategy = getattr(training, "train_sampling_strategy", "random")
     if options.stream and strategy != "random":
         raise ValueError(
-            f"train_sampling_strategy={strategy!r} with stream: the order of a stream is by chance, another in each "
-            "pass; leave one of them out"
+            f"train_sampling_strategy={strategy!r} with stream: a stream is read in a random order, a different "
+            "one in each pass; leave one of them out"
         )
     if options.stream and training.dataloader_num_workers > 1:
         raise ValueError(
-            f"dataloader_num_workers={training.dataloader_num_workers} with stream: each would read all of the text; "
-            "one reads ahead"
+            f"dataloader_num_workers={training.dataloader_num_workers} with stream: each would read the whole text; "
+            "use one, which reads ahead"
         )
 
 
@@ -77,9 +77,9 @@ def check_followed(training: TrainingOptions, config) -> None:
         other = option and option.only_with
         if other and not getattr(training, other, None):
             if other != "load_best_model_at_end" or not _needs_a_metric(training):
-                raise ValueError(f"{name}={getattr(training, name)!r}: nothing is done with it without {other}")
+                raise ValueError(f"{name}={getattr(training, name)!r}: it has no effect without {other}")
         if option is None:
-            logger.warning(f"{name}: an option not known here; whether a run follows it was not looked at.")
+            logger.warning(f"{name}: Lighthouse does not know this option; whether a run follows it is not checked.")
     _check_precision(training)
     _check_evaluation(training)
     _check_rows(training)
@@ -91,19 +91,19 @@ def check_followed(training: TrainingOptions, config) -> None:
 def _check_precision(training: TrainingOptions) -> None:
     device = training.device.type
     if training.fp16 and device == "cpu":
-        raise ValueError("fp16=True on a cpu device: nothing is trained in it there; take bf16, or leave it out")
+        raise ValueError("fp16=True on a cpu device: nothing is trained in fp16 there; use bf16, or leave it out")
     asked = "fp16" if training.fp16 else "bf16" if training.bf16 else "no"
     if training.mixed_precision != asked:
         raise ValueError(
-            f"ACCELERATE_MIXED_PRECISION={training.mixed_precision} in the environment, where the options say "
-            f"{'--' + asked if asked != 'no' else 'float32'}: take the variable away, or give --bf16 or --fp16"
+            f"ACCELERATE_MIXED_PRECISION={training.mixed_precision} in the environment, but the options say "
+            f"{'--' + asked if asked != 'no' else 'float32'}: unset the variable, or give --bf16 or --fp16"
         )
     for variable, option in BY_ENVIRONMENT.items():
         value = os.environ.get(variable, "").lower()
         if value not in ("", "0", "no", "false") and not getattr(training, option):
             raise ValueError(
-                f"{variable}={value} in the environment, where the options have no {option}: take the variable away, "
-                f"or give --{option}, which is kept with the run"
+                f"{variable}={value} in the environment, but the options have no {option}: unset the variable, or give "
+                f"--{option}, which is saved with the run"
             )
 
 
@@ -116,12 +116,12 @@ def _needs_a_metric(training: TrainingOptions) -> bool:
 def _check_evaluation(training: TrainingOptions) -> None:
     metric = training.metric_for_best_model
     if metric is not None and metric.removeprefix("eval_") != "loss":
-        raise ValueError(f"metric_for_best_model={metric!r}: {NO_METRICS}; leave it out, or take loss")
+        raise ValueError(f"metric_for_best_model={metric!r}: {NO_METRICS}; leave it out, or use loss")
     if training.greater_is_better:
         raise ValueError("greater_is_better=True: the best held-out loss is the smallest; leave it out")
     if training.push_to_hub and str(getattr(training.hub_strategy, "value", training.hub_strategy)) == "end":
         raise ValueError(
-            "hub_strategy='end': checkpoints are pushed while a run trains, and nothing at its end; take every_save, "
+            "hub_strategy='end': checkpoints are pushed during training, and nothing at the end; use every_save, "
             f"or upload the model afterwards: hf upload NAME {os.path.join(str(training.output_dir), 'model')}"
         )
 
@@ -129,13 +129,13 @@ def _check_evaluation(training: TrainingOptions) -> None:
 def _check_rows(training: TrainingOptions) -> None:
     if training.label_smoothing_factor and training.fsdp:
         raise ValueError(
-            f"label_smoothing_factor={training.label_smoothing_factor} with fsdp: the Trainer does not see that labels "
-            "are to be shifted for a model in shards, and would train on wrong ones; leave one of them out"
+            f"label_smoothing_factor={training.label_smoothing_factor} with fsdp: for a sharded model the Trainer does "
+            "not shift the labels, and would train on wrong ones; leave one of them out"
         )
     if getattr(training.accelerator_config, "split_batches", False):
         raise ValueError(
             "accelerator_config: split_batches would make per_device_train_batch_size the rows of all devices; leave "
-            "it out, and give the rows of one"
+            "it out, and give the rows of one device"
         )
     if (getattr(training.accelerator_config, "gradient_accumulation_kwargs", None) or {}).get("num_steps") is not None:
         raise ValueError(
@@ -144,11 +144,11 @@ def _check_rows(training: TrainingOptions) -> None:
         )
     counted = training.include_num_input_tokens_seen
     if counted not in COUNTED and not isinstance(counted, bool):  # which earlier versions keep
-        raise ValueError(f"include_num_input_tokens_seen={counted!r}: take one of {', '.join(COUNTED)}")
+        raise ValueError(f"include_num_input_tokens_seen={counted!r}: use one of {', '.join(COUNTED)}")
     strategy = getattr(training, "train_sampling_strategy", "random")
     if strategy not in SAMPLED:
         raise ValueError(
-            f"train_sampling_strategy={strategy!r}: all rows are one context long; take one of {', '.join(SAMPLED)}"
+            f"train_sampling_strategy={strategy!r}: all rows are one context long; use one of {', '.join(SAMPLED)}"
         )
 
 
@@ -158,7 +158,7 @@ def _check_schedule(training: TrainingOptions) -> None:
     name = SchedulerType(training.lr_scheduler_type).value
     if training.warmup_steps != 0:
         raise ValueError(
-            f"warmup_steps={training.warmup_steps}: the schedule {name!r} has no warm-up; leave it out, or take "
+            f"warmup_steps={training.warmup_steps}: the schedule {name!r} has no warm-up; leave it out, or use "
             "constant_with_warmup"
         )
     if training.lr_scheduler_type == SchedulerType.CONSTANT and training.lr_scheduler_kwargs:
@@ -166,7 +166,7 @@ def _check_schedule(training: TrainingOptions) -> None:
 
 
 def _check_optimizer(training: TrainingOptions, config) -> None:
-    """Betas, epsilon and arguments that the optimizer is not given. Which are given its keywords tell."""
+    """Refuses betas, epsilon and arguments that the optimizer does not get, as its keywords show."""
     model, name = empty_model(config), getattr(training.optim, "value", training.optim)
 
     def keywords(**changes) -> str:
@@ -189,7 +189,7 @@ def _check_optimizer(training: TrainingOptions, config) -> None:
     for option in ("optim_args", "optim_target_modules"):
         if getattr(training, option, None) and _same_without(option, given, keywords):
             raise ValueError(
-                f"{option}={getattr(training, option)!r}: the optimizer {name!r} is not given it; leave it out"
+                f"{option}={getattr(training, option)!r}: the optimizer {name!r} does not get it; leave it out"
             )
 
 
@@ -219,7 +219,7 @@ def _check_parts(training: TrainingOptions) -> None:
 
 @contextmanager
 def _named(name: str, value):
-    """Says of a fault which option it is of."""
+    """Adds to an error the option it comes from."""
     try:
         yield
     except (ImportError, RuntimeError, TypeError, ValueError) as error:
@@ -228,7 +228,7 @@ def _named(name: str, value):
 
 
 def memory_of(options: PretrainOptions, training: TrainingOptions, config, *, dense: bool) -> MemoryEstimate:
-    """Of the larger of a run's stages, the dense one where there is one."""
+    """The estimate for the larger of a run's stages: the dense one, if there is one."""
     settings = LighthouseSettings(options.method, options.dense_layers)
     sharded = bool(training.fsdp) or training.deepspeed is not None
     return estimate(

@@ -1,8 +1,8 @@
 """A run's options as a file: read, checked against the command line's names, and written with the run.
 
 A file's values become the command line's defaults: both have the same names, types and errors, and the command line
-wins. The trap is YAML's own types: an unquoted `no` is false to it, 010 is 8 and 1.10 is 1.1. So a value is taken as it
-is written, and its option's type reads it.
+wins. The trap is YAML's own types: an unquoted `no` is false to it, 010 is 8 and 1.10 is 1.1. So a value is read as
+text, which its option's type converts.
 
 The command line is that of HfArgumentParser, Transformers' own for `TrainingArguments`. tyro takes a file's values as
 options that are made before the command line is read, so `__post_init__`, which joins processes, would run twice;
@@ -26,8 +26,8 @@ from transformers.hf_argparser import string_to_bool
 
 CONFIGURATION = "config.yaml"
 
-# Of the Trainer's options: what says how a run goes on, secrets, what is derived from others or refused, what the
-# launcher says, and a former name.
+# Trainer options that are not written: how a run resumes, secrets, derived or refused ones, what the launcher sets,
+# and a former name.
 LEFT_OUT = {"resume", "resume_from_checkpoint", "hub_token", "push_to_hub_token", "do_eval", "num_train_epochs"}
 LEFT_OUT |= {"local_rank"}
 if "activation_checkpointing" in {field.name for field in dataclasses.fields(TrainingArguments)}:
@@ -60,14 +60,14 @@ def read(path: str | Path) -> dict:
 
 
 def _check_once(node: yaml.Node, source: str) -> None:
-    """Raises `ValueError` for a name that a mapping has twice, of which YAML would take the last."""
+    """Raises `ValueError` for a name that a mapping has twice; YAML would use the last."""
     names = set()
     for item in node.value if isinstance(node, yaml.CollectionNode) else ():
         name, value = item if isinstance(node, yaml.MappingNode) else (None, item)
         if isinstance(name, yaml.ScalarNode):
             if name.value in names:
                 line = name.start_mark.line + 1
-                raise ValueError(f"{source}: {name.value!r} is there twice, again in line {line}; take one of them out")
+                raise ValueError(f"{source}: {name.value!r} appears twice, again in line {line}; remove one of them")
             names.add(name.value)
         _check_once(value, source)
 
@@ -102,7 +102,7 @@ def set_defaults(values: Mapping, parser: argparse.ArgumentParser, source: str) 
             near = difflib.get_close_matches(str(name), actions, n=1)
             raise ValueError(f"{source}: there is no option {name!r}" + (f"; nearest: {near[0]!r}" if near else ""))
         if action.dest in given:
-            raise ValueError(f"{source}: {given[action.dest]!r} and {name!r} are one option; take one of them out")
+            raise ValueError(f"{source}: {given[action.dest]!r} and {name!r} are the same option; remove one of them")
         given[action.dest] = name
         try:
             found = _converted(value, action, kinds.get(action.dest, {type(None)}))
@@ -184,7 +184,7 @@ def _follows_from_the_device(name: str, training) -> bool:
 
 
 def changed(training, name: str) -> bool:
-    """Whether an option of the Trainer is another than by default: our default, where we have one."""
+    """Whether an option of the Trainer differs from its default: ours, where we have one."""
     field = next((field for field in dataclasses.fields(training) if field.name == name), None)
     return field is not None and _plain(getattr(training, name, None)) != _default(field, training)
 

@@ -1,8 +1,8 @@
-"""What depends on each option of a run: one table, from which follows what is refused, and what may be another.
+"""What depends on each option of a run: one table, from which follows what is refused, and what may change.
 
-Every field of `TrainingArguments` is in it. The trap is the option that the Trainer takes and that then does nothing,
-or something else than it says: it would be written down with the run as if it had been followed. On an option that is
-not in the table, one of a later version of Transformers or the model's size, the loss is taken to depend.
+Every field of `TrainingArguments` is in it. Some options that the Trainer accepts do nothing here, or something else;
+they would be recorded with the run as if they had taken effect. The loss is assumed to depend on an option that is not
+in the table, such as the model's size or one of a later version of Transformers.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _refused(why: str, *names: str, depends: str = LOSS) -> list[tuple[str, Opti
     return [(name, Option(depends, refused=why)) for name in names]
 
 
-NO_METRICS = "the held-out loss is the one metric of a run"
+NO_METRICS = "the held-out loss is the only metric of a run"
 _ONE_LENGTH = "all rows are one context long"
 _ONE_PRECISION = "the held-out loss is measured in the precision of training, and the weights stay in float32"
 
@@ -49,7 +49,7 @@ ROWS = [
     *_each("ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend", LOSS),
     *_each("fsdp deepspeed", LOSS),
     *_each("fsdp_config", LOSS, only_with="fsdp"),
-    # More steps stretch the schedule of the learning rate, which is said.
+    # More steps stretch the schedule of the learning rate, which is printed.
     *_each("max_steps eval_strategy eval_steps eval_delay eval_on_start load_best_model_at_end", MEASURED),
     *_each("metric_for_best_model greater_is_better", MEASURED, only_with="load_best_model_at_end"),
     *_each("activation_checkpointing gradient_checkpointing torch_empty_cache_steps debug", COST),
@@ -70,25 +70,23 @@ ROWS = [
     *_each("dataloader_drop_last remove_unused_columns logging_nan_inf_filter prediction_loss_only", NOTHING),
     *_each("eval_do_concat_batches eval_use_gather_object do_train do_eval local_rank save_safetensors", NOTHING),
     *_refused("the steps' tokens would change within the run", "auto_find_batch_size"),
-    *_refused("rows would come in an order by chance, and a resumed run would be another", "dataloader_in_order"),
-    *_refused("there is nothing to predict here", "do_predict", depends=NOTHING),
-    *_refused(
-        "SIGTERM saves a checkpoint already, and in a way that resumes to the same losses", "enable_jit_checkpoint"
-    ),
-    *_refused("a resumed run would begin the text again", "ignore_data_skip"),
+    *_refused("rows would come in a random order, and a resumed run would differ", "dataloader_in_order"),
+    *_refused("this command makes no predictions", "do_predict", depends=NOTHING),
+    *_refused("SIGTERM already saves a checkpoint, which resumes to the same losses", "enable_jit_checkpoint"),
+    *_refused("a resumed run would start the text again", "ignore_data_skip"),
     *_refused("the model that is trained is the one that is evaluated", "jit_mode_eval"),
-    *_refused("a batch has labels, and no others", "label_names"),
-    *_refused("Liger's kernels are not used here", "liger_kernel_config"),
+    *_refused("a batch has no labels but `labels`", "label_names"),
+    *_refused("Liger's kernels are not used", "liger_kernel_config"),
     *_refused("SageMaker's model parallelism is not supported", "mp_parameters"),
     *_refused("max_steps (--steps) says how long a run is", "num_train_epochs", depends=NOTHING),
-    *_refused("a folder that holds a run is never written over", "overwrite_output_dir"),
+    *_refused("a folder that holds a run is never overwritten", "overwrite_output_dir"),
     *_refused("a sequence is on one device: Lighthouse chooses among all of its tokens", "parallelism_config"),
-    *_refused("nothing is passed from one step to the next", "past_index"),
-    *_refused("what a run keeps is restored already", "restore_callback_states_from_checkpoint"),
-    *_refused("no run could go on from such checkpoints", "save_only_model"),
+    *_refused("no state is passed from one step to the next", "past_index"),
+    *_refused("a resumed run already restores its state", "restore_callback_states_from_checkpoint"),
+    *_refused("no run could resume from such checkpoints", "save_only_model"),
     *_refused("with a key-value cache attention is dense, so training never has one", "use_cache"),
-    *_refused("the held-out loss is measured in one way", "use_legacy_prediction_loop"),
-    *_refused("it puts another forward in the place of the one that Lighthouse is in", "use_liger_kernel"),
+    *_refused("the held-out loss is measured in one way only", "use_legacy_prediction_loop"),
+    *_refused("it replaces the forward that Lighthouse runs in", "use_liger_kernel"),
     *_refused(NO_METRICS, "batch_eval_metrics", "include_for_metrics", depends=NOTHING),
     *_refused(NO_METRICS, "include_inputs_for_metrics"),
     *_refused(_ONE_LENGTH, "group_by_length", "length_column_name"),
@@ -102,7 +100,7 @@ def on_which(*depend: str) -> frozenset[str]:
     return frozenset(name for name, option in OPTIONS.items() if option.depends in depend)
 
 
-# Which may be others when a run goes on, and which between runs whose losses and times are compared.
+# Options that may change on resuming, and options that may differ between compared runs.
 FREE_ON_RESUME = on_which(MEASURED, COST, SHOWN, NOTHING)
 FREE_BETWEEN_RUNS = on_which(SHOWN, NOTHING)
 PLACES = on_which(TEXT)

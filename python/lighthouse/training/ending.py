@@ -1,4 +1,4 @@
-"""What is said of a run that ends before its time, and where it can go on from."""
+"""What is printed or raised when a run ends early, and where it can resume from."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def how_to_go_on(folder: Path) -> str:
     """A sentence about the run in the folder."""
     last = last_whole(folder)
     if last is None:
-        return f"There is no whole checkpoint in {folder} yet: with --resume the same command begins again."
-    return f"The last whole checkpoint is {last}: the same command with --resume goes on from there."
+        return f"There is no whole checkpoint in {folder} yet: with --resume the same command starts again."
+    return f"The last whole checkpoint is {last}: the same command with --resume continues from there."
 
 
 @contextmanager
 def saying_how_to_go_on(trainer: Trainer, folder: Path):
-    """While a run trains. What ends it is raised as a `RunFailed` that says how to go on, or printed with that."""
+    """While a run trains. What ends it is raised as a `RunFailed` that says how to resume, or printed with that."""
     try:
         yield
     except BaseException as error:
@@ -32,9 +32,9 @@ def saying_how_to_go_on(trainer: Trainer, folder: Path):
             trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)  # logs, the bar
         if isinstance(error, NotFinite):
             raise NotFinite(
-                f"{error}. Nothing of it was saved. {how_to_go_on(folder)} It meets the same rows again: with "
-                "another learning_rate or max_grad_norm, or without these rows, it is another run, in another "
-                "output_dir."
+                f"{error}. The state of this step was not saved. {how_to_go_on(folder)} Resuming meets the same rows "
+                "again: to change learning_rate or max_grad_norm, or to leave these rows out, start a new run in "
+                "another output_dir."
             ) from None
         if isinstance(error, TextLost):  # a worker's has its traceback in front
             said = str(error).rpartition(f"{TextLost.__name__}: ")[2].strip()
@@ -45,6 +45,6 @@ def saying_how_to_go_on(trainer: Trainer, folder: Path):
         if isinstance(error, OSError) and error.errno in NO_SPACE:  # of a log, say
             raise DiskFull(f"{error}. {how_to_go_on(folder)}") from error
         if isinstance(error, (Stopped, KeyboardInterrupt)) and trainer.is_world_process_zero():
-            what = error if isinstance(error, Stopped) else f"Interrupted behind step {trainer.state.global_step}."
+            what = error if isinstance(error, Stopped) else f"Interrupted after step {trainer.state.global_step}."
             print(f"\n{what} {how_to_go_on(folder)}", file=sys.stderr, flush=True)
         raise

@@ -1,7 +1,7 @@
-"""What a run is, as a flat mapping of plain JSON values: what it was told (`form_of`) and what it found (`found_by`).
+"""What a run is, as a flat mapping of plain JSON values: its options (`form_of`) and what it found (`found_by`).
 
 `run.json` is the two together, and a run that is resumed or compared is compared by them. The first part is a pure
-function: nothing is read, tokenised or built to know what a run would be.
+function: nothing is read, tokenized or built to know what a run would be.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lighthouse.text.data import Corpus
 from lighthouse.training.options import PretrainOptions, TrainingOptions
 from lighthouse.training.result import versions
 
-# Where a run goes on from is of one start of it.
+# `resume_from_checkpoint` belongs to one start of a run, not to the run.
 TRAINERS = tuple(f.name for f in fields(TrainingArguments) if f.init and f.name != "resume_from_checkpoint")
 
 
@@ -29,7 +29,7 @@ def tokens_per_step(options: PretrainOptions, training: TrainingOptions) -> int:
 def form_of(options: PretrainOptions, training: TrainingOptions) -> dict:
     """Every option of a run by name, and what follows from options alone: `tokens_per_step`, `lighthouse_steps`.
 
-    The latter as planned: of a run that goes on with another number of steps, a share's switch stays where it was.
+    The latter as planned: if a run resumes with another number of steps, a share's switch stays where it was.
     """
     values, tokens = training.to_dict(), tokens_per_step(options, training)
     form = asdict(options) | {name: values[name] for name in TRAINERS}
@@ -38,7 +38,7 @@ def form_of(options: PretrainOptions, training: TrainingOptions) -> dict:
 
 
 def found_by(training: TrainingOptions, corpus: Corpus) -> dict:
-    """The text, its tokenizer, the processes, devices and versions that a run has; `rows` once the text is cut."""
+    """The text, its tokenizer, the processes, devices and versions that a run has; `rows` once the rows are made."""
     found = {
         "text": corpus.fingerprint,
         "tokenizer_identity": corpus.encoder.identity,

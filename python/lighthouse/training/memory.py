@@ -1,20 +1,20 @@
 """How much memory a training step needs, before it is tried.
 
-Counted is what autograd keeps of each layer between forward and backward, as Transformers' Llama computes it, beside
-weights, gradients, optimizer and loss. The trap is to refuse what would fit: what PyTorch takes on top (its context,
-fragments, buffers of the data and of communication) is left out, so the number is a lower bound, and a run is refused
-only where it is clearly above the whole memory of the device.
+The estimate counts weights, gradients, optimizer and loss, and what autograd keeps of each layer between forward and
+backward, as Transformers' Llama computes it. The trap is to refuse what would fit: what PyTorch needs in addition (its
+context, fragments, buffers of the data and of communication) is left out, so the number is a lower bound, and a run is
+refused only if it is clearly above the whole memory of the device.
 
-How near it is: what autograd keeps is met within 1 % (a test counts it). The peak measured in a fresh process on a CPU
+Its error: what autograd keeps is estimated within 1 % (a test counts it). The peak measured in a fresh process on a CPU
 was 1.00 to 1.08 times the estimate, without the process's own half a GiB: 5M and 39M parameters, 512 to 8,192 tokens,
 384 and 32,000 classes; dense and Lighthouse, float32, autocast and bfloat16, with and without checkpointing. On an H200
 the compiled 30-layer model of bench/model_step.py took 72.9 GiB dense at 98,304 tokens; the estimate is 72.7. With
-Lighthouse it took 62.0 under torch 2.11, whose compiled code keeps an output that newer ones make again: the estimate
+Lighthouse it took 62.0 under torch 2.11, whose compiled code keeps an output that newer ones recompute: the estimate
 leaves it out and is 57.0.
 
 PyTorch's own count, torch.distributed._tools.mem_tracker over a step on fake tensors, takes 2 to 11 s for the models
 nano and small (torch 2.15, one thread), finds 26 to 31 % more for a dense step on a CPU, and does not see what compiled
-code makes again. So the bytes are counted here, for Llama.
+code recomputes. So the bytes are counted here, for Llama.
 """
 
 from __future__ import annotations
@@ -207,13 +207,13 @@ def check_memory(needed: MemoryEstimate, device: torch.device | str) -> None:
         ways.append("--gradient_checkpointing true")
     ways.append("a smaller --per_device_train_batch_size, or a smaller --model")
     raise DoesNotFit(
-        f"out of memory: a training step needs at least {needed.peak / GIB:,.1f} GiB, and {_named(device)} has "
-        f"{there / GIB:,.1f} GiB in all: take {', '.join(ways)}.\n{needed}"
+        f"out of memory: a training step needs at least {needed.peak / GIB:,.1f} GiB, but {_named(device)} has "
+        f"{there / GIB:,.1f} GiB in all: use {', '.join(ways)}.\n{needed}"
     )
 
 
 def device_memory(device: torch.device | str) -> int | None:
-    """Bytes of memory of a GPU, or that this process may use of the machine's; None where it cannot be told."""
+    """Bytes of memory of a GPU, or of the machine that this process may use; None where that is not known."""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory

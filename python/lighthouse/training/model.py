@@ -1,6 +1,6 @@
 """Llama models with fresh weights: sizes by name, or a Hugging Face configuration, fitted to the context.
 
-The trap is RoPE: trained from scratch, a model tells positions apart only as far as its slowest rotation does, so the
+The trap is RoPE: trained from scratch, a model distinguishes positions only as far as its slowest rotation does, so the
 longest wavelength has to reach over the context. A named size keeps its base; that of a given configuration is raised
 where it is too small, and `model_notes` says so.
 """
@@ -108,7 +108,7 @@ def head_dim_of(config: LlamaConfig) -> int:
 
 
 def model_notes(name: str, context: int) -> list[str]:
-    """What was changed of a given configuration, and what is doubtful in it: a sentence each."""
+    """A sentence for each change to a given configuration, and for each doubt about it."""
     return _config(name, context)[1]
 
 
@@ -128,8 +128,8 @@ def new_config(name: str, context: int, tokenizer: PreTrainedTokenizerBase | Non
         config.vocab_size = needed
     elif config.vocab_size < needed:
         raise ValueError(
-            f"model={name!r} has vocab_size {config.vocab_size}: a tokenizer whose ids exceed the vocabulary, up to "
-            f"{needed - 1}; raise vocab_size to at least {needed}, or take the tokenizer that belongs to it"
+            f"model={name!r} has vocab_size {config.vocab_size}: the tokenizer has ids beyond the vocabulary, up to "
+            f"{needed - 1}; raise vocab_size to at least {needed}, or use the model's own tokenizer"
         )
     config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     # The embedding of the padding token is never trained: no other mark may be it.
@@ -188,7 +188,7 @@ def _read(name: str) -> LlamaConfig:
     path = Path(name)
     if not path.exists():
         raise ValueError(
-            f"model={name!r}: there is {', '.join(SIZES)}, or the path of a {CONFIG} or of a folder that has it; this "
+            f"model={name!r}: give one of {', '.join(SIZES)}, or the path of a {CONFIG} or of a folder with one; this "
             "path does not exist"
         )
     file = path / CONFIG if path.is_dir() else path
@@ -197,27 +197,27 @@ def _read(name: str) -> LlamaConfig:
     except FileNotFoundError:
         raise ValueError(f"model={name!r} is a folder without a {CONFIG}") from None
     except (OSError, ValueError) as error:
-        raise ValueError(f"model={name!r} is no configuration in JSON: {error}") from None
+        raise ValueError(f"model={name!r} is not a configuration in JSON: {error}") from None
     configs: list[Any] = [entry.causal.config_class for entry in ARCHITECTURES]
     kinds = {config.model_type: config for config in configs}
     kind = values.get("model_type") if isinstance(values, dict) else None
     if kind not in kinds:
-        raise ValueError(f"model={name!r} has model_type {kind!r}: Lighthouse knows {', '.join(kinds)}, no others yet")
+        raise ValueError(f"model={name!r} has model_type {kind!r}: Lighthouse supports only {', '.join(kinds)}")
     if values.get("quantization_config"):
-        raise ValueError(f"model={name!r} has a quantization_config: weights are trained in full, so take it out")
+        raise ValueError(f"model={name!r} has a quantization_config: weights are trained unquantized; remove it")
     try:
         config = kinds[kind].from_dict(values)
     except Exception as error:  # of kinds that differ from version to version
-        raise ValueError(f"model={name!r} is no {kind} configuration: {' '.join(str(error).split())}") from error
+        raise ValueError(f"model={name!r} is not a {kind} configuration: {' '.join(str(error).split())}") from error
     check_config(config)
     for output, plain in PLAIN_OUTPUT.items():
         if getattr(config, output, plain) != plain:
             raise ValueError(
-                f"model={name!r} has {output} {getattr(config, output)!r}: a step needs the loss alone, by its name; "
-                "take it out"
+                f"model={name!r} has {output} {getattr(config, output)!r}: a step needs only the loss, by its name; "
+                "remove it"
             )
     if config.head_dim % 2 or config.head_dim < 4:
-        raise ValueError(f"model={name!r} has head_dim {config.head_dim}: RoPE needs an even number from 4 on")
+        raise ValueError(f"model={name!r} has head_dim {config.head_dim}: RoPE needs an even number, at least 4")
     if config.num_attention_heads % config.num_key_value_heads:
         raise ValueError(
             f"model={name!r} has num_key_value_heads {config.num_key_value_heads} and num_attention_heads "
@@ -231,7 +231,9 @@ def _fit(name: str, config: LlamaConfig, context: int) -> list[str]:
     """Fits length and RoPE of a given configuration to the context, in place; says what was changed."""
     notes = []
     if config.max_position_embeddings < context:
-        notes.append(f"max_position_embeddings was {config.max_position_embeddings:,}, is {context:,}: the context.")
+        notes.append(
+            f"max_position_embeddings was {config.max_position_embeddings:,}, is now {context:,}: the context."
+        )
         config.max_position_embeddings = context
     rope, head_dim = rope_of(config), head_dim_of(config)
     kind, reach = rope.get("rope_type", "default"), wavelength(config)
@@ -239,15 +241,15 @@ def _fit(name: str, config: LlamaConfig, context: int) -> list[str]:
         if reach < context:
             raise ValueError(
                 f"model={name!r}: the longest wavelength of its RoPE, of type {kind!r}, is {reach:,.0f} tokens, and "
-                f"the context has {context:,}: such types stretch trained models; for training from scratch take "
-                '"rope_parameters": {"rope_type": "default"}, whose base is then fitted'
+                f"the context has {context:,}: such types stretch trained models; for training from scratch use "
+                '"rope_parameters": {"rope_type": "default"}, whose base is then adjusted'
             )
         notes.append(f"RoPE of type {kind!r} is kept as given: it is meant for stretching a trained model.")
     elif reach < context:
         base = _rounded_up((context / (2 * math.pi)) ** (head_dim / (head_dim - 2)))
         notes.append(
-            f"rope_theta was {rope['rope_theta']:,.0f}, whose longest wavelength is {reach:,.0f} tokens; it is "
-            f"{base:,.0f}, so that it reaches over the context of {context:,}."
+            f"rope_theta was {rope['rope_theta']:,.0f}, with a longest wavelength of {reach:,.0f} tokens; it is now "
+            f"{base:,.0f}, to cover the context of {context:,}."
         )
         config.rope_parameters = rope | {"rope_theta": base}
     return notes

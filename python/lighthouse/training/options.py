@@ -1,4 +1,4 @@
-"""What a run can be told, as dataclasses: Transformers' HfArgumentParser makes command line options of them.
+"""The options of a run, as dataclasses: Transformers' HfArgumentParser makes command line options of them.
 
 `TrainingOptions` is Transformers' `TrainingArguments` with other defaults, so every option of the Trainer is there
 under its own name. Each checks its own values; what needs the model or the text is checked in `run.prepare`.
@@ -49,9 +49,9 @@ class ModelOptions:
     compile_layers: bool = field(
         default=torch.cuda.is_available(),
         metadata={
-            "help": "Compile the layers with torch.compile, one code for all that attend alike: ready in seconds, and "
-            "nothing is left to compile at the switch. By default where there is a GPU. --torch_compile compiles the "
-            "model as a whole instead."
+            "help": "Compile each layer with torch.compile; layers with the same attention share the compiled code, so "
+            "it takes seconds and nothing is left to compile at the switch. The default on a GPU. --torch_compile "
+            "compiles the whole model instead."
         },
     )
 
@@ -65,8 +65,8 @@ class DataOptions:
     data: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Files, folders (searched to the bottom) and patterns such as 'books/**/*.txt.xz': UTF-8 text, "
-            "also compressed with gzip, bzip2, xz or zstd. A file is a document. By default the sources of the running "
+            "help": "Files, folders (searched recursively) and patterns such as 'books/**/*.txt.xz': UTF-8 text, also "
+            "compressed with gzip, bzip2, xz or zstd. Each file is a document. Default: the sources of the running "
             "Python's standard library.",
             "metavar": "PATH",
         },
@@ -74,8 +74,8 @@ class DataOptions:
     dataset: str | None = field(
         default=None,
         metadata={
-            "help": "Instead of --data: what datasets.load_dataset takes: a name on the Hub, a folder, or json, "
-            "parquet, csv with --data as its files. A row is a document.",
+            "help": "Instead of --data: a dataset for datasets.load_dataset: a name on the Hub, a folder, or json, "
+            "parquet, csv with --data as its files. Each row is a document.",
             "metavar": "NAME",
         },
     )
@@ -84,18 +84,23 @@ class DataOptions:
     text_column: str = field(default="text", metadata={"help": "Column of the dataset that holds the text."})
     stream: bool = field(
         default=False,
-        metadata={"help": "Read the text while training, and cut no copy of it first: for what no disk here holds."},
+        metadata={
+            "help": "Read and tokenize the text while training, without a cache: for text too large for the disk."
+        },
     )
     tokenizer: str | None = field(
         default=None,
         metadata={
-            "help": "Folder or name of a Hugging Face tokenizer with an end mark. By default bytes.",
+            "help": "Folder or name of a Hugging Face tokenizer with an end token. Default: bytes.",
             "metavar": "NAME",
         },
     )
     held_out: int = field(
         default=16,
-        metadata={"help": "Contexts of held-out text in each evaluation. Documents are held out, a tenth at most."},
+        metadata={
+            "help": "Contexts of held-out text in each evaluation. Whole documents are held out, about a tenth of the "
+            "text at most."
+        },
     )
 
 
@@ -127,22 +132,22 @@ class LighthouseOptions(MethodOptions):
     )
     switch_tokens: int | None = field(
         default=None,
-        metadata={"help": "Instead of --share: Lighthouse until so many tokens were trained on, in whole steps."},
+        metadata={"help": "Instead of --share: Lighthouse until this many tokens were trained on, in whole steps."},
     )
     dense_layers: int | None = field(
         default=None,
-        metadata={"help": "Layers at each end that stay dense. By default a sixth of them, at least 1, at most 2."},
+        metadata={"help": "Layers at each end that stay dense. Default: a sixth of all layers, at least 1, at most 2."},
     )
     dense_only: bool = field(default=False, metadata={"help": "Train the plain model, for comparison."})
     lighthouse_only: bool = field(
         default=False,
-        metadata={"help": "Lighthouse in every step, for comparison: such a model is not ready for dense attention."},
+        metadata={"help": "Lighthouse in every step, for comparison; the model is then not ready for dense attention."},
     )
 
 
 @dataclass(kw_only=True)
 class PretrainOptions(ModelOptions, DataOptions, LighthouseOptions):
-    """All of a run but what the Trainer itself is told (`TrainingOptions`).
+    """All options of a run but the Trainer's (`TrainingOptions`).
 
     The settings of `Method` may be numbers too; text such as "1/64" is turned into them. `data` may be one path.
 
@@ -214,25 +219,33 @@ class TrainingOptions(TrainingArguments):
     max_steps: int = field(default=1000, metadata={"help": "Optimizer steps.", "aliases": ["--steps"]})
     num_train_epochs: float = field(default=0, metadata={"help": SUPPRESS})  # refused
     resume: bool = field(
-        default=False, metadata={"help": "Go on from the last checkpoint in the output folder, in either stage."}
+        default=False, metadata={"help": "Continue from the last checkpoint in the output folder, in either stage."}
     )
     per_device_train_batch_size: int = field(default=1, metadata={"help": "Sequences per device and step."})
     per_device_eval_batch_size: int = field(default=1, metadata={"help": "Sequences per device in evaluation."})
     learning_rate: float = field(default=2e-3, metadata={"help": "Highest learning rate."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
-    warmup_steps: float = field(default=0.1, metadata={"help": "Steps of warm-up, or below 1 their share."})
+    warmup_steps: float = field(default=0.1, metadata={"help": "Warm-up steps; below 1, a share of all steps."})
     weight_decay: float = field(default=0.1, metadata={"help": "Weight decay."})
     adam_beta2: float = field(default=0.95, metadata={"help": "AdamW's second beta."})
-    logging_steps: float = field(default=10, metadata={"help": "A line each so many steps, or below 1 their share."})
-    eval_strategy: str = field(default="steps", metadata={"help": "When the dense held-out loss is measured."})
-    eval_steps: float | None = field(default=0.1, metadata={"help": "Steps between evaluations, or below 1 a share."})
-    save_steps: float = field(default=0.1, metadata={"help": "Steps between checkpoints, or below 1 a share."})
-    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
+    logging_steps: float = field(
+        default=10, metadata={"help": "Steps between log lines; below 1, a share of all steps."}
+    )
+    eval_strategy: str = field(default="steps", metadata={"help": "When to measure the dense held-out loss."})
+    eval_steps: float | None = field(
+        default=0.1, metadata={"help": "Steps between evaluations; below 1, a share of all steps."}
+    )
+    save_steps: float = field(
+        default=0.1, metadata={"help": "Steps between checkpoints; below 1, a share of all steps."}
+    )
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
     report_to: str | None = field(default="tensorboard", metadata={"help": "Where logs go: tensorboard, none, ..."})
     bf16: bool = field(
-        default=torch.cuda.is_available(), metadata={"help": "bfloat16 autocast, by default where there is a GPU."}
+        default=torch.cuda.is_available(), metadata={"help": "Use bfloat16 autocast; the default on a GPU."}
     )
-    seed: int = field(default=42, metadata={"help": "Of the weights, the order of the text and what is held out."})
+    seed: int = field(
+        default=42, metadata={"help": "Seed of the weights, the order of the text, the held-out documents."}
+    )
 
     def __post_init__(self):
         self.debug = "" if self.debug is None else self.debug  # which the parser makes of no debug
@@ -246,8 +259,8 @@ class TrainingOptions(TrainingArguments):
         if self.max_steps < 1:
             raise ValueError(f"max_steps={self.max_steps}: at least one step is needed")
         moves_are_ours, use_cpu = self.accelerator_config is None, self.use_cpu
-        # accelerate joins processes on a CPU only where it is told to use one. What the option says stays as it is:
-        # the same configuration may be taken to a machine with a GPU.
+        # accelerate joins processes on a CPU only if it is set to use one. The option stays as given:
+        # the same configuration may be used on a machine with a GPU.
         self.use_cpu = use_cpu or (launched()[1] > 1 and not torch.accelerator.is_available())
         super().__post_init__()
         self.use_cpu = use_cpu
@@ -256,7 +269,7 @@ class TrainingOptions(TrainingArguments):
             raise ValueError(why_not)
         if moves_are_ours and isinstance(self.accelerator_config, AcceleratorConfig) and self.device.type == "cuda":
             self.accelerator_config.non_blocking = True  # else each step waits for the one before, then for its launch
-        self.logging_nan_inf_filter = False  # it hides what is to stop the run, and waits for the device in each step
+        self.logging_nan_inf_filter = False  # it hides what must stop the run, and waits for the device in each step
         self.remove_unused_columns = False  # a row's place in the text is one
         self.dataloader_drop_last = False  # steps are whole, and all held-out rows are evaluated
         if self.lr_scheduler_type in WITHOUT_WARM_UP and self.warmup_steps == TrainingOptions.warmup_steps:

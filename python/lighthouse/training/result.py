@@ -1,4 +1,4 @@
-"""What a run found, as plain numbers in `results.json`; and how it may end before its time."""
+"""What a run found, as plain numbers in `results.json`; and how it may end early."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ STOPPED = 143  # 128 + SIGTERM
 
 
 class RunFailed(RuntimeError):
-    """A run could not go on. The message says what to do; the last whole checkpoint is as it was. Exit status 1."""
+    """A run could not continue. The message says what to do; the last whole checkpoint is as it was. Exit status 1."""
 
 
 class Refused(RunFailed, ValueError):
-    """What cannot be trained on or with, found only when the text was cut or the model made. Nothing was trained."""
+    """What cannot be trained on or with, found only when the rows or the model were made. Nothing was trained."""
 
 
 class DiskFull(RunFailed):
@@ -44,9 +44,9 @@ class NotFinite(RunFailed):
 
 
 class Stopped(SystemExit):
-    """A signal stopped the run behind a step, and all of it is in a checkpoint. Exit status 143.
+    """A signal stopped the run after a step, and all of it is in a checkpoint. Exit status 143.
 
-    Like KeyboardInterrupt no `Exception`: no `except Exception` of a script goes on as if the run were at its end.
+    Like KeyboardInterrupt not an `Exception`: no `except Exception` of a script continues as if the run were finished.
     """
 
     def __init__(self, message: str):
@@ -62,7 +62,7 @@ class Stage:
     """Optimizer steps of a stage, their seconds without evaluation, saving and compilation, their tokens.
 
     `peak_memory` is in bytes, of the process that had most: on CUDA what PyTorch had allocated, on a CPU what was
-    resident of the whole process, interpreter and libraries included. None where the system does not tell.
+    resident of the whole process, interpreter and libraries included. None where the system does not report it.
     """
 
     steps: int
@@ -77,7 +77,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The held-out loss, nats per token under dense attention, behind a step and so many training seconds."""
+    """The held-out loss, nats per token under dense attention, after `step` steps and `seconds` of training."""
 
     step: int
     seconds: float
@@ -95,7 +95,7 @@ def crossing(a: HeldOut, b: HeldOut, loss: float) -> tuple[float, float]:
 class PretrainResult:
     """One run. `switch_step` steps were planned with Lighthouse, 0 in a dense run; `stages` are what they were.
 
-    `model_folder` is None where no model was kept. The saved model is that behind `model_step`: the last step, or the
+    `model_folder` is None where no model was kept. The saved model is that after `model_step`: the last step, or the
     best with `load_best_model_at_end`. `settings` are all options by name; `warnings` say what keeps the model from
     use. `device` is a name a person knows, `versions` are those that it was trained with (`versions()`),
     `weights` a digest of the model's files (`checkpoints.weights_in`).
@@ -122,7 +122,7 @@ class PretrainResult:
 
     @property
     def device_hours(self) -> float:
-        """The same times devices, the CPU of a process being one too."""
+        """Training hours summed over devices; the CPU of a process counts as one."""
         return self.seconds * self.settings.get("devices", self.settings.get("processes", 1)) / 3600
 
     @property
@@ -145,7 +145,7 @@ class PretrainResult:
     def reaches(self, loss: float) -> tuple[float, float] | None:
         """The steps and the training seconds at which the dense held-out loss first is `loss`; None if it never is.
 
-        On the line between two evaluations. Of a run with Lighthouse only those from the switch on count.
+        Interpolated linearly between two evaluations. In a run with Lighthouse only those from the switch on count.
         """
         points = [point for point in self.held_out if point.step >= self.switch_step]
         if points and points[0].loss <= loss:
@@ -183,7 +183,7 @@ class PretrainResult:
 
 
 def versions() -> dict[str, str]:
-    """Of the packages on which losses and times depend."""
+    """The versions of the packages on which losses and times depend."""
     return {
         "lighthouse": VERSION,
         "torch": torch.__version__,

@@ -1,7 +1,7 @@
-"""What is in a run's folder, and whether a run may go on from there.
+"""What is in a run's folder, and whether a run may resume from it.
 
 A resumed run must be the one that began: the same model, text, batch, schedule and precision. Only what no loss depends
-on may be another.
+on may change.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ from lighthouse.training.result import RESULTS
 SETTINGS = "run.json"
 MODEL = "model"
 
-# Of a run's settings, what its checkpoints tell of it by themselves.
+# The settings of a run that its checkpoints record too.
 FACTS = (
     *(setting.name for setting in Method.settings()),
     *("context", "dense_layers", "tokens_per_step", "lighthouse_steps", "seed", "text"),
     "tokenizer_identity",
 )
 
-# Of a run's settings, what may be another when it goes on, and is said.
+# Settings that may change on resuming, and are reported.
 SAID = ("device_name", "versions")
 
 # Settings that are digests: what to say where they differ.
 DIGESTS = {
-    "text": "the text, its order, its tokenizer or the way it is cut is another",
-    "tokenizer_identity": "the tokenizer gives other ids",
-    "rows": "the text is another, though its files are as long as they were",
+    "text": "the text, its order, its tokenizer or how it is split into rows has changed",
+    "tokenizer_identity": "the tokenizer gives different ids",
+    "rows": "the text has changed, although its files have the same sizes",
 }
 
 
 def what_is_there(training: TrainingOptions) -> tuple[dict | None, str | None]:
-    """The settings of the run in the output folder and the checkpoint to go on from; None where there is none."""
+    """The settings of the run in the output folder and the checkpoint to resume from; None where there is none."""
     folder = Path(str(training.output_dir))
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"output_dir={str(folder)!r} is a file: a folder is needed")
@@ -53,7 +53,7 @@ def what_is_there(training: TrainingOptions) -> tuple[dict | None, str | None]:
     if not training.resume and training.resume_from_checkpoint is None:
         if SETTINGS in names or RESULTS in names or MODEL in names or there:
             raise FileExistsError(
-                f"output_dir={str(folder)!r} holds a run already: take another folder with --output_dir, go on with "
+                f"output_dir={str(folder)!r} already holds a run: use another folder with --output_dir, continue "
                 "that run with --resume, or delete the folder"
             )
         return None, None
@@ -61,7 +61,7 @@ def what_is_there(training: TrainingOptions) -> tuple[dict | None, str | None]:
     if training.resume_from_checkpoint is None:
         checkpoint = checkpoints.last_whole(folder, say)
         if checkpoint is None and SETTINGS in names:
-            say(f"{folder} holds a run that was interrupted before its first whole checkpoint: it begins again.")
+            say(f"{folder} holds a run that was interrupted before its first whole checkpoint: it starts again.")
             return json.loads((folder / SETTINGS).read_text(encoding="utf-8")), None
         if checkpoint is None:
             raise FileNotFoundError(
@@ -79,7 +79,7 @@ def what_is_there(training: TrainingOptions) -> tuple[dict | None, str | None]:
 
 
 def _check_checkpoint(checkpoint: Path, folder: Path, there: list[Path], holds_a_run: bool) -> None:
-    """Raises if the checkpoint that was asked for by name cannot be gone on from in `folder`."""
+    """Raises if the checkpoint that was asked for by name cannot be resumed from in `folder`."""
     name = f"resume_from_checkpoint={str(checkpoint)!r}"
     if not checkpoint.is_dir():
         raise FileNotFoundError(f"{name} is not a folder with a whole checkpoint")
@@ -89,15 +89,15 @@ def _check_checkpoint(checkpoint: Path, folder: Path, there: list[Path], holds_a
     if checkpoint.parent.resolve() != folder.resolve():
         if holds_a_run:
             raise FileExistsError(
-                f"output_dir={str(folder)!r} holds another run than {name}: take the checkpoint's own folder, or a new "
-                "one"
+                f"output_dir={str(folder)!r} holds a different run from {name}: use the checkpoint's own folder, or a "
+                "new one"
             )
         return
     later = [path.name for path in there if step_of(path) > step_of(checkpoint)]
     if later:
         raise FileExistsError(
-            f"{name}: there are later ones, {', '.join(later)}, which would be mixed with the new: remove them, or go "
-            "on in a new output_dir"
+            f"{name}: the folder has later checkpoints, {', '.join(later)}, which would be mixed with the new ones: "
+            "remove them, or resume in a new output_dir"
         )
 
 
@@ -106,16 +106,16 @@ def _say(message: str) -> None:
 
 
 def state_in(checkpoint: str | Path) -> TrainerState:
-    """What the Trainer wrote of a run into a checkpoint."""
+    """The Trainer's state in a checkpoint."""
     return TrainerState.load_from_json(str(Path(checkpoint) / STATE))
 
 
 def check_checkpoint(checkpoint: str | Path, training: TrainingOptions) -> None:
-    """Raises `ValueError` if the checkpoint is further than the run is to go, or its best one is not to be had."""
+    """Raises `ValueError` if the checkpoint has more steps than the run is to have, or its best one is missing."""
     steps = state_in(checkpoint).global_step
     if steps > training.max_steps:
         raise ValueError(
-            f"max_steps={training.max_steps}: {str(checkpoint)!r} has {steps} steps already; ask for as many or more"
+            f"max_steps={training.max_steps}: {str(checkpoint)!r} already has {steps} steps; ask for at least as many"
         )
     check_best(checkpoint, training)
 
@@ -132,13 +132,13 @@ def check_best(checkpoint: str | Path, training: TrainingOptions) -> None:
     if lowest is not None and (state.best_metric is None or lowest["loss"] < state.best_metric):
         raise ValueError(
             f"load_best_model_at_end: the lowest held-out loss so far, {lowest['loss']:.4f} after step "
-            f"{lowest['step']}, was measured without the option, and its checkpoint not kept as the best: leave the "
-            "option out, or begin again with it in another output_dir"
+            f"{lowest['step']}, was measured without the option, and its checkpoint was not kept as the best: leave "
+            "the option out, or start again with it in another output_dir"
         )
     if state.best_model_checkpoint is not None and best_checkpoint(state, training) is None:
         raise ValueError(
-            f"load_best_model_at_end: the best checkpoint so far was {state.best_model_checkpoint!r}, and it is not "
-            "there: put the run's folder back to where it was, start where it was started, or leave the option out"
+            f"load_best_model_at_end: the best checkpoint so far, {state.best_model_checkpoint!r}, does not exist: "
+            "move the run's folder back, start in the directory where it was started, or leave the option out"
         )
 
 
@@ -146,7 +146,7 @@ def check_same(earlier: dict, now: dict, free: frozenset[str] = FREE_ON_RESUME) 
     """Raises `ValueError` that lists the `differences`."""
     differ = differences(earlier, now, free)
     if differ:
-        raise ValueError("a resumed run goes on with the settings it began with: " + "; ".join(differ))
+        raise ValueError("a resumed run must have the settings it began with: " + "; ".join(differ))
 
 
 def differences(earlier: dict, now: dict, free: frozenset[str] = FREE_ON_RESUME) -> list[str]:
@@ -165,7 +165,7 @@ def differences(earlier: dict, now: dict, free: frozenset[str] = FREE_ON_RESUME)
 
 
 def what_is_new(earlier: dict, now: dict) -> list[str]:
-    """A sentence of what may change a loss a little and yet does not keep a run from going on."""
+    """A sentence about what may change a loss a little but does not prevent resuming."""
     before, here = _flat(earlier), _flat(now)
     new = [f"{name} was {before[name]}, is {here[name]}" for name in here if before.get(name, here[name]) != here[name]]
     return [f"Since this run began {'; '.join(new)}: losses may differ in their last digits."] if new else []
@@ -178,7 +178,7 @@ def _flat(settings: dict) -> dict[str, str]:
 
 
 def check_same_model(checkpoint: str | Path, model) -> None:
-    """The options may name a file that holds another configuration than it did."""
+    """The options may name a file whose configuration has changed."""
     if not (Path(checkpoint) / "config.json").is_file():
         return  # sharded by the Trainer, whose loading then compares the weights' names and shapes
     earlier, now = type(model.config).from_pretrained(checkpoint).to_dict(), model.config.to_dict()
@@ -189,4 +189,4 @@ def check_same_model(checkpoint: str | Path, model) -> None:
         if name not in free and not name.startswith("_") and earlier.get(name) != now.get(name)
     ]
     if differ:
-        raise ValueError("a resumed run goes on with the model it began with: " + "; ".join(differ))
+        raise ValueError("a resumed run must have the model it began with: " + "; ".join(differ))

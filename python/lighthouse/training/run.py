@@ -1,6 +1,6 @@
 """One pre-training run: Lighthouse for a share of the steps, then dense, then the plain model in a folder.
 
-`prepare` checks everything and does no work that lasts; `Run.train` is the Trainer's loop and what comes behind it. A
+`prepare` checks everything and does no work that lasts; `Run.train` is the Trainer's loop and what comes after it. A
 run may be killed at any moment: the folder always holds the last whole checkpoint (`checkpoints`), and the model and
 `results.json` appear as a whole, at the end.
 """
@@ -54,20 +54,20 @@ logger = logging.getLogger(__name__)
 
 WHY_DENSE = (
     "The held-out loss is measured with dense attention, also while Lighthouse is on: which tokens Lighthouse keeps\n"
-    "depends on later ones, so losses seen under it, that stage's training loss too, do not compare with dense ones."
+    "depends on later ones, so losses with it, its stage's training loss too, are not comparable with dense ones."
 )
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run whose options, text and folder were found good. `str(run)` tells what it will do; `train()` does it."""
+    """A run whose options, text and folder were checked. `str(run)` says what it will do; `train()` does it."""
 
     options: PretrainOptions
     training: TrainingOptions
     corpus: data.Corpus
     switch_step: int
     checkpoint: str | None
-    notes: tuple[str, ...] = ()  # of a resumed run: what is said of it
+    notes: tuple[str, ...] = ()  # sentences about a resumed run
     earlier: dict | None = None  # the settings that it began with
 
     @property
@@ -80,12 +80,12 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether the checkpoint to go on from has all the steps, so that only the end is left to do."""
+        """Whether the checkpoint to resume from has all the steps, so that only the end is left to do."""
         return self.checkpoint is not None and self.state.global_step == self.training.max_steps
 
     @property
     def state(self) -> TrainerState:
-        """What the checkpoint to go on from has of the Trainer's; of a run that begins, what that begins with."""
+        """The Trainer's state in the checkpoint to resume from; of a new run, the initial one."""
         return TrainerState() if self.checkpoint is None else state_in(self.checkpoint)
 
     @property
@@ -94,13 +94,13 @@ class Run:
         return tokens_per_step(self.options, self.training)
 
     def settings(self) -> dict:
-        """What the run was told and what it found (`form`), as it is kept in its folder and compared on resuming."""
+        """The run's options and what it found (`form`), as kept in its folder and compared on resuming."""
         form = form_of(self.options, self.training)
         return form | {"lighthouse_steps": self.switch_step} | found_by(self.training, self.corpus)
 
     @property
     def facts(self) -> dict:
-        """What a checkpoint tells of its run by itself."""
+        """What a checkpoint records of its run."""
         settings = self.settings()
         return {name: settings[name] for name in FACTS}
 
@@ -108,13 +108,14 @@ class Run:
         options, steps = self.options, self.training.max_steps
         lines = [str(self.corpus), *model_notes(options.model, options.context)]
         if self.checkpoint is not None:
-            lines.append(f"Going on from {self.checkpoint}.")
+            lines.append(f"Continuing from {self.checkpoint}.")
             planned = self.state.max_steps
             if planned != steps:
-                what = "is the same" if self.training.lr_scheduler_type in WITHOUT_WARM_UP else "is now that of so many"
-                lines.append(f"max_steps was {planned:,}, is {steps:,}: the learning rate {what}.")
+                same = self.training.lr_scheduler_type in WITHOUT_WARM_UP
+                what = "is the same" if same else f"now follows the schedule of {steps:,} steps"
+                lines.append(f"max_steps was {planned:,}, is now {steps:,}: the learning rate {what}.")
             if options.stream:
-                lines.append("Its text has the sizes and samples it had; streamed, it is not read whole to compare it.")
+                lines.append("The text's sizes and samples are unchanged; a streamed text is not compared as a whole.")
         lines += self.notes
         if self.switch_step == 0:
             return "\n".join([*lines, f"{steps:,} steps of {self.tokens_per_step:,} tokens, all dense."])
@@ -137,14 +138,14 @@ class Run:
         """Trains, saves the plain model with its tokenizer and the results, and returns these.
 
         Args:
-            callbacks: further ones for the Trainer, called behind those of the run. What one raises ends the run.
+            callbacks: further ones for the Trainer, called after those of the run. What one raises ends the run.
             keep_model: without it no model is saved, and the result has no `model_folder`.
             stop: of a caller with several runs: a signal in the last step of one lets it end, and is in
                 `stop.received`.
 
         Raises:
-            Refused, a `ValueError`: the text or the model was found unfit when it was cut or made.
-            DiskFull, NotFinite, TextFailed: the run cannot go on; the last whole checkpoint is as it was.
+            Refused, a `ValueError`: the text or the model was found unfit when its rows or weights were made.
+            DiskFull, NotFinite, TextFailed: the run cannot continue; the last whole checkpoint is as it was.
             Stopped: SIGTERM or SIGUSR1 was received, and a checkpoint saved.
         """
         record, stop = Record(self.switch_step, self.facts), stop or StopOnSignal()
@@ -162,14 +163,14 @@ class Run:
 
     @contextmanager
     def _begins(self, held: ExitStack):
-        """What comes ahead of the first step, and may take long. The folder is marked: a kill is an interruption too.
+        """What comes before the first step, and may take long. The folder is marked: a kill is an interruption too.
 
-        What is found wrong takes the mark away again. The folder is this run's alone as long as it is `held`.
+        An error removes the mark again. The folder is this run's alone as long as it is `held`.
         """
         main, new = self.training.process_index == 0, not (self.folder / SETTINGS).exists()
         if main:
             print(self._resolved, self, sep="\n", flush=True)
-        PartialState().wait_for_everyone()  # all have looked at the folder; from here on it changes
+        PartialState().wait_for_everyone()  # all have read the folder; from here on it changes
         if main:
             self._take_folder(held)
         try:
@@ -195,16 +196,14 @@ class Run:
             raise
         except KeyboardInterrupt:
             if main:
-                print(
-                    f"\nInterrupted ahead of the first step. {how_to_go_on(self.folder)}", file=sys.stderr, flush=True
-                )
+                print(f"\nInterrupted before the first step. {how_to_go_on(self.folder)}", file=sys.stderr, flush=True)
             raise
 
     def _take_folder(self, held: ExitStack) -> None:
         try:
             held.enter_context(checkpoints.alone_in(self.folder))
             if self.earlier is None and (self.folder / SETTINGS).exists():
-                raise FileExistsError(f"output_dir={str(self.folder)!r} holds a run that another process has begun")
+                raise FileExistsError(f"output_dir={str(self.folder)!r} holds a run that another process has started")
         except OSError as error:
             raise (DiskFull if error.errno in NO_SPACE else Refused)(str(error)) from error
 
@@ -218,7 +217,7 @@ class Run:
         write_whole(self.folder / configuration.CONFIGURATION, self._resolved)
 
     def _trainer(self, record: Record, stop: StopOnSignal, callbacks: Sequence[TrainerCallback]) -> RunTrainer:
-        """The rows are cut, by the first process that comes, and the model is made."""
+        """Makes the rows, in the first process that comes, and the model."""
         options, training = self.options, self.training
         # Not in main_process_first: the others would wait in a collective, which times out. Here they wait for a file.
         train_rows, held_out_rows = data.rows_of(self.corpus)
@@ -256,7 +255,7 @@ class Run:
         )
 
     def _last_or_best(self) -> str:
-        """Of a finished run, the checkpoint whose model is saved."""
+        """The checkpoint of a finished run whose model is saved."""
         return str(best_checkpoint(self.state, self.training) or self.checkpoint)
 
     def _finish(self, trainer: RunTrainer, record: Record, keep_model: bool) -> PretrainResult:
@@ -307,7 +306,7 @@ class Run:
                 if keep_model:
                     write_whole_folder(self.folder / MODEL, write)
                     result = replace(result, weights=checkpoints.weights_in(self.folder / MODEL))
-                result.save(self.folder / RESULTS)  # the last of all: with it the run is at its end
+                result.save(self.folder / RESULTS)  # the last of all: with it the run is finished
         return result
 
 
@@ -342,7 +341,7 @@ def prepare(
 
     Raises:
         FileNotFoundError: the text's folder does not exist, or there is nothing to resume.
-        FileExistsError: the output folder holds a run already.
+        FileExistsError: the output folder already holds a run.
         ValueError: too little text, an option that does not fit, more memory than there is, or a resumed run with
             other settings than it began with.
     """

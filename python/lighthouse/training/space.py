@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_space(model, training: TrainingArguments, folder: Path, *, finished: bool) -> None:
-    """Refuses a run that cannot save one checkpoint, and warns of one that cannot keep all it is to keep."""
+    """Refuses a run that cannot save one checkpoint, and warns of one that cannot keep all it should."""
     free = free_bytes(folder)
     if training.process_index != 0:
         return
@@ -35,7 +35,7 @@ def check_space(model, training: TrainingArguments, folder: Path, *, finished: b
     if free < max(one, weights):
         raise DiskFull(
             f"output_dir={str(folder)!r}: a checkpoint needs about {gb(one)} and the model {gb(weights)}, "
-            f"and {gb(free)} are free there: make room, or take another output_dir"
+            f"but {gb(free)} are free there: make room, or use another output_dir"
         )
     if free < saves * one + weights:
         logger.warning(
@@ -46,7 +46,7 @@ def check_space(model, training: TrainingArguments, folder: Path, *, finished: b
 
 @contextmanager
 def space_for(what: str, folder: Path, needed: int):
-    """Makes `DiskFull` of what a full disk raises. PyTorch's writer gives no error number: the free space tells."""
+    """Turns the error of a full disk into `DiskFull`. PyTorch's writer gives no error number: free space decides."""
     try:
         yield
     except Exception as error:
@@ -60,7 +60,7 @@ def space_for(what: str, folder: Path, needed: int):
 
 
 def weight_bytes(model) -> int:
-    """What all weights take as they are."""
+    """Bytes of all parameters in their present dtypes."""
     return sum(weight.numel() * weight.element_size() for weight in model.parameters())
 
 

@@ -1,4 +1,4 @@
-"""Transformers' Trainer as a run needs it: whole and finite checkpoints, a stop behind a step, more in the logs."""
+"""Transformers' Trainer as a run needs it: whole and finite checkpoints, a stop after a step, more in the logs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lighthouse.training.space import checkpoint_bytes, space_for
 
 
 class RunTrainer(Trainer):
-    """Transformers' Trainer whose checkpoints are whole and finite, that stops behind a step, and logs more."""
+    """Transformers' Trainer whose checkpoints are whole and finite, that stops after a step, and logs more."""
 
     def __init__(
         self,
@@ -83,14 +83,14 @@ class RunTrainer(Trainer):
         return loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """The cross entropy, whatever is trained with: without label smoothing, for one. Rows are of one length."""
+        """The plain cross entropy, even if training uses another, such as label smoothing. Rows have one length."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = model(**inputs).loss
         return loss.detach().mean(), None, None  # the mean over the GPUs of one process
 
     def _rows_of_a_pass(self, rows) -> int | None:
-        """Of the rows to train on those in one pass over them: so many that all steps are whole. None without end.
+        """How many rows one pass trains on: so many that all steps are whole. None for a stream.
 
         So each step has the tokens that it counts for. Which rows are left out changes from pass to pass, unless
         they are taken in order: then it is the last ones.
@@ -100,8 +100,8 @@ class RunTrainer(Trainer):
         of_a_step = self.rows_per_step
         if len(rows) < of_a_step:
             raise ValueError(
-                f"a step has {of_a_step:,} rows (per_device_train_batch_size x gradient_accumulation_steps x devices), "
-                f"and the text {len(rows):,}: take fewer, a shorter context, or more text"
+                f"a step needs {of_a_step:,} rows (per_device_train_batch_size x gradient_accumulation_steps x "
+                f"devices), and the text has only {len(rows):,}: use fewer rows, a shorter context or more text"
             )
         return len(rows) // of_a_step * of_a_step
 
@@ -111,9 +111,9 @@ class RunTrainer(Trainer):
         self.args.accelerator_config = given
 
     def _load_optimizer_and_scheduler(self, checkpoint) -> None:
-        """As saved; and the rate is that of the schedule as it is now, which other steps may have stretched.
+        """Loads both as saved, then sets the rate by the present schedule, which other steps may have stretched.
 
-        The optimizer's own is the earlier schedule's: at its end 0, and with that the first step would train nothing.
+        The saved rate is the earlier schedule's: 0 at its end, so the first step would train nothing.
         """
         super()._load_optimizer_and_scheduler(checkpoint)
         schedule = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)  # within DeepSpeed's
@@ -138,7 +138,7 @@ class RunTrainer(Trainer):
 
     def _get_grad_norm(self, *args, **kwargs):
         norm = super()._get_grad_norm(*args, **kwargs)
-        if not self.args.fp16:  # whose scaler tries too large a scale on purpose, and leaves such a step out
+        if not self.args.fp16:  # fp16's scaler tries too large a scale on purpose and skips such a step
             whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of a DTensor
             self.not_finite.note("gradient norm", whole, self.state.global_step + 1)
         return norm
@@ -151,7 +151,7 @@ class RunTrainer(Trainer):
         if self.stop.agreed:
             # Not by `should_training_stop`: the Trainer would end as if all was done, and with load_best_model_at_end
             # and save_total_limit=1 remove the checkpoint again.
-            raise Stopped(f"Stopped by a signal behind step {self.state.global_step}.")
+            raise Stopped(f"Stopped by a signal after step {self.state.global_step}.")
 
     def check_finite(self, weights: bool) -> None:
         """Raises `NotFinite` if a step since the start was not, or with `weights` one of these is not."""
@@ -166,13 +166,13 @@ class RunTrainer(Trainer):
                 local = weight.to_local() if hasattr(weight, "to_local") else weight  # of a DTensor
                 finite &= torch.isfinite(local.detach()).all()
             if not self.accelerator.gather(finite[None]).all():
-                raise NotFinite(f"step {self.state.global_step}: a weight is not finite behind it")
+                raise NotFinite(f"step {self.state.global_step}: a weight is not finite after this step")
 
     def _rows_of(self, step: int) -> str:
         """What the text of the `step`-th step was, in all processes."""
         describe = getattr(self.corpus, "describe", str)
         places = [place for of, batch in self.places if of == step for place in batch.tolist()]
-        return "; ".join(gather_object([describe(place) for place in places])) or "rows that are not known"
+        return "; ".join(gather_object([describe(place) for place in places])) or "unknown rows"
 
     def _save_checkpoint(self, model, trial) -> None:
         args, folder = self.args, self.folder
@@ -196,9 +196,9 @@ class RunTrainer(Trainer):
 
 
 def rows_to_evaluate(rows: int, args: TrainingOptions) -> int:
-    """At a time on a device: as many as were asked for, or fewer, which is said.
+    """Rows per device in each evaluation batch: as many as asked for, or fewer (printed).
 
-    Several processes fill the last batch with rows again, whose losses would be in its mean.
+    With several processes the last batch would be padded with repeated rows, whose losses would enter the mean.
     """
     wanted, processes = args.per_device_eval_batch_size, args.world_size
     if processes == 1:
@@ -206,8 +206,8 @@ def rows_to_evaluate(rows: int, args: TrainingOptions) -> int:
     found = next(size for size in range(wanted, 0, -1) if size == 1 or rows % (size * processes) == 0)
     if found != wanted and args.process_index == 0:
         print(
-            f"per_device_eval_batch_size was {wanted}, is {found}: {rows} held-out rows on {processes} processes would "
-            "leave a batch that is not whole.",
+            f"per_device_eval_batch_size is lowered from {wanted} to {found}: with {wanted}, {rows} held-out rows on "
+            f"{processes} processes would leave an incomplete batch.",
             flush=True,
         )
     return found
@@ -216,8 +216,8 @@ def rows_to_evaluate(rows: int, args: TrainingOptions) -> int:
 class _OpenLoss(TrainerCallback, ExportableState):
     """The sum of the losses since the last log, kept in the checkpoint.
 
-    Else the next log after resuming would be the mean of fewer steps than an undisturbed run's. With several processes
-    it is their mean, rounded once more.
+    Otherwise the next log after resuming would be the mean of fewer steps than an undisturbed run's. With several
+    processes it is their mean, rounded once more.
     """
 
     def __init__(self, trainer: Trainer):
