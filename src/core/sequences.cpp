@@ -38,7 +38,7 @@ Sequences Sequences::of_choice(int64_t rows, int64_t tokens, int64_t entries, co
 
 double Sequences::kept_share() const {
   const auto kept = [&](int64_t index) { return rules::chosen_tokens(method.pyramid, strata(index)); };
-  return static_cast<double>(pieces(kept).total()) / static_cast<double>(rows * tokens);
+  return static_cast<double>(pieces(kept).total()) / (static_cast<double>(rows) * static_cast<double>(tokens));
 }
 
 std::string Sequences::str() const {

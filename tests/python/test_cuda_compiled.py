@@ -94,5 +94,5 @@ def test_exported(device):
 def test_forward_mode_is_refused(device, compiled):
     query, key, value = (tensor.detach() for tensor in leaves(device, 64, dtype=torch.float32, head_dim=64))
     call = torch.compile(lighthouse.attention, backend="aot_eager") if compiled else lighthouse.attention
-    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="take torch.autograd.grad"):
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="use torch.autograd.grad"):
         call(query, key, forward_ad.make_dual(value, torch.ones_like(value)))

@@ -95,6 +95,7 @@ def test_compiled_evaluation_is_the_plain_model():
 
 COMPILED_REFUSALS = [
     ("padding", "attention_mask", (torch.ones(2, TOKENS).flip(1).cumsum(1) > 3).long(), "hides tokens"),
+    ("padding_as_bool", "attention_mask", torch.ones(2, TOKENS).flip(1).cumsum(1) > 3, "hides tokens"),
     ("numbered", "attention_mask", 1 + torch.arange(TOKENS).expand(2, -1) // 40, "values other than 0 and 1"),
     ("packed", "position_ids", torch.arange(TOKENS)[None] % 40, "position_ids restart"),
 ]

@@ -155,3 +155,7 @@ def test_a_switch_without_a_value_is_on(command):
     parser, *required = PARSERS[command]
     for words, on in (("--cover_start", True), ("--cover_start FALSE", False), ("", True)):
         assert Method.of(parser.parse_args([*required, *words.split()])).cover_start is on
+
+
+def test_one_parent_and_all_tokens_are_two_methods():
+    assert Method(select_topk=1) != Method(select_topk=1.0) and Method((1 / 4,), 1 / 64) == Method([0.25], 0.015625)

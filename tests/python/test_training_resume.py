@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from lighthouse.huggingface.trainer_state import best_checkpoint, step_of
 from lighthouse.training import PretrainResult, checkpoints, prepare, pretrain
 from lighthouse.training import run as run_module
-from lighthouse.training.resume import check_best, state_in, what_is_new
+from lighthouse.training.resume import check_best, differences, state_in, what_is_new
 from training_runs import CONTEXT, options, training, watch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -59,6 +59,33 @@ def test_resuming_gives_the_same_losses(tmp_path, text, saved, seen, at, capsys)
     assert {name: stage.steps for name, stage in resumed.stages.items()} == {"lighthouse": 3, "dense": 2}
 
 
+def test_what_a_kill_left_is_cleared_and_the_results_come_last(tmp_path, text, saved, monkeypatch):
+    cut = tmp_path / "cut"
+    shutil.copytree(saved, cut, ignore=shutil.ignore_patterns("checkpoint-[345]", "model", "results.json"))
+    half = cut / "checkpoint-2"
+    (half / "model.safetensors").write_bytes(b"half")
+    left = [cut / name for name in ("checkpoint-3.partial", "model.partial", "run.json.1.partial")]
+    left[0].mkdir(), left[1].mkdir(), left[2].write_text("{")
+    write, begun = PretrainResult.save, []
+
+    def save(result, path):
+        begun.append((cut / "model" / "config.json").is_file())
+        return write(result, path)
+
+    monkeypatch.setattr(PretrainResult, "save", save)
+    there = []
+    monkeypatch.setattr(
+        run_module.RunTrainer, "train", lambda *args, **kwargs: there.extend(p for p in (half, *left) if p.exists())
+    )
+    monkeypatch.setattr(run_module.Run, "_finish", lambda *args, **kwargs: None)
+    pretrain(options(text), training(cut, resume=True, **EVERY))
+    assert not there
+    monkeypatch.undo()
+    monkeypatch.setattr(PretrainResult, "save", save)
+    pretrain(options(text), training(cut, resume=True, **EVERY))
+    assert begun == [True]
+
+
 # Of a run of 5 steps and of the same that goes on to 8, how many are with Lighthouse.
 LATER = [
     ("a_share", {"share": 0.6}, 3, 3),
@@ -87,6 +114,7 @@ def test_more_steps_are_with_lighthouse_up_to_the_switch(tmp_path, text, seen):
 
 SCHEDULES = {
     "cosine": {"warmup_steps": 1},
+    "linear": {"warmup_steps": 0.25},
     "constant_with_warmup": {"warmup_steps": 0.75},
     "reduce_lr_on_plateau": {"eval_strategy": "steps", "eval_steps": 1, "lr_scheduler_kwargs": {"patience": 0}},
 }
@@ -273,3 +301,11 @@ def test_a_checkpoint_of_something_else_is_not_resumed(tmp_path, text):
     checkpoints.seal(tmp_path / "checkpoint-3")
     with pytest.raises(FileNotFoundError, match="is not from a run of lighthouse pretrain"):
         prepare(options(text), training(tmp_path, resume=True))
+
+
+def test_a_setting_that_a_run_of_an_earlier_version_lacks_was_as_by_default():
+    earlier = {"pool_ratios": [0.25], "seed": 1}
+    assert not differences(earlier, {"pool_ratios": [0.25], "cover_start": True, "seed": 1})
+    assert differences(earlier, {"pool_ratios": [0.25], "cover_start": False, "seed": 1}) == [
+        "cover_start was True, is False"
+    ]

@@ -167,6 +167,7 @@ def test_a_pickle_needs_nothing_imported_before(tmp_path):
 def test_settings_pickle_and_print():
     settings = wrapped(dense_layers=1).lighthouse_settings
     assert pickle.loads(pickle.dumps(settings)) == settings
+    assert settings.pool_ratios == (1 / 2, 1 / 4) and settings.select_topk == 4 and not hasattr(settings, "ratio")
     assert "select_topk=4" in str(settings) and "dense_layers=1" in str(settings)
     with pytest.raises(AttributeError):
         settings.method.select_topk = 5

@@ -27,7 +27,7 @@ MAX_PARENTS = 2**40
 MAX_WINDOW = 2**40
 RATIO_TOLERANCE = 1e-3
 
-SWITCHES = {"true": True, "false": False}
+SWITCHES = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
 def check_cover_start(cover_start: bool) -> None:
@@ -123,7 +123,7 @@ class Method:
         True, "Choose the first window of each level always, so that every token has an output."
     )
     windows: tuple[int, ...] = field(init=False, repr=False, compare=False)
-    topk: tuple[int, int] = field(init=False, repr=False, compare=False)
+    topk: tuple[int, int] = field(init=False, repr=False)  # 1 is one parent, 1.0 all tokens: not the same
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "windows", check_pool_ratios(self.pool_ratios))

@@ -52,6 +52,12 @@ class LighthouseSettings:
         if not (math.isfinite(self.max_share) and 0 < self.max_share <= 1):
             raise ValueError(f"max_share={self.max_share}: a share of the tokens, above 0 and at most 1, is needed")
 
+    def __getattr__(self, name: str):
+        """The method's settings by their names too."""
+        if name.startswith("_") or name == "method":  # not there yet while a copy is made
+            raise AttributeError(name)
+        return getattr(self.method, name)
+
     def for_layers(self, layers: int) -> LighthouseSettings:
         """The same with `dense_layers` as a number, for a model of `layers` layers. Raises `ValueError`."""
         dense = self.dense_layers

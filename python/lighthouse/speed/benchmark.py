@@ -104,6 +104,8 @@ class Bench:
                 former[name] = [dict(row) for row in former[name]]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CannotGoOn(f"json={str(file)!r} has no results of bench ({error!r}): give another file") from None
+        if "versions" not in former:
+            raise CannotGoOn(f"json={str(file)!r} was written by an earlier version of bench: give another file")
         for name in SAME:
             if former.get(name) != self.results[name]:
                 raise CannotGoOn(

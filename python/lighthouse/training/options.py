@@ -17,7 +17,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import SchedulerType
 
 from lighthouse.core.acting import why_it_cannot_act
-from lighthouse.core.method import Method, text_of, written
+from lighthouse.core.method import SWITCHES, Method, text_of, written
 from lighthouse.core.settings import LighthouseSettings
 from lighthouse.huggingface.processes import launched, strangers
 from lighthouse.huggingface.switch import Switch
@@ -28,7 +28,6 @@ from lighthouse.training.model import SIZES, check_model
 # Trainer whatever it says.
 TEXT_OR_SWITCH = ("fsdp", "trackio_static_space_id")
 WITHOUT_WARM_UP = (SchedulerType.CONSTANT, SchedulerType.REDUCE_ON_PLATEAU, getattr(SchedulerType, "GREEDY", None))
-SWITCHED = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
 @dataclass(kw_only=True)
@@ -253,7 +252,7 @@ class TrainingOptions(TrainingArguments):
         for name in TEXT_OR_SWITCH:
             value = getattr(self, name, None)
             if isinstance(value, str):
-                setattr(self, name, SWITCHED.get(value.lower(), value))
+                setattr(self, name, SWITCHES.get(value.lower(), value))
         if self.report_to is None:
             self.report_to = "none"
         if self.max_steps < 1:

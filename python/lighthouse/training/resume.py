@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import TrainerState
 
-from lighthouse.core.method import Method
+from lighthouse.core.method import DEFAULT, Method
 from lighthouse.huggingface.trainer_state import STATE, best_checkpoint, step_of
 from lighthouse.training import checkpoints
 from lighthouse.training.callbacks import Record
@@ -152,8 +152,11 @@ def check_same(earlier: dict, now: dict, free: frozenset[str] = FREE_ON_RESUME) 
 def differences(earlier: dict, now: dict, free: frozenset[str] = FREE_ON_RESUME) -> list[str]:
     """The settings, but for those in `free`, in which two runs differ: what each was and is.
 
-    Settings that only one of the two has belong to another version of Transformers and are not compared.
+    A setting of the method that the earlier run lacks was as by default. Other settings that only one of the two has
+    belong to another version of Transformers and are not compared.
     """
+    if "pool_ratios" in earlier:
+        earlier = DEFAULT.values() | earlier
     free = free | {"lighthouse_steps", "devices", *SAID}  # the first two follow from the others
     if "text" in now and earlier.get("text") == now["text"]:
         free = free | PLACES
