@@ -102,6 +102,8 @@ def run_parser(
     for action in configuration.actions_of(parser):
         if action.dest in WORD_OR_SWITCH:
             action.type = _word_or_switch
+        if action.const is False and action.nargs == 0:  # HfArgumentParser gives --no_x the help of --x
+            action.help = f"The same as --{action.dest} false."
         if not whole_help and action.dest not in shown:
             action.help = argparse.SUPPRESS
     return parser, general
