@@ -152,7 +152,7 @@ class Method:
 
     def texts(self) -> dict[str, str]:
         """Each setting by name, as people write it in a line: `{"pool_ratios": "1/4 1/16", ...}`."""
-        return {name: text_of(value) for name, value in self.written().items()}
+        return {name: text_of(value) for name, value in self.values().items()}
 
     def __str__(self) -> str:
         """One line, without rarely changed settings that have their default."""

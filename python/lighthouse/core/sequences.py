@@ -19,8 +19,7 @@ class SubSequences(NamedTuple):
 class Sequences:
     """`rows` sequences of `tokens` tokens, a row of the batch each, and how they are pooled and chosen from.
 
-    All code that handles sequences asks here for their number, lengths and positions; none assumes one length for all.
-    `tokens` may be symbolic.
+    Code that handles sequences asks here for their number and lengths. `tokens` may be symbolic.
     """
 
     method: Method

@@ -41,8 +41,8 @@ class LighthouseSettings:
     max_share: float = MAX_SHARE
 
     def __post_init__(self):
-        _check_whole_number("dense_layers", self.dense_layers)
-        _check_whole_number("min_tokens", self.min_tokens)
+        check_whole_number("dense_layers", self.dense_layers)
+        check_whole_number("min_tokens", self.min_tokens)
         _check_choice("eval", self.eval, EVAL)
         _check_choice("loss", self.loss, LOSS)
         if self.inner is not None and not callable(self.inner):
@@ -119,7 +119,8 @@ class LighthouseSettings:
         )
 
 
-def _check_whole_number(name: str, value) -> None:
+def check_whole_number(name: str, value) -> None:
+    """None, or a whole number of at least 0. Raises TypeError or ValueError naming it."""
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, int):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from transformers import TrainerCallback
 
+from lighthouse.core.settings import check_whole_number
 from lighthouse.huggingface.wrapped import WrappedModel
 
 
@@ -30,10 +31,7 @@ class Switch:
 
     def __post_init__(self) -> None:
         for name, value in (("switch_step", self.step), ("switch_tokens", self.tokens)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-                raise TypeError(f"{name}={value!r}: a whole number is needed")
-            if value is not None and value < 0:
-                raise ValueError(f"{name}={value}: at least 0 is needed")
+            check_whole_number(name, value)
         if self.share is not None:
             if isinstance(self.share, bool) or not isinstance(self.share, (int, float)):
                 raise TypeError(f"{self.share_name}={self.share!r}: a number is needed")
