@@ -1,5 +1,5 @@
-// The whole method on the CPU, on plain arrays in host memory: choose, attend within the sub-sequence by a function of
-// the caller's, write back.
+// The whole method on the CPU, on plain arrays in host memory: choose, attend within the sub-sequence, and within the
+// local window if there is one, by a function of the caller's, write back the sum.
 #pragma once
 
 #include <functional>
@@ -15,11 +15,13 @@ namespace lighthouse::cpu {
 struct InnerArgs {
   ConstView query, key, value;
   View output;
+  int64_t window = 0;  // entries that each one sees, itself among them; 0: all up to it
 };
 
 struct InnerBackwardArgs {
   ConstView query, key, value, output, grad_output;
   View grad_query, grad_key, grad_value;
+  int64_t window = 0;
 };
 
 struct InnerAttention {
@@ -52,10 +54,12 @@ struct AttentionBackwardArgs {
   View grad_query, grad_key, grad_value;
 };
 
-// What the backward needs: the sub-sequence's tensors, the mask and the prefix. Nothing as long as the input.
+// What the backward needs: the sub-sequence's tensors, the mask and the prefix; nothing as long as the input. With a
+// local window also its output, and the memory of query, key and value, which is not copied.
 class AttentionState;
 
-// `executor` and what `args.inner` refers to must outlive the state.
+// `executor`, what `args.inner` refers to and, with a local window, the memory of query, key and value must outlive the
+// state.
 std::shared_ptr<const AttentionState> attention_forward(const AttentionArgs& args, const Executor& executor);
 void attention_backward(const AttentionState& state, const AttentionBackwardArgs& args);
 

@@ -38,7 +38,7 @@ struct AttentionArgs {
   double scale = 0.0;  // 0 means 1/sqrt(D)
 };
 
-// Lighthouse attention with the choice made from the given scores.
+// Lighthouse attention with the choice made from the given scores, and the local window's part.
 void attention(const AttentionArgs& args, double* output);
 
 // Its gradients, by the chain rule over the same loops.

@@ -58,7 +58,8 @@ struct Sequences {
   int64_t tokens = 0;   // of a row
   int64_t entries = 0;  // of a row: S
 
-  // A sequence per row, each of `tokens` tokens. Throws std::invalid_argument.
+  // A sequence per row, each of `tokens` tokens; without entries where nothing is chosen (select_topk 0). Throws
+  // std::invalid_argument.
   static Sequences of_rows(int64_t rows, int64_t tokens, const Method& method);
   // As of_rows, for a choice made elsewhere: k and strata are not known and zero, and `select` refuses it.
   static Sequences of_choice(int64_t rows, int64_t tokens, int64_t entries, const Pyramid& pyramid);

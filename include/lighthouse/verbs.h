@@ -4,7 +4,7 @@
 // Shapes: query side [rows, Hq, ...], key side [rows, Hkv, ...], Hq a multiple of Hkv; a tensor of whole sequences has
 // `tokens` rows a head, one of their sub-sequences (_sub) `entries`. All views of one call share dtype and head_dim.
 // Scores are [rows, Hkv, tokens] float32 without gaps. Outputs come last; they are written whole and may not overlap
-// inputs.
+// inputs. What is `added`, a local window's part (METHOD 5a), is added to a sum as its last term, before the one rounding.
 #pragma once
 
 #include "lighthouse/selection.h"
@@ -37,6 +37,7 @@ struct GatherBackwardArgs {
   ConstView grad_query_sub, grad_key_sub, grad_value_sub;
   ConstSelection selection;
   View grad_query, grad_key, grad_value;
+  ConstView added_query = {}, added_key = {}, added_value = {};  // like the gradients; all, or none
 };
 
 // Chosen entries' outputs back to the tokens they stand for (METHOD 6).
@@ -44,6 +45,7 @@ struct ScatterArgs {
   ConstView output_sub;
   ConstSelection selection;
   View output;
+  ConstView added = {};  // like the output, or nothing
 };
 
 struct ScatterBackwardArgs {

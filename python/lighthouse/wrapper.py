@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from lighthouse.core.method import POOL_RATIOS, SELECT_TOPK, Method
-from lighthouse.core.settings import MAX_SHARE, LighthouseSettings
+from lighthouse.core.settings import MAX_SHARE, RECOMMENDED, LighthouseSettings
 
 
 def LighthouseWrapper(
@@ -19,6 +19,7 @@ def LighthouseWrapper(
     select_topk: int | float = SELECT_TOPK,
     dense_layers: int | None = None,
     cover_start: bool = True,
+    local_window: int = RECOMMENDED.local_window,
     inner: Callable | None = None,
     eval: str = "dense",
     loss: str = "chunked",
@@ -64,9 +65,11 @@ def LighthouseWrapper(
         model: `LlamaModel` or `LlamaForCausalLM` of Transformers. A bare `LlamaModel` gets its input embedding as
             output matrix.
         pool_ratios, select_topk, cover_start: as in `lighthouse.attention` (METHOD 1 and 3).
-        dense_layers: how many layers at each end stay dense; by default `min(2, max(1, layers // 6))`, none below
-            three layers.
-        inner: a callable for the short causal sequence, as in `lighthouse.attention`.
+        local_window: as in `lighthouse.attention` (METHOD 5a), but 256 by default: runs with it end lower. 0 is the
+            published method.
+        dense_layers: how many layers at each end stay dense; by default none with a local window, and without one
+            `min(2, max(1, layers // 6))`, none below three layers.
+        inner: a callable for the short causal sequence and the local window, as in `lighthouse.attention`.
         eval: "dense", or "lighthouse" to keep Lighthouse when whole sequences are evaluated. Losses measured with
             Lighthouse are not comparable with dense ones (METHOD 8).
         loss: "chunked", which never holds the logits and has no second derivatives, or "model" for the model's own loss
@@ -83,7 +86,7 @@ def LighthouseWrapper(
         TypeError, ValueError: before anything is changed, for a model or a setting that does not fit.
     """
     settings = LighthouseSettings(
-        method=Method(pool_ratios, select_topk, cover_start),
+        method=Method(pool_ratios, select_topk, cover_start, local_window),
         dense_layers=dense_layers,
         inner=inner,
         eval=eval,

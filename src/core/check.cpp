@@ -21,6 +21,14 @@ void check_pair(const char* argument, const ConstView& whole, const char* sub_ar
   check_arrays(selection);
 }
 
+// What is added to an output; all or none of a call's.
+void check_added(const char* argument, const ConstView& added, const ConstView& output, bool expected) {
+  require((added.data != nullptr) == expected, argument, " is missing or too much: all of a call's are needed, or none");
+  if (!expected) return;
+  check_view(argument, added, output);
+  check_sizes(argument, added, output.batch(), output.heads(), output.tokens());
+}
+
 }  // namespace
 
 void check_view(const char* argument, const ConstView& view, const ConstView& like) {
@@ -56,7 +64,8 @@ void check(const ScoreArgs& args) {
 void check(const SelectArgs& args) {
   const Selection& selection = args.selection;
   require(selection.kv_heads >= 1, "kv_heads=", selection.kv_heads, ": at least one is needed");
-  require(selection.sequences.at(0).parents >= 1, "sequences of a choice made elsewhere: Sequences::of_rows is needed");
+  require(selection.sequences.at(0).parents >= 1,
+          "sequences without parents, of a choice made elsewhere or with select_topk=0: there is nothing to select");
   require(args.query_score != nullptr && args.key_score != nullptr, "scores have no data");
   check_arrays(selection);
 }
@@ -69,15 +78,20 @@ void check(const GatherArgs& args) {
 }
 
 void check(const GatherBackwardArgs& args) {
-  const auto& [query_sub, key_sub, value_sub, selection, query, key, value] = args;
+  const auto& [query_sub, key_sub, value_sub, selection, query, key, value, added_query, added_key, added_value] = args;
   check_pair("grad_query", query, "grad_query_sub", query_sub, query, query.heads(), selection);
   check_pair("grad_key", key, "grad_key_sub", key_sub, query, selection.kv_heads, selection);
   check_pair("grad_value", value, "grad_value_sub", value_sub, query, selection.kv_heads, selection);
+  const bool adds = added_query.data != nullptr;
+  check_added("added_query", added_query, query, adds);
+  check_added("added_key", added_key, key, adds);
+  check_added("added_value", added_value, value, adds);
 }
 
 void check(const ScatterArgs& args) {
   const ConstView sub = args.output_sub;
   check_pair("output", args.output, "output_sub", sub, sub, args.output.heads(), args.selection);
+  check_added("added", args.added, args.output, args.added.data != nullptr);
 }
 
 void check(const ScatterBackwardArgs& args) {

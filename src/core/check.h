@@ -25,17 +25,20 @@ void check_heads(int64_t query_heads, int64_t kv_heads);
 struct Pair {
   ConstView source;
   View target;
+  ConstView added = {};  // like the target, added to what is written there; no data: nothing
 };
 
 inline std::array<Pair, 3> pairs_of(const GatherArgs& args) {
   return {{{args.query, args.query_sub}, {args.key, args.key_sub}, {args.value, args.value_sub}}};
 }
 inline std::array<Pair, 3> pairs_of(const GatherBackwardArgs& args) {
-  return {{{args.grad_query_sub, args.grad_query},
-           {args.grad_key_sub, args.grad_key},
-           {args.grad_value_sub, args.grad_value}}};
+  return {{{args.grad_query_sub, args.grad_query, args.added_query},
+           {args.grad_key_sub, args.grad_key, args.added_key},
+           {args.grad_value_sub, args.grad_value, args.added_value}}};
 }
-inline std::array<Pair, 1> pairs_of(const ScatterArgs& args) { return {{{args.output_sub, args.output}}}; }
+inline std::array<Pair, 1> pairs_of(const ScatterArgs& args) {
+  return {{{args.output_sub, args.output, args.added}}};
+}
 inline std::array<Pair, 1> pairs_of(const ScatterBackwardArgs& args) {
   return {{{args.grad_output, args.grad_output_sub}}};
 }

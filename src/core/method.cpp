@@ -36,7 +36,7 @@ std::string Pyramid::str() const {
 }
 
 TopK TopK::count(int64_t parents) {
-  require(parents >= 1, "select_topk=", parents, ": at least one parent per level is needed");
+  require(parents >= 0, "select_topk=", parents, ": zero or more parents per level are needed");
   require(parents <= kMaxCount, "select_topk=", parents, ": at most 2^40");
   return {parents, 0};
 }
@@ -61,14 +61,18 @@ std::string TopK::str() const {
 }
 
 Method Method::checked() const {
+  require(0 <= local_window && local_window <= kMaxLocalWindow, "local_window=", local_window,
+          ": 0 (none) to 2^31 tokens are needed");
+  require(topk.chooses() || local_window > 0,
+          "select_topk=0 chooses nothing, and local_window=0 attends to nothing: a local_window above 0 is needed");
   return {Pyramid::from_windows({pyramid.windows.data(), static_cast<size_t>(std::max(0, pyramid.levels))}),
           topk.denominator == 0 ? TopK::count(topk.numerator) : TopK::share(topk.numerator, topk.denominator),
-          cover_start};
+          cover_start, local_window};
 }
 
 std::string Method::str() const {
   return "windows=[" + pyramid.str() + "], select_topk=" + topk.str() +
-         ", cover_start=" + (cover_start ? "true" : "false");
+         ", cover_start=" + (cover_start ? "true" : "false") + ", local_window=" + std::to_string(local_window);
 }
 
 }  // namespace lighthouse

@@ -142,6 +142,7 @@ void score(const Sequences& sequences, const Shape& shape, const double* query, 
 
 std::vector<Entry> select(const Method& method, const Sequence& sequence, const float* query_score,
                           const float* key_score) {
+  if (sequence.parents == 0) return {};  // select_topk=0
   const int64_t tokens = sequence.tokens;
   const int coarsest = method.pyramid.levels - 1;
   const int64_t coarse_entries = tokens / window(method, coarsest);                           // M
@@ -230,6 +231,80 @@ void for_each_choice(const AttentionArgs& args, const Body& body) {
   }
 }
 
+// METHOD 5a: one token of one query head, and the tokens that it sees.
+struct LocalRow {
+  int64_t query;       // the token's row in [rows, Hq, tokens]
+  int64_t first_key;   // the first seen token's row in [rows, Hkv, tokens]
+  Matrix weights;      // of the tokens from there on
+  double scale;
+};
+
+template <class Body>
+void for_each_local_row(const AttentionArgs& args, const Body& body) {
+  const int64_t window = args.sequences.method.local_window;
+  const int64_t dim = args.shape.head_dim;
+  const int64_t group = args.shape.query_heads / args.shape.kv_heads;
+  for (int64_t index = 0; window > 0 && index < args.sequences.count(); ++index) {
+    const Sequence sequence = args.sequences.at(index);
+    for (int64_t h = 0; h < args.shape.query_heads; ++h) {
+      for (int64_t t = 0; t < sequence.tokens; ++t) {
+        const int64_t first = std::max<int64_t>(0, t - window + 1);
+        const auto row = [&](int64_t heads, int64_t head, int64_t token) {
+          return (sequence.row * heads + head) * args.sequences.tokens + sequence.token_offset + token;
+        };
+        LocalRow local{.query = row(args.shape.query_heads, h, t),
+                       .first_key = row(args.shape.kv_heads, h / group, first),
+                       .weights = {},
+                       .scale = scale_or_default(args.scale, dim)};
+        double highest = -std::numeric_limits<double>::infinity();
+        for (int64_t j = 0; j <= t - first; ++j) {
+          const double logit =
+              local.scale * dot(args.query + local.query * dim, args.key + (local.first_key + j) * dim, dim);
+          local.weights.push_back(logit);
+          highest = std::max(highest, logit);
+        }
+        double total = 0.0;
+        for (double& weight : local.weights) total += weight = std::exp(weight - highest);
+        for (double& weight : local.weights) weight /= total;
+        body(local);
+      }
+    }
+  }
+}
+
+void add_local_attention(const AttentionArgs& args, double* output) {
+  const int64_t dim = args.shape.head_dim;
+  for_each_local_row(args, [&](const LocalRow& local) {
+    for (size_t j = 0; j < local.weights.size(); ++j) {
+      const double* value = args.value + (local.first_key + static_cast<int64_t>(j)) * dim;
+      for (int64_t d = 0; d < dim; ++d) output[local.query * dim + d] += local.weights[j] * value[d];
+    }
+  });
+}
+
+void add_local_gradient(const AttentionArgs& args, const double* grad_output, double* grad_query, double* grad_key,
+                        double* grad_value) {
+  const int64_t dim = args.shape.head_dim;
+  for_each_local_row(args, [&](const LocalRow& local) {
+    const double* grad = grad_output + local.query * dim;
+    std::vector<double> grad_weights;
+    double mean = 0.0;  // of them under the row's weights
+    for (size_t j = 0; j < local.weights.size(); ++j) {
+      grad_weights.push_back(dot(grad, args.value + (local.first_key + static_cast<int64_t>(j)) * dim, dim));
+      mean += local.weights[j] * grad_weights[j];
+    }
+    for (size_t j = 0; j < local.weights.size(); ++j) {
+      const int64_t key = (local.first_key + static_cast<int64_t>(j)) * dim;
+      const double grad_logit = local.weights[j] * (grad_weights[j] - mean) * local.scale;
+      for (int64_t d = 0; d < dim; ++d) {
+        grad_value[key + d] += local.weights[j] * grad[d];
+        grad_query[local.query * dim + d] += grad_logit * args.key[key + d];
+        grad_key[key + d] += grad_logit * args.query[local.query * dim + d];
+      }
+    }
+  });
+}
+
 }  // namespace
 
 void attention(const AttentionArgs& args, double* output) {
@@ -252,6 +327,7 @@ void attention(const AttentionArgs& args, double* output) {
       }
     }
   });
+  add_local_attention(args, output);
 }
 
 void attention_backward(const AttentionArgs& args, const double* grad_output, double* grad_query, double* grad_key,
@@ -307,6 +383,7 @@ void attention_backward(const AttentionArgs& args, const double* grad_output, do
     add_pool_gradient(method, chosen.entries, dim, grad_k, grad_key + chosen.kv_token * dim);
     add_pool_gradient(method, chosen.entries, dim, grad_v, grad_value + chosen.kv_token * dim);
   });
+  add_local_gradient(args, grad_output, grad_query, grad_key, grad_value);
 }
 
 }  // namespace lighthouse::reference

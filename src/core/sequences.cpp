@@ -16,8 +16,9 @@ Sequences Sequences::of_rows(int64_t rows, int64_t tokens, const Method& method)
   require(tokens >= 1, "tokens=", tokens, ": at least one token is needed");
   require(tokens <= kMaxCount, "tokens=", tokens, ": at most 2^40");
   const Method checked = method.checked();
-  const int64_t parents = checked.topk.parents(tokens);
-  const Strata strata = rules::make_strata(checked.pyramid, tokens, parents);
+  const bool chooses = checked.topk.chooses();
+  const int64_t parents = chooses ? checked.topk.parents(tokens) : 0;
+  const Strata strata = chooses ? rules::make_strata(checked.pyramid, tokens, parents) : Strata{};
   const int64_t entries = rules::chosen_entries(strata);
   require(entries <= std::numeric_limits<int32_t>::max(), "the sub-sequence of ", tokens, " tokens has ", entries,
           " entries: at most 2^31 - 1; choose larger windows or a smaller select_topk");

@@ -1,13 +1,15 @@
 // The whole method around an inner attention of the caller's. What is kept for the backward is of the sub-sequence's
-// length alone, but for mask and prefix.
+// length alone, but for mask and prefix, and the local window's output where there is one.
 
 #include "lighthouse/attention.h"
 
 #include <cstddef>
+#include <cstring>
 #include <memory>
 #include <vector>
 
 #include "core/check.h"
+#include "cpu/rows.h"
 
 namespace lighthouse::cpu {
 namespace {
@@ -31,6 +33,19 @@ Buffer sub_buffer(const Sequences& sequences, const ConstView& like) {
   return {like.dtype, {sequences.rows, like.heads(), sequences.entries, like.head_dim()}};
 }
 
+void copy(const ConstView& source, const View& target) {
+  for (int64_t batch = 0; batch < source.batch(); ++batch) {
+    for (int64_t head = 0; head < source.heads(); ++head) {
+      for (int64_t token = 0; token < source.tokens(); ++token) {
+        const auto bytes = static_cast<size_t>(source.head_dim() * size_of(source.dtype));
+        visit(source.dtype, [&]<class T>(T*) {
+          std::memcpy(target.row<T>(batch, head, token), source.row<T>(batch, head, token), bytes);
+        });
+      }
+    }
+  }
+}
+
 void check_whole(const char* argument, const ConstView& view, const ConstView& like, int64_t heads,
                  const Sequences& sequences) {
   check_view(argument, view, like);
@@ -44,13 +59,57 @@ class AttentionState {
   Sequences sequences;
   InnerAttention inner;
   const Executor* executor;
-  Buffer query, key, value, output;
+  Buffer query_sub, key_sub, value_sub, output_sub;
+  ConstView query, key, value;  // the caller's; their memory is read with a local window alone
+  Buffer local_output;
   std::vector<uint8_t> mask;
   std::vector<int32_t> prefix;
-  int64_t kv_heads;
 
-  ConstSelection selection() const { return {sequences, kv_heads, mask.data(), prefix.data()}; }
+  bool chooses() const { return sequences.method.topk.chooses(); }
+  int64_t local_window() const { return sequences.method.local_window; }
+  ConstSelection selection() const { return {sequences, key.heads(), mask.data(), prefix.data()}; }
 };
+
+namespace {
+
+void choose(AttentionState& state, const std::optional<Scores>& given) {
+  const int64_t kv_heads = state.key.heads();
+  const auto count = static_cast<size_t>(state.sequences.rows * kv_heads * state.sequences.tokens);
+  state.mask.resize(count);
+  state.prefix.resize(count);
+  std::vector<float> norms;
+  Scores scores = given.value_or(Scores{});
+  if (!given) {
+    norms.resize(2 * count);
+    scores = {norms.data(), norms.data() + count};
+    run(ScoreArgs{state.query, state.key, norms.data(), norms.data() + count}, *state.executor);
+  }
+  run(SelectArgs{.query_score = scores.query,
+                 .key_score = scores.key,
+                 .selection = {state.sequences, kv_heads, state.mask.data(), state.prefix.data()}},
+      *state.executor);
+}
+
+void attend_in_sub_sequences(AttentionState& state) {
+  state.query_sub = sub_buffer(state.sequences, state.query);
+  state.key_sub = sub_buffer(state.sequences, state.key);
+  state.value_sub = sub_buffer(state.sequences, state.value);
+  state.output_sub = sub_buffer(state.sequences, state.query);
+  run(GatherArgs{.query = state.query,
+                 .key = state.key,
+                 .value = state.value,
+                 .selection = state.selection(),
+                 .query_sub = state.query_sub,
+                 .key_sub = state.key_sub,
+                 .value_sub = state.value_sub},
+      *state.executor);
+  state.inner.forward({.query = state.query_sub,
+                       .key = state.key_sub,
+                       .value = state.value_sub,
+                       .output = state.output_sub});
+}
+
+}  // namespace
 
 std::shared_ptr<const AttentionState> attention_forward(const AttentionArgs& args, const Executor& executor) {
   const Sequences& sequences = args.sequences;
@@ -62,53 +121,63 @@ std::shared_ptr<const AttentionState> attention_forward(const AttentionArgs& arg
   check_heads(args.query.heads(), kv_heads);
   require(args.inner.forward != nullptr, "inner.forward is empty: a causal attention is needed");
 
-  const auto count = static_cast<size_t>(sequences.rows * kv_heads * sequences.tokens);
   auto state = std::make_shared<AttentionState>();
   state->sequences = sequences;
   state->inner = args.inner;
   state->executor = &executor;
-  state->kv_heads = kv_heads;
-  state->mask.resize(count);
-  state->prefix.resize(count);
-
-  std::vector<float> norms;
-  Scores scores = args.scores.value_or(Scores{});
-  if (!args.scores) {
-    norms.resize(2 * count);
-    scores = {norms.data(), norms.data() + count};
-    run(ScoreArgs{args.query, args.key, norms.data(), norms.data() + count}, executor);
+  state->query = args.query;
+  state->key = args.key;
+  state->value = args.value;
+  if (state->local_window() > 0) {
+    state->local_output = Buffer(args.query.dtype, args.query.sizes);
+    args.inner.forward({.query = args.query,
+                        .key = args.key,
+                        .value = args.value,
+                        .output = state->local_output,
+                        .window = state->local_window()});
   }
-  run(SelectArgs{.query_score = scores.query,
-                 .key_score = scores.key,
-                 .selection = {sequences, kv_heads, state->mask.data(), state->prefix.data()}},
+  if (!state->chooses()) {
+    copy(state->local_output, args.output);
+    return state;
+  }
+  choose(*state, args.scores);
+  attend_in_sub_sequences(*state);
+  run(ScatterArgs{.output_sub = state->output_sub,
+                  .selection = state->selection(),
+                  .output = args.output,
+                  .added = state->local_output},
       executor);
-
-  state->query = sub_buffer(sequences, args.query);
-  state->key = sub_buffer(sequences, args.key);
-  state->value = sub_buffer(sequences, args.value);
-  state->output = sub_buffer(sequences, args.query);
-  run(GatherArgs{.query = args.query,
-                 .key = args.key,
-                 .value = args.value,
-                 .selection = state->selection(),
-                 .query_sub = state->query,
-                 .key_sub = state->key,
-                 .value_sub = state->value},
-      executor);
-  args.inner.forward({.query = state->query, .key = state->key, .value = state->value, .output = state->output});
-  run(ScatterArgs{.output_sub = state->output, .selection = state->selection(), .output = args.output}, executor);
   return state;
 }
 
 void attention_backward(const AttentionState& state, const AttentionBackwardArgs& args) {
   require(state.inner.backward != nullptr, "inner.backward is empty: the gradient of the inner attention is needed");
-  const ConstView like = state.query;
-  check_whole("grad_output", args.grad_output, like, like.heads(), state.sequences);
-  check_whole("grad_query", args.grad_query, like, like.heads(), state.sequences);
-  check_whole("grad_key", args.grad_key, like, state.kv_heads, state.sequences);
-  check_whole("grad_value", args.grad_value, like, state.kv_heads, state.sequences);
+  check_whole("grad_output", args.grad_output, state.query, state.query.heads(), state.sequences);
+  check_whole("grad_query", args.grad_query, state.query, state.query.heads(), state.sequences);
+  check_whole("grad_key", args.grad_key, state.query, state.key.heads(), state.sequences);
+  check_whole("grad_value", args.grad_value, state.query, state.key.heads(), state.sequences);
 
-  const Buffer grad_output_sub = sub_buffer(state.sequences, state.output);
+  // Where something is chosen too, the local window's gradients are what gather's gradient adds to its own.
+  Buffer local_query, local_key, local_value;
+  if (state.local_window() > 0) {
+    const auto target = [&](Buffer& buffer, const View& whole) -> View {
+      if (!state.chooses()) return whole;
+      buffer = Buffer(whole.dtype, whole.sizes);
+      return buffer;
+    };
+    state.inner.backward({.query = state.query,
+                          .key = state.key,
+                          .value = state.value,
+                          .output = state.local_output,
+                          .grad_output = args.grad_output,
+                          .grad_query = target(local_query, args.grad_query),
+                          .grad_key = target(local_key, args.grad_key),
+                          .grad_value = target(local_value, args.grad_value),
+                          .window = state.local_window()});
+  }
+  if (!state.chooses()) return;
+
+  const Buffer grad_output_sub = sub_buffer(state.sequences, state.query);
   run(
       ScatterBackwardArgs{
           .grad_output = args.grad_output, .selection = state.selection(), .grad_output_sub = grad_output_sub},
@@ -116,10 +185,10 @@ void attention_backward(const AttentionState& state, const AttentionBackwardArgs
   const Buffer grad_query_sub = sub_buffer(state.sequences, state.query);
   const Buffer grad_key_sub = sub_buffer(state.sequences, state.key);
   const Buffer grad_value_sub = sub_buffer(state.sequences, state.value);
-  state.inner.backward({.query = state.query,
-                        .key = state.key,
-                        .value = state.value,
-                        .output = state.output,
+  state.inner.backward({.query = state.query_sub,
+                        .key = state.key_sub,
+                        .value = state.value_sub,
+                        .output = state.output_sub,
                         .grad_output = grad_output_sub,
                         .grad_query = grad_query_sub,
                         .grad_key = grad_key_sub,
@@ -130,7 +199,10 @@ void attention_backward(const AttentionState& state, const AttentionBackwardArgs
                          .selection = state.selection(),
                          .grad_query = args.grad_query,
                          .grad_key = args.grad_key,
-                         .grad_value = args.grad_value},
+                         .grad_value = args.grad_value,
+                         .added_query = local_query,
+                         .added_key = local_key,
+                         .added_value = local_value},
       *state.executor);
 }
 

@@ -71,14 +71,18 @@ void add_scaled(A* out, A factor, const A* row, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] += factor * row[i];
 }
 
-// Weights of one query row over the keys up to it, and the log of their sum before normalisation.
+int64_t first_seen(int64_t token, int64_t window) {
+  return window > 0 ? std::max<int64_t>(0, token - window + 1) : 0;
+}
+
+// Weights of one query row over the keys from `first` up to it, and the log of their sum before normalisation.
 template <class A>
-A softmax_row(const A* query, const Wide<A>& key, int64_t batch, int64_t head, int64_t token, A scale,
+A softmax_row(const A* query, const Wide<A>& key, int64_t batch, int64_t head, int64_t first, int64_t token, A scale,
               std::vector<A>& weights) {
-  weights.resize(static_cast<size_t>(token + 1));
+  weights.resize(static_cast<size_t>(token - first + 1));
   A largest = -std::numeric_limits<A>::infinity();
-  for (int64_t j = 0; j <= token; ++j) {
-    A& weight = weights[static_cast<size_t>(j)];
+  for (int64_t j = first; j <= token; ++j) {
+    A& weight = weights[static_cast<size_t>(j - first)];
     weight = scale * dot(query, key.row(batch, head, j), key.head_dim);
     largest = std::max(largest, weight);
   }
@@ -97,9 +101,10 @@ void causal_forward(const InnerArgs& args, double scale, const Executor& executo
   const int64_t group = q.heads / k.heads;
   for_each_row(args.query, executor, [&](int64_t batch, int64_t head, int64_t token) {
     thread_local std::vector<A> weights;
-    softmax_row(q.row(batch, head, token), k, batch, head / group, token, static_cast<A>(scale), weights);
-    for (int64_t j = 0; j <= token; ++j) {
-      add_scaled(out.row(batch, head, token), weights[static_cast<size_t>(j)], v.row(batch, head / group, j),
+    const int64_t seen = first_seen(token, args.window);
+    softmax_row(q.row(batch, head, token), k, batch, head / group, seen, token, static_cast<A>(scale), weights);
+    for (int64_t j = seen; j <= token; ++j) {
+      add_scaled(out.row(batch, head, token), weights[static_cast<size_t>(j - seen)], v.row(batch, head / group, j),
                  v.head_dim);
     }
   });
@@ -125,19 +130,21 @@ void causal_backward(const InnerBackwardArgs& args, double scale_double, const E
     thread_local std::vector<A> weights;
     const size_t at = index(batch, head, token);
     const A* d_row = d_out.row(batch, head, token);
-    log_sum[at] = softmax_row(q.row(batch, head, token), k, batch, head / group, token, scale, weights);
+    const int64_t seen = first_seen(token, args.window);
+    log_sum[at] = softmax_row(q.row(batch, head, token), k, batch, head / group, seen, token, scale, weights);
     common[at] = dot(d_row, out.row(batch, head, token), n);
-    for (int64_t j = 0; j <= token; ++j) {
+    for (int64_t j = seen; j <= token; ++j) {
       const A d_weight = dot(d_row, v.row(batch, head / group, j), n) - common[at];
-      add_scaled(dq.row(batch, head, token), scale * weights[static_cast<size_t>(j)] * d_weight,
+      add_scaled(dq.row(batch, head, token), scale * weights[static_cast<size_t>(j - seen)] * d_weight,
                  k.row(batch, head / group, j), n);
     }
   });
 
-  // By key row, over all later query rows of its group: no two pieces of work share a sum.
+  // By key row, over all query rows of its group that see it: no two pieces of work share a sum.
   for_each_row(args.key, executor, [&](int64_t batch, int64_t kv_head, int64_t token) {
+    const int64_t end = args.window > 0 && args.window < q.tokens - token ? token + args.window : q.tokens;
     for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
-      for (int64_t i = token; i < q.tokens; ++i) {
+      for (int64_t i = token; i < end; ++i) {
         const size_t at = index(batch, head, i);
         const A* d_row = d_out.row(batch, head, i);
         const A* q_row = q.row(batch, head, i);

@@ -35,8 +35,8 @@ struct Choice {
 // The rows of one head of a view.
 template <class T>
 struct HeadRows {
-  T* data;
-  int64_t stride;
+  T* data = nullptr;
+  int64_t stride = 0;
   T* operator[](int64_t row) const { return data + row * stride; }
 };
 
@@ -65,7 +65,8 @@ class WindowSummer {
         piece_(pyramid.levels > 1 ? rules::piece_length(pyramid.windows[1], rules::kLongestSum) : 0),
         sums_(static_cast<size_t>(pyramid.levels * head_dim)) {}
 
-  void run(const Choice& choice, HeadRows<const T> tokens, HeadRows<T> entries, int64_t begin, int64_t end) {
+  void run(const Choice& choice, HeadRows<const T> tokens, HeadRows<T> entries, HeadRows<const T>, int64_t begin,
+           int64_t end) {
     const int64_t shift = static_cast<int64_t>(rule_.reach);
     const int64_t step = pyramid_.levels > 1 ? pyramid_.windows[1] : end - begin;
     for (int64_t u = begin; u < end; u += step) {
@@ -137,9 +138,11 @@ class WindowSpreader {
         rule_(rule),
         n_(head_dim),
         bases_(static_cast<size_t>((pyramid.levels + 1) * head_dim)),
+        sum_(static_cast<size_t>(head_dim)),
         narrowed_(static_cast<size_t>(head_dim)) {}
 
-  void run(const Choice& choice, HeadRows<const T> entries, HeadRows<T> tokens, int64_t begin, int64_t end) {
+  void run(const Choice& choice, HeadRows<const T> entries, HeadRows<T> tokens, HeadRows<const T> added, int64_t begin,
+           int64_t end) {
     const int64_t shift = static_cast<int64_t>(rule_.reach);
     const int64_t first = std::max<int64_t>(0, begin - shift);
     const int64_t last = std::min(choice.tokens, end - shift);
@@ -151,9 +154,13 @@ class WindowSpreader {
         refresh(choice, entries, token, token == first);
         next = (token + shift) / finest * finest + finest - shift;
       }
-      if (rules::is_chosen(choice.mask[token], 0)) {
-        const int64_t place = rules::place(choice.mask[token], choice.prefix[token], 0);
-        row_.store_sum(tokens[token], base_[1], entries[place], n_);
+      const bool chosen = rules::is_chosen(choice.mask[token], 0);
+      const T* entry = chosen ? entries[rules::place(choice.mask[token], choice.prefix[token], 0)] : nullptr;
+      if (added.data != nullptr) {
+        if (chosen) row_.add_quotient(sum_.data(), base_[1], entry, A{1}, n_);
+        row_.store_sum(tokens[token], chosen ? sum_.data() : base_[1], added[token], n_);
+      } else if (chosen) {
+        row_.store_sum(tokens[token], base_[1], entry, n_);
       } else {
         std::memcpy(tokens[token], narrowed_.data(), static_cast<size_t>(n_) * sizeof(T));
       }
@@ -187,6 +194,7 @@ class WindowSpreader {
   rules::WindowRule rule_;
   int64_t n_;
   std::vector<A> bases_;     // [levels + 1, head_dim]; the last is zero
+  std::vector<A> sum_;       // of one token
   std::vector<T> narrowed_;  // base_[1] in the stored type
   const A* base_[kMaxLevels + 1] = {};
   const RowFunctions<T>& row_ = rows().of<T>();
@@ -216,14 +224,15 @@ void walk(std::span<const Pair> pairs, const ConstSelection& selection, rules::W
         int64_t head = piece % heads;
         size_t which = 0;
         while (head >= pairs[which].source.heads()) head -= pairs[which++].source.heads();
-        const auto& [source, target] = pairs[which];
+        const auto& [source, target, added] = pairs[which];
         const int64_t start = selection.start(sequence, head / (source.heads() / selection.kv_heads));
         const int64_t begin = piece / heads * length;
         const int64_t tokens_at = sequence.token_offset, entries_at = 0;  // places count within the row
         walker.run({selection.mask + start, selection.prefix + start, sequence.tokens},
                    rows_of<T>(source, sequence.row, head, Walker<T>::kSums ? tokens_at : entries_at),
-                   rows_of<T>(target, sequence.row, head, Walker<T>::kSums ? entries_at : tokens_at), begin,
-                   begin + length);
+                   rows_of<T>(target, sequence.row, head, Walker<T>::kSums ? entries_at : tokens_at),
+                   added.data == nullptr ? HeadRows<const T>{} : rows_of<T>(added, sequence.row, head, tokens_at),
+                   begin, begin + length);
       }
     });
   });

@@ -16,7 +16,8 @@ namespace lighthouse::cpu {
 void sum_windows(std::span<const Pair> pairs, const ConstSelection& selection, rules::WindowRule rule,
                  const Executor& executor);
 
-// target[t] = sum of the source's entries whose windows reach t, from the coarsest level to the finest.
+// target[t] = sum of the source's entries whose windows reach t, from the coarsest level to the finest, and then of
+// added[t].
 void spread_windows(std::span<const Pair> pairs, const ConstSelection& selection, rules::WindowRule rule,
                     const Executor& executor);
 

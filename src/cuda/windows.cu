@@ -18,9 +18,9 @@ constexpr int64_t kLongestSpread = 16;  // tokens that one thread writes
 static_assert(rules::kLongestPiece <= kTokensHeld && rules::kLongestSum <= kTokensHeld, "a block holds a unit");
 
 // Minimum resident blocks of 128 threads per multiprocessor, which limits a thread's registers: every level's open sum
-// takes some.
+// takes some, and so do rows to add.
 constexpr int blocks_that_sum(int levels) { return levels <= 2 ? 7 : levels == 3 ? 6 : 4; }
-constexpr int blocks_that_spread(int levels) { return levels <= 1 ? 8 : levels == 2 ? 6 : 4; }
+constexpr int blocks_that_spread(int levels, bool adds) { return levels <= 1 && !adds ? 8 : levels <= 2 ? 6 : 4; }
 
 template <class T>
 struct WindowsLaunch {
@@ -72,6 +72,10 @@ struct Block {
   template <int kWidth>
   __device__ const T* source(int64_t token_offset) const {
     return pair.source.row<T>(sequence.row, head, token_offset) + threadIdx.x * kWidth;
+  }
+  template <int kWidth>
+  __device__ const T* added(int64_t token_offset) const {
+    return pair.added.row<T>(sequence.row, head, token_offset) + threadIdx.x * kWidth;
   }
   template <int kWidth>
   __device__ T* target(int64_t token_offset) const {
@@ -212,8 +216,8 @@ __global__ void __launch_bounds__(threads_of(kWidth))
 }
 
 // kLevels: at least launch.inner.
-template <class T, int kWidth, int kLevels>
-__global__ void __launch_bounds__(threads_of(kWidth), blocks_that_spread(kLevels) * 128 / threads_of(kWidth))
+template <class T, int kWidth, int kLevels, bool kAdds>
+__global__ void __launch_bounds__(threads_of(kWidth), blocks_that_spread(kLevels, kAdds) * 128 / threads_of(kWidth))
     spread_units(const __grid_constant__ WindowsLaunch<T> launch) {
   __shared__ Token tokens[kTokensHeld];
   const int shift = static_cast<int>(launch.reach);
@@ -253,14 +257,19 @@ __global__ void __launch_bounds__(threads_of(kWidth), blocks_that_spread(kLevels
       Column<T, kWidth> coarse = narrowed<T>(above[1]);  // what a token gets that is not chosen itself
 
       T* row = block.template target<kWidth>(block.sequence.token_offset + first + own);
+      const T* added_row = kAdds ? block.template added<kWidth>(block.sequence.token_offset + first + own) : nullptr;
       for (int start = own; start < end; start += kRowsAhead) {
         Column<T, kWidth> rows[kRowsAhead];
+        Column<T, kWidth> added[kAdds ? kRowsAhead : 1];
         Token batch[kRowsAhead];
 #pragma unroll
         for (int j = 0; j < kRowsAhead; ++j) {
           if (start + j >= end) break;
           batch[j] = tokens[start + j];
           if (rules::is_chosen(batch[j].mask, 0)) rows[j] = entry(batch[j], 0);
+          if constexpr (kAdds) {
+            if (begin <= start + j) added[j] = load<T, kWidth>(added_row + j * block.pair.added.strides[2]);
+          }
         }
 #pragma unroll
         for (int j = 0; j < kRowsAhead; ++j) {
@@ -284,7 +293,14 @@ __global__ void __launch_bounds__(threads_of(kWidth), blocks_that_spread(kLevels
             }
             coarse = narrowed<T>(above[1]);
           }
-          if (rules::is_chosen(token.mask, 0)) {
+          if constexpr (kAdds) {
+            Sum<kWidth> sum = above[1];
+            if (rules::is_chosen(token.mask, 0)) add(sum, widened(rows[j]));
+            if (begin <= start + j) {
+              add(sum, widened(added[j]));
+              store<T, kWidth>(row, narrowed<T>(sum));
+            }
+          } else if (rules::is_chosen(token.mask, 0)) {
             Sum<kWidth> sum = above[1];
             add(sum, widened(rows[j]));
             store<T, kWidth>(row, narrowed<T>(sum));
@@ -293,6 +309,7 @@ __global__ void __launch_bounds__(threads_of(kWidth), blocks_that_spread(kLevels
           }
           row += block.pair.target.strides[2];
         }
+        if constexpr (kAdds) added_row += kRowsAhead * block.pair.added.strides[2];
       }
     }
   }
@@ -363,7 +380,10 @@ void with_levels(int levels, const Function& function) {
 
 std::vector<ConstView> views_of(std::span<const Pair> pairs) {
   std::vector<ConstView> views;
-  for (const Pair& pair : pairs) views.insert(views.end(), {pair.source, pair.target});
+  for (const Pair& pair : pairs) {
+    views.insert(views.end(), {pair.source, pair.target});
+    if (pair.added.data != nullptr) views.push_back(pair.added);
+  }
   return views;
 }
 
@@ -418,7 +438,11 @@ void spread_windows(std::span<const Pair> pairs, const ConstSelection& selection
     const dim3 threads(static_cast<unsigned>(columns), static_cast<unsigned>(launch.units_per_block));
     const dim3 grid = grid_of(launch, launch.units, launch.units_per_block);
     with_levels<kLongestSpread, 1, 2, 4>(cut.inner, [&]<int kLevels>(std::integral_constant<int, kLevels>) {
-      spread_units<T, kWidth, kLevels><<<grid, threads, 0, queue>>>(launch);
+      if (pairs[0].added.data != nullptr) {
+        spread_units<T, kWidth, kLevels, true><<<grid, threads, 0, queue>>>(launch);
+      } else {
+        spread_units<T, kWidth, kLevels, false><<<grid, threads, 0, queue>>>(launch);
+      }
     });
     check_launch("spread_units");
   });

@@ -17,7 +17,7 @@ int64_t sum_workspace(std::span<const Pair> pairs, const Sequences& sequences, r
 void sum_windows(std::span<const Pair> pairs, const ConstSelection& selection, rules::WindowRule rule,
                  const Workspace& workspace, Stream stream);
 
-// Entries to tokens; for a mean each entry is divided by its window's length.
+// Entries to tokens, plus what is added; for a mean each entry is divided by its window's length.
 void spread_windows(std::span<const Pair> pairs, const ConstSelection& selection, rules::WindowRule rule,
                     Stream stream);
 

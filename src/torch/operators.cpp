@@ -1,5 +1,6 @@
 // The operators torch.ops.lighthouse.*: thin calls into the core. Fake versions and autograd are joined in Python.
 
+#include <optional>
 #include <tuple>
 
 #include "torch/devices.h"
@@ -70,6 +71,12 @@ std::tuple<Tensor, Tensor> select(Tensor query_score, Tensor key_score, std::vec
   return {mask, prefix};
 }
 
+// What is added to an output, as a view; without one, of no data.
+template <class Device>
+ConstView added_view(const Device& device, const char* argument, const std::optional<Tensor>& tensor) {
+  return tensor ? ConstView(view_on(device, argument, *tensor)) : ConstView();
+}
+
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor> gather(Tensor query, Tensor key, Tensor value, Tensor mask, Tensor prefix,
                                           std::vector<int64_t> windows, int64_t length) {
@@ -94,7 +101,9 @@ template <class Device>
 std::tuple<Tensor, Tensor, Tensor> gather_backward(Tensor grad_query_sub, Tensor grad_key_sub, Tensor grad_value_sub,
                                                    Tensor mask, Tensor prefix, std::vector<int64_t> windows,
                                                    std::vector<int64_t> query_order, std::vector<int64_t> key_order,
-                                                   std::vector<int64_t> value_order) {
+                                                   std::vector<int64_t> value_order,
+                                                   std::optional<Tensor> added_query, std::optional<Tensor> added_key,
+                                                   std::optional<Tensor> added_value) {
   const Device device(grad_query_sub);
   const View query_view = view_of("grad_query_sub", grad_query_sub),
              key_view = view_on(device, "grad_key_sub", grad_key_sub),
@@ -112,17 +121,24 @@ std::tuple<Tensor, Tensor, Tensor> gather_backward(Tensor grad_query_sub, Tensor
                                 .selection = selection,
                                 .grad_query = view_of("grad_query", grad_query),
                                 .grad_key = view_of("grad_key", grad_key),
-                                .grad_value = view_of("grad_value", grad_value)});
+                                .grad_value = view_of("grad_value", grad_value),
+                                .added_query = added_view(device, "added_query", added_query),
+                                .added_key = added_view(device, "added_key", added_key),
+                                .added_value = added_view(device, "added_value", added_value)});
   return {grad_query, grad_key, grad_value};
 }
 
 template <class Device>
-Tensor scatter(Tensor output_sub, Tensor mask, Tensor prefix, std::vector<int64_t> windows) {
+Tensor scatter(Tensor output_sub, Tensor mask, Tensor prefix, std::vector<int64_t> windows,
+               std::optional<Tensor> added) {
   const Device device(output_sub);
   const View sub_view = view_of("output_sub", output_sub);
   const ConstSelection selection = checked_selection(device, mask, prefix, windows, sub_view.tokens());
   Tensor output = empty_in_order(resized(output_sub, mask.size(2)), kTokensFirst, output_sub);
-  device.run(ScatterArgs{.output_sub = sub_view, .selection = selection, .output = view_of("output", output)});
+  device.run(ScatterArgs{.output_sub = sub_view,
+                         .selection = selection,
+                         .output = view_of("output", output),
+                         .added = added_view(device, "added", added)});
   return output;
 }
 
@@ -139,10 +155,50 @@ Tensor scatter_backward(Tensor grad_output, Tensor mask, Tensor prefix, std::vec
   return grad_output_sub;
 }
 
+// Score, select and gather in one, for less launching; what they hand on needs no look.
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> choose_and_gather(Tensor query, Tensor key, Tensor value,
+                                                                     std::vector<int64_t> windows,
+                                                                     int64_t topk_numerator, int64_t topk_denominator,
+                                                                     bool cover_start, int64_t length) {
+  const Device device(query);
+  const View query_view = view_of("query", query), key_view = view_on(device, "key", key),
+             value_view = view_on(device, "value", value);
+  const Sequences sequences = Sequences::of_rows(key_view.batch(), key_view.tokens(),
+                                                 {.pyramid = Pyramid::from_windows(windows),
+                                                  .topk = topk_of(topk_numerator, topk_denominator),
+                                                  .cover_start = cover_start});
+  require(length == sequences.entries, "length=", length, ": the sub-sequence of ", sequences.tokens, " tokens has ",
+          sequences.entries, " entries");
+  Tensor query_score = empty_scores(key), key_score = empty_scores(key);
+  Tensor mask = torch::stable::new_empty(query_score, query_score.sizes(), ScalarType::Byte);
+  Tensor prefix = torch::stable::new_empty(query_score, query_score.sizes(), ScalarType::Int);
+  Tensor query_sub = empty_in_order(resized(query, length), kHeadsFirst, query);
+  Tensor key_sub = empty_in_order(resized(key, length), kHeadsFirst, key);
+  Tensor value_sub = empty_in_order(resized(value, length), kHeadsFirst, value);
+  auto* const query_norms = static_cast<float*>(query_score.data_ptr());
+  auto* const key_norms = static_cast<float*>(key_score.data_ptr());
+  const Selection selection{.sequences = sequences,
+                            .kv_heads = key_view.heads(),
+                            .mask = static_cast<uint8_t*>(mask.data_ptr()),
+                            .prefix = static_cast<int32_t*>(prefix.data_ptr())};
+  device.run(ScoreArgs{.query = query_view, .key = key_view, .query_score = query_norms, .key_score = key_norms});
+  device.run(SelectArgs{.query_score = query_norms, .key_score = key_norms, .selection = selection});
+  device.run(GatherArgs{.query = query_view,
+                        .key = key_view,
+                        .value = value_view,
+                        .selection = selection,
+                        .query_sub = view_of("query_sub", query_sub),
+                        .key_sub = view_of("key_sub", key_sub),
+                        .value_sub = view_of("value_sub", value_sub)});
+  return {query_sub, key_sub, value_sub, mask, prefix};
+}
+
 template <class Device, class Library>
 void register_on(Library& library) {
   library.impl("score", TORCH_BOX(&score<Device>));
   library.impl("select", TORCH_BOX(&lighthouse::bindings::select<Device>));
+  library.impl("choose_and_gather", TORCH_BOX(&choose_and_gather<Device>));
   library.impl("gather", TORCH_BOX(&gather<Device>));
   library.impl("gather_backward", TORCH_BOX(&gather_backward<Device>));
   library.impl("scatter", TORCH_BOX(&scatter<Device>));
@@ -161,13 +217,18 @@ STABLE_TORCH_LIBRARY(lighthouse, library) {
       "select(Tensor query_score, Tensor key_score, int[] windows, int topk_numerator, int topk_denominator, "
       "bool cover_start) -> (Tensor mask, Tensor prefix)");
   library.def(
+      "choose_and_gather(Tensor query, Tensor key, Tensor value, int[] windows, int topk_numerator, "
+      "int topk_denominator, bool cover_start, SymInt length)"
+      " -> (Tensor query_sub, Tensor key_sub, Tensor value_sub, Tensor mask, Tensor prefix)");
+  library.def(
       "gather(Tensor query, Tensor key, Tensor value, Tensor mask, Tensor prefix, int[] windows, SymInt length)"
       " -> (Tensor query_sub, Tensor key_sub, Tensor value_sub)");
   library.def(
       "gather_backward(Tensor grad_query_sub, Tensor grad_key_sub, Tensor grad_value_sub, Tensor mask, Tensor prefix, "
-      "int[] windows, int[] query_order, int[] key_order, int[] value_order)"
+      "int[] windows, int[] query_order, int[] key_order, int[] value_order, Tensor? added_query=None, "
+      "Tensor? added_key=None, Tensor? added_value=None)"
       " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
-  library.def("scatter(Tensor output_sub, Tensor mask, Tensor prefix, int[] windows) -> Tensor");
+  library.def("scatter(Tensor output_sub, Tensor mask, Tensor prefix, int[] windows, Tensor? added=None) -> Tensor");
   library.def(
       "scatter_backward(Tensor grad_output, Tensor mask, Tensor prefix, int[] windows, SymInt length, int[] order)"
       " -> Tensor");

@@ -19,11 +19,14 @@ const double* numbers(const char* argument, const Tensor& tensor) {
 double* new_numbers(Tensor& tensor) { return static_cast<double*>(tensor.data_ptr()); }
 
 Sequences sequences_of(const Tensor& scores, const std::vector<int64_t>& windows, int64_t numerator,
-                       int64_t denominator, bool cover_start) {
+                       int64_t denominator, bool cover_start, int64_t local_window) {
   require_choice_sizes("query_score", scores);
   return Sequences::of_rows(
       scores.size(0), scores.size(2),
-      {.pyramid = Pyramid::from_windows(windows), .topk = topk_of(numerator, denominator), .cover_start = cover_start});
+      {.pyramid = Pyramid::from_windows(windows),
+       .topk = topk_of(numerator, denominator),
+       .cover_start = cover_start,
+       .local_window = local_window});
 }
 
 const float* scores_of(const char* argument, const Tensor& scores) {
@@ -56,7 +59,7 @@ reference::AttentionArgs checked_args(const Sequences& sequences, const Tensor& 
 // [entries, 2]: level and index in causal order, of one sequence and key-value head.
 Tensor reference_select(Tensor query_score, Tensor key_score, std::vector<int64_t> windows, int64_t numerator,
                         int64_t denominator, bool cover_start, int64_t batch, int64_t head) {
-  const Sequences sequences = sequences_of(query_score, windows, numerator, denominator, cover_start);
+  const Sequences sequences = sequences_of(query_score, windows, numerator, denominator, cover_start, 0);
   require_same_sizes("query_score", query_score, "key_score", key_score);
   require(0 <= batch && batch < query_score.size(0) && 0 <= head && head < query_score.size(1), "batch=", batch,
           ", head=", head, ": outside of the scores");
@@ -76,8 +79,8 @@ Tensor reference_select(Tensor query_score, Tensor key_score, std::vector<int64_
 
 Tensor reference_attention(Tensor query, Tensor key, Tensor value, Tensor query_score, Tensor key_score,
                            std::vector<int64_t> windows, int64_t numerator, int64_t denominator, bool cover_start,
-                           double scale) {
-  const Sequences sequences = sequences_of(query_score, windows, numerator, denominator, cover_start);
+                           double scale, int64_t local_window) {
+  const Sequences sequences = sequences_of(query_score, windows, numerator, denominator, cover_start, local_window);
   const auto args = checked_args(sequences, query, key, value, query_score, key_score, scale);
   Tensor output = torch::stable::empty_like(query);
   reference::attention(args, new_numbers(output));
@@ -88,8 +91,8 @@ std::tuple<Tensor, Tensor, Tensor> reference_attention_backward(Tensor query, Te
                                                                 Tensor query_score, Tensor key_score,
                                                                 std::vector<int64_t> windows, int64_t numerator,
                                                                 int64_t denominator, bool cover_start, double scale,
-                                                                Tensor grad_output) {
-  const Sequences sequences = sequences_of(query_score, windows, numerator, denominator, cover_start);
+                                                                Tensor grad_output, int64_t local_window) {
+  const Sequences sequences = sequences_of(query_score, windows, numerator, denominator, cover_start, local_window);
   const auto args = checked_args(sequences, query, key, value, query_score, key_score, scale);
   require_same_sizes("query", query, "grad_output", grad_output);
   Tensor grad_query = torch::stable::empty_like(query), grad_key = torch::stable::empty_like(key),
@@ -108,10 +111,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lighthouse, library) {
       "bool cover_start, int batch, int head) -> Tensor");
   library.def(
       "reference_attention(Tensor query, Tensor key, Tensor value, Tensor query_score, Tensor key_score, "
-      "int[] windows, int topk_numerator, int topk_denominator, bool cover_start, float scale) -> Tensor");
+      "int[] windows, int topk_numerator, int topk_denominator, bool cover_start, float scale, "
+      "int local_window=0) -> Tensor");
   library.def(
       "reference_attention_backward(Tensor query, Tensor key, Tensor value, Tensor query_score, Tensor key_score, "
-      "int[] windows, int topk_numerator, int topk_denominator, bool cover_start, float scale, Tensor grad_output)"
+      "int[] windows, int topk_numerator, int topk_denominator, bool cover_start, float scale, Tensor grad_output, "
+      "int local_window=0)"
       " -> (Tensor, Tensor, Tensor)");
 }
 

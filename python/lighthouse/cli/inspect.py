@@ -116,6 +116,8 @@ def _choices(options: argparse.Namespace) -> tuple[Choices, list[str], list[str]
         max_share=1.0,
     )
     settings = model.lighthouse_settings
+    if not settings.method.chooses:
+        raise ValueError("select_topk=0 chooses nothing: there is no choice to show")
     made = settings.method.plan(len(ids))
     if made.length > made.tokens:
         raise ValueError(

@@ -74,7 +74,7 @@ def _made(options: argparse.Namespace) -> dict:
         "layer": asdict(layer)
         | {
             "attention_work": plan.attention_work,
-            "kept_bytes": layer.kept(plan.tokens, plan.length),
+            "kept_bytes": layer.kept(plan.tokens, plan.length, local=plan.local_window > 0),
             "dense_kept_bytes": layer.kept(plan.tokens),
         },
         **method.values(),
@@ -142,7 +142,7 @@ def _memory(config, layer, plan, settings, layers, compiled) -> dict:
     if config is None:
         acting = layers - 2 * settings.dense_layers
         dense = layer.kept(plan.tokens)
-        mixed = acting * layer.kept(plan.tokens, plan.length) + (layers - acting) * dense
+        mixed = acting * layer.kept(plan.tokens, plan.length, local=plan.local_window > 0) + (layers - acting) * dense
         return {"bytes": mixed, "dense_bytes": layers * dense}
     from lighthouse.training.memory import estimate
 
@@ -176,8 +176,8 @@ def _text(found: dict) -> str:
             f"  estimate here    dense {_seconds(its['dense'])}, Lighthouse {_seconds(its['lighthouse'])}: "
             f"{its['speedup']:.1f} times as fast, {_give_or_take(its['precision'])}",
             *(f"                   {line}" for line in _known(its["precision"])),
-            f"                   of Lighthouse's: inner attention {_seconds(its['inner'])}, its operators "
-            f"{_seconds(its['movement'])}",
+            f"                   of Lighthouse's: inner attention {_seconds(its['inner'])}, local window "
+            f"{_seconds(its['local'])}, its operators {_seconds(its['movement'])}",
         ]
         if its["graph_speedup"] > 1.05 * its["speedup"]:
             lines.append(f"                   without launches, as a CUDA graph, {its['graph_speedup']:.1f} times")

@@ -8,17 +8,19 @@ import sys
 from pathlib import Path
 
 from lighthouse.core.method import Method, text_of, written
+from lighthouse.core.settings import RECOMMENDED
 
 
 def add_method(group) -> None:
     """The method's settings as options of an argparse group; `Method.of` reads them from what is parsed."""
     for setting in Method.settings():
-        kinds: dict = {"default": written(setting.default), "metavar": setting.metadata.get("metavar")}
-        if isinstance(setting.default, tuple):
+        default = getattr(RECOMMENDED, setting.name)
+        kinds: dict = {"default": written(default), "metavar": setting.metadata.get("metavar")}
+        if isinstance(default, tuple):
             kinds["nargs"] = "*"
-        elif isinstance(setting.default, bool):
+        elif isinstance(default, bool):
             kinds |= {"nargs": "?", "const": True, "metavar": "true|false"}
-        shown = text_of(setting.default).lower()
+        shown = text_of(default).lower()
         group.add_argument(f"--{setting.name}", help=f"{setting.metadata['help']} (default: {shown})", **kinds)
 
 

@@ -16,6 +16,8 @@ LONGEST = 2**30  # the longest length, in tokens, tried to find one on which the
 
 def acts(tokens: int, method: Method) -> bool:
     """Whether the sub-sequence of `tokens` is a choice, and not longer than they are."""
+    if not method.chooses:
+        return method.local_window < tokens
     return len(method.windows) > 1 and tokens >= method.windows[-1] and method.length(tokens) <= tokens
 
 
@@ -24,6 +26,11 @@ def why_it_cannot_act(tokens: int, method: Method) -> str | None:
     if acts(tokens, method):
         return None
     windows = method.windows
+    if not method.chooses:
+        return (
+            f"local_window={method.local_window} covers all {tokens:,} tokens, and select_topk=0 chooses nothing, so "
+            "all attention is dense: use a shorter local window or more tokens"
+        )
     if len(windows) == 1:
         return "without pool_ratios the sub-sequence is the whole sequence, which is dense attention: give ratios"
     if tokens < windows[-1]:

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from torch import Tensor
 
 from lighthouse.core.inner import InnerAttention, causal_sdpa
-from lighthouse.core.inputs import check_inner_output, check_not_sharded, check_options, check_qkv, check_scores
+from lighthouse.core.inputs import (
+    check_inner_output,
+    check_not_sharded,
+    check_options,
+    check_qkv,
+    check_scores,
+    say_if_local_window_covers_all,
+)
+from lighthouse.core.local import Local
 from lighthouse.core.method import POOL_RATIOS, SELECT_TOPK, Method
-from lighthouse.core.operators import choose, gather, scatter
+from lighthouse.core.operators import choose, gather, gather_beside_local, local_attention, scatter, tokens_first
 from lighthouse.core.sequences import Sequences
 
 
@@ -27,16 +36,28 @@ def sub_sequence_attention(
     """`attention` by a method whose settings were checked."""
     query, key, value = check_qkv(query, key, value)
     scores = check_scores(scores, key)
-    check_options(scale, dropout_p, inner)
+    check_options(scale, dropout_p, inner, method.local_window)
     check_not_sharded()
+    say_if_local_window_covers_all(method.local_window, query.shape[2])
 
     sequences = Sequences(method, query.shape[0], query.shape[2])
+    attend = partial(inner or causal_sdpa, scale=scale, dropout_p=dropout_p)
+    window, added = method.local_window, None
+    if window and inner is not None:
+        added = check_inner_output(attend(query, key, value, layout=sequences.whole, window=window), query)
+        if not method.chooses:
+            return tokens_first(added)
+    stock = Local.of(query, window, scale, dropout_p) if window and inner is None else None
+    if stock and not method.chooses:
+        return local_attention(query, key, value, stock)
+
     selection = choose(query, key, sequences, scores)
-    query_sub, key_sub, value_sub = gather(query, key, value, selection)
-    output_sub = (inner or causal_sdpa)(
-        query_sub, key_sub, value_sub, scale=scale, dropout_p=dropout_p, layout=sequences.sub
-    )
-    return scatter(check_inner_output(output_sub, query_sub), selection)
+    if stock:
+        query_sub, key_sub, value_sub, added = gather_beside_local(query, key, value, selection, stock)
+    else:
+        query_sub, key_sub, value_sub = gather(query, key, value, selection)
+    output_sub = attend(query_sub, key_sub, value_sub, layout=sequences.sub)
+    return scatter(check_inner_output(output_sub, query_sub), selection, added)
 
 
 def attention(
@@ -51,25 +72,31 @@ def attention(
     dropout_p: float = 0.0,
     inner: InnerAttention | None = None,
     cover_start: bool = True,
+    local_window: int = 0,
 ) -> Tensor:
     """Lighthouse attention: causal attention of a chosen sub-sequence, written back to all tokens (METHOD).
 
     For training on whole sequences; it never falls back to dense attention by itself. Differentiable to query, key
     and value; which entries are chosen has no gradient. Between forward and backward only tensors of the
-    sub-sequence's length and five bytes per token and key-value head are kept.
+    sub-sequence's length and five bytes per token and key-value head are kept; with a local window also query, key,
+    value and its output.
 
     Args:
         query: `[B, Hq, N, D]`, any N, any strides with a unit last one; already rotated.
         key, value: `[B, Hkv, N, D]`, Hkv dividing Hq. One choice is made per key-value head.
         pool_ratios: entries per token of the levels above the tokens; windows are 1 over these. `()` is dense.
-        select_topk: parents per level; an int is a number, a float a share of the tokens.
+        select_topk: parents per level; an int is a number, a float a share of the tokens. 0: only the local window.
         scale: of the logits, a number above 0; None is 1/sqrt(D).
         scores: the caller's own scores instead of the norms: for queries and for keys, each `[B, Hkv, N]` float32. They
             get no gradient.
         dropout_p: passed on to the inner attention.
         inner: the attention of the sub-sequence, `inner(query, key, value, *, scale, dropout_p, layout)`, whose output
-            is like its query and has a gradient; PyTorch's `scaled_dot_product_attention` by default.
+            is like its query and has a gradient; PyTorch's `scaled_dot_product_attention` by default. With a local
+            window it is called for that too, on query, key and value, with `window=local_window`: each row then sees
+            that many, itself among them.
         cover_start: give the first tokens an output whatever their scores.
+        local_window: exact causal attention to the last so many tokens, each token itself among them, is added to the
+            output (METHOD 5a); 0 is the published method. PyTorch's kernels compute it.
 
     Returns:
         `[B, Hq, N, D]`; its `.transpose(1, 2)` is contiguous.
@@ -83,7 +110,7 @@ def attention(
         query,
         key,
         value,
-        Method(pool_ratios, select_topk, cover_start),
+        Method(pool_ratios, select_topk, cover_start, local_window),
         scale=scale,
         scores=scores,
         dropout_p=dropout_p,

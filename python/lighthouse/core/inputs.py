@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import logging
 import math
 from collections.abc import Callable
@@ -162,7 +164,37 @@ def check_not_sharded() -> None:
         )
 
 
-def check_options(scale: float | None, dropout_p: float, inner: Callable | None) -> None:
+def say_if_local_window_covers_all(local_window: int, tokens) -> None:
+    """Once; not while tracing, where `tokens` may be symbolic."""
+    if local_window and not torch.compiler.is_compiling() and local_window >= tokens and not _said_of_local_window:
+        _said_of_local_window.append(local_window)
+        logger.warning(
+            "Lighthouse: local_window=%d covers all %d tokens: its part of the sum is dense attention, which costs as "
+            "much (logged once)",
+            local_window,
+            tokens,
+        )
+
+
+_said_of_local_window: list[int] = []
+
+
+@functools.cache
+def takes_window(inner: Callable) -> bool:
+    """Whether an inner attention of the user's has the keyword `window`."""
+    try:
+        parameters = inspect.signature(inner).parameters.values()
+    except (TypeError, ValueError):  # a function without one that Python can see
+        return True
+    return any(each.name == "window" or each.kind == each.VAR_KEYWORD for each in parameters)
+
+
+@torch.compiler.assume_constant_result
+def _takes_window(inner: Callable) -> bool:
+    return takes_window(inner)
+
+
+def check_options(scale: float | None, dropout_p: float, inner: Callable | None, local_window: int = 0) -> None:
     """The other arguments of `lighthouse.attention`. Raises ValueError or TypeError."""
     if scale is not None:
         if isinstance(scale, Tensor):
@@ -179,6 +211,11 @@ def check_options(scale: float | None, dropout_p: float, inner: Callable | None)
         raise TypeError(
             f"inner={inner!r}: a function inner(query, key, value, *, scale, dropout_p, layout) is needed, or None for "
             "PyTorch's attention"
+        )
+    if inner is not None and local_window and not _takes_window(inner):
+        raise ValueError(
+            f"local_window={local_window}: this inner attention has no keyword window, the number of rows that each "
+            "row sees: add it (window=None for the sub-sequence), or use local_window=0 or inner=None"
         )
 
 

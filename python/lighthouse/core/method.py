@@ -1,4 +1,4 @@
-"""The method's settings, described, checked, read and printed only here (METHOD 1 and 3).
+"""The method's settings, described, checked, read and printed only here (METHOD 1, 3 and 5a).
 
 A field of `Method` is a setting, and a new one is one line there: commands, files, checkpoints, reports and cards take
 fields, texts and numbers from here.
@@ -25,6 +25,7 @@ MAX_LEVELS = 8  # a level is one bit of a token's mask byte
 MAX_DENOMINATOR = 65_536
 MAX_PARENTS = 2**40
 MAX_WINDOW = 2**40
+MAX_LOCAL_WINDOW = 2**31
 RATIO_TOLERANCE = 1e-3
 
 SWITCHES = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
@@ -34,6 +35,14 @@ def check_cover_start(cover_start: bool) -> None:
     """Raises TypeError."""
     if not isinstance(cover_start, bool):  # bool("False") is True
         raise TypeError(f"cover_start={cover_start!r}: True or False is needed")
+
+
+def check_local_window(local_window: int) -> None:
+    """Raises ValueError or TypeError."""
+    if isinstance(local_window, bool) or not isinstance(local_window, Integral):
+        raise TypeError(f"local_window={local_window!r}: a whole number of tokens is needed, 0 for none")
+    if not 0 <= local_window <= MAX_LOCAL_WINDOW:
+        raise ValueError(f"local_window={local_window}: 0 (none) to 2^31 tokens are needed")
 
 
 def check_pool_ratios(pool_ratios: Sequence[float]) -> tuple[int, ...]:
@@ -79,19 +88,19 @@ def check_select_topk(select_topk: int | float) -> tuple[int, int]:
     """Parents per level as (numerator, denominator): a share of the tokens, or the number itself over 0.
 
     A float is a share, above 0 and at most 1, taken as the nearest fraction with a denominator of at most 65,536; an
-    int is the number. Raises ValueError or TypeError.
+    int is the number, and 0 chooses nothing. Raises ValueError or TypeError.
     """
     if isinstance(select_topk, bool) or not isinstance(select_topk, Real):
         raise TypeError(
             f"select_topk={select_topk!r}: a whole number of parents, or a share of the tokens as a float, is needed"
         )
     if isinstance(select_topk, Integral):
-        if not 1 <= select_topk <= MAX_PARENTS:
-            raise ValueError(f"select_topk={select_topk!r}: at least one parent per level is needed, and at most 2^40")
+        if not 0 <= select_topk <= MAX_PARENTS:
+            raise ValueError(f"select_topk={select_topk!r}: 0 to 2^40 parents per level are needed")
         return int(select_topk), 0
     share = float(select_topk)
     if not 0 < share <= 1:
-        hint = f"; for a number of parents write {int(share)}" if share > 1 and share.is_integer() else ""
+        hint = f"; for a number of parents write {int(share)}" if share >= 0 and share.is_integer() else ""
         raise ValueError(f"select_topk={select_topk!r}: a share of the tokens must be above 0 and at most 1{hint}")
     fraction = Fraction(share).limit_denominator(MAX_DENOMINATOR)
     if fraction == 0:
@@ -122,6 +131,9 @@ class Method:
     cover_start: bool = _setting(
         True, "Choose the first window of each level always, so that every token has an output."
     )
+    local_window: int = _setting(
+        0, "Exact attention to the last so many tokens beside the pyramid; 0: none, the published method.", "TOKENS"
+    )
     windows: tuple[int, ...] = field(init=False, repr=False, compare=False)
     topk: tuple[int, int] = field(init=False, repr=False)  # 1 is one parent, 1.0 all tokens: not the same
 
@@ -130,6 +142,16 @@ class Method:
         object.__setattr__(self, "topk", check_select_topk(self.select_topk))
         object.__setattr__(self, "pool_ratios", tuple(self.pool_ratios))
         check_cover_start(self.cover_start)
+        check_local_window(self.local_window)
+        if not self.chooses and self.local_window == 0:
+            raise ValueError(
+                "select_topk=0 chooses nothing, and local_window=0 attends to nothing: a local_window above 0 is needed"
+            )
+
+    @property
+    def chooses(self) -> bool:
+        """Whether there is a pyramid to choose from beside the local window."""
+        return self.topk[0] > 0
 
     @classmethod
     def settings(cls) -> list[Field]:
@@ -175,19 +197,25 @@ class Method:
             raise TypeError(f"tokens={tokens!r}: a whole number is needed")
         if tokens < 1:
             raise ValueError(f"tokens={tokens}: at least one token is needed")
-        return plan_of(int(tokens), self.windows, self.topk)
+        return plan_of(int(tokens), self.windows, self.topk, self.local_window)
 
 
 DEFAULT = Method()
 
 
-def plan(tokens: int, *, pool_ratios: Sequence[float] = POOL_RATIOS, select_topk: int | float = SELECT_TOPK) -> Plan:
+def plan(
+    tokens: int,
+    *,
+    pool_ratios: Sequence[float] = POOL_RATIOS,
+    select_topk: int | float = SELECT_TOPK,
+    local_window: int = 0,
+) -> Plan:
     """The plan for one sequence of `tokens` tokens. Raises ValueError or TypeError for settings that break a rule.
 
     >>> lighthouse.plan(98_304).length
     18432
     """
-    return Method(pool_ratios, select_topk).plan(tokens)
+    return Method(pool_ratios, select_topk, local_window=local_window).plan(tokens)
 
 
 def number(name: str, value: Any) -> Any:

@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from lighthouse.core import library as _library
+from lighthouse.core.local import Local, define
 from lighthouse.core.sequences import Sequences
 
 LIBRARY_PATH = _library.load(sys.modules["lighthouse"].__path__)
@@ -34,6 +35,11 @@ def memory_order(tensor: Tensor) -> list[int]:
 def with_unit_stride(tensor: Tensor) -> Tensor:
     """The tensor itself if its head dimension is contiguous, else a copy with a contiguous one."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def tokens_first(tensor: Tensor) -> Tensor:
+    """`[B, H, N, D]` whose `.transpose(1, 2)` is contiguous; a copy if need be."""
+    return tensor.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _empty(like: Tensor, length, order) -> Tensor:
@@ -60,7 +66,20 @@ def _(query, key, value, mask, prefix, windows, length):
 
 
 @torch.library.register_fake("lighthouse::gather_backward")
-def _(grad_query_sub, grad_key_sub, grad_value_sub, mask, prefix, windows, query_order, key_order, value_order):
+def _(
+    grad_query_sub,
+    grad_key_sub,
+    grad_value_sub,
+    mask,
+    prefix,
+    windows,
+    query_order,
+    key_order,
+    value_order,
+    added_query=None,
+    added_key=None,
+    added_value=None,
+):
     tokens = mask.shape[2]
     return (
         _empty(grad_query_sub, tokens, query_order),
@@ -70,13 +89,35 @@ def _(grad_query_sub, grad_key_sub, grad_value_sub, mask, prefix, windows, query
 
 
 @torch.library.register_fake("lighthouse::scatter")
-def _(output_sub, mask, prefix, windows):
+def _(output_sub, mask, prefix, windows, added=None):
     return _empty(output_sub, mask.shape[2], TOKENS_FIRST)
 
 
 @torch.library.register_fake("lighthouse::scatter_backward")
 def _(grad_output, mask, prefix, windows, length, order):
     return _empty(grad_output, length, order)
+
+
+_LIBRARY = torch.library.Library("lighthouse", "FRAGMENT")
+define(_LIBRARY)
+_LIBRARY.define(
+    "gather_beside_local(Tensor query, Tensor key, Tensor value, Tensor mask, Tensor prefix, int[] windows, "
+    "SymInt length, int local_window, float? scale, float dropout_p, str kernel) -> (Tensor query_sub, Tensor key_sub, "
+    "Tensor value_sub, Tensor local_output, Tensor logsumexp, Tensor seed, Tensor offset)"
+)
+
+
+def _gather_beside_local(query, key, value, mask, prefix, windows, length, *local):
+    """`gather` and `local_attention` in one, so that `gather_backward` sums both gradients in the pass it makes."""
+    return (
+        *_OPERATORS.gather(query, key, value, mask, prefix, windows, length),
+        *_OPERATORS.local_attention(query, key, value, *local),
+    )
+
+
+for _device in ("CPU", "CUDA"):
+    _LIBRARY.impl("gather_beside_local", _gather_beside_local, _device)
+torch.library.register_fake("lighthouse::gather_beside_local", _gather_beside_local)
 
 
 # Gradients. Every verb is linear, so each one's gradient is the other of its pair, to any order; scores and the choice
@@ -103,25 +144,26 @@ def _gather_backward(ctx, *grads):
 def _gather_backward_setup(ctx, inputs, output):
     query_sub, _, _, mask, prefix, ctx.windows, *_ = inputs
     ctx.save_for_backward(mask, prefix)
-    ctx.length = query_sub.shape[2]
+    ctx.length, ctx.adds = query_sub.shape[2], inputs[-1] is not None
 
 
 def _gather_backward_backward(ctx, *grads):
     dense = [with_unit_stride(grad) for grad in grads]
-    return *_OPERATORS.gather(*dense, *ctx.saved_tensors, ctx.windows, ctx.length), *[None] * 6
+    added = grads if ctx.adds else [None] * 3
+    return *_OPERATORS.gather(*dense, *ctx.saved_tensors, ctx.windows, ctx.length), *[None] * 6, *added
 
 
 def _scatter_setup(ctx, inputs, output):
-    output_sub, mask, prefix, ctx.windows = inputs
+    output_sub, mask, prefix, ctx.windows, added = inputs
     ctx.save_for_backward(mask, prefix)
-    ctx.length, ctx.order = output_sub.shape[2], memory_order(output_sub)
+    ctx.length, ctx.order, ctx.adds = output_sub.shape[2], memory_order(output_sub), added is not None
 
 
 def _scatter_backward(ctx, grad):
     grad_sub = _in_backward(
         _OPERATORS.scatter_backward, with_unit_stride(grad), *ctx.saved_tensors, ctx.windows, ctx.length, ctx.order
     )
-    return grad_sub, None, None, None
+    return grad_sub, None, None, None, grad if ctx.adds else None
 
 
 def _scatter_backward_setup(ctx, inputs, output):
@@ -131,6 +173,39 @@ def _scatter_backward_setup(ctx, inputs, output):
 
 def _scatter_backward_backward(ctx, grad):
     return _OPERATORS.scatter(with_unit_stride(grad), *ctx.saved_tensors, ctx.windows), *[None] * 5
+
+
+def _local_setup(ctx, inputs, output):
+    query, key, value, *ctx.local = inputs
+    ctx.save_for_backward(query, key, value, *output)
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _local_backward(ctx, grad, *_):
+    grads = _in_backward(_OPERATORS.local_attention_backward, with_unit_stride(grad), *ctx.saved_tensors, *ctx.local)
+    return *grads, None, None, None, None
+
+
+def _beside_setup(ctx, inputs, output):
+    query, key, value, mask, prefix, ctx.windows, _, *ctx.local = inputs
+    ctx.save_for_backward(mask, prefix, query, key, value, *output[3:])
+    ctx.orders = [memory_order(tensor) for tensor in (query, key, value)]
+    ctx.mark_non_differentiable(*output[4:])
+
+
+def _beside_backward(ctx, grad_query_sub, grad_key_sub, grad_value_sub, grad_output, *_):
+    mask, prefix, *saved = ctx.saved_tensors
+    added = _in_backward(_OPERATORS.local_attention_backward, with_unit_stride(grad_output), *saved, *ctx.local)
+    dense = [with_unit_stride(grad) for grad in (grad_query_sub, grad_key_sub, grad_value_sub)]
+    grads = _in_backward(_OPERATORS.gather_backward, *dense, mask, prefix, ctx.windows, *ctx.orders, *added)
+    return *grads, *[None] * 8
+
+
+def _no_second_gradient(ctx, *_):
+    raise NotImplementedError(
+        "a second derivative through a local window is not supported, as PyTorch's own fused attention has none: use "
+        "local_window=0 and an inner attention that has one"
+    )
 
 
 def _refuse_forward_mode(inputs) -> None:
@@ -167,6 +242,9 @@ for _name, _backward, _setup in (
     ("gather_backward", _gather_backward_backward, _gather_backward_setup),
     ("scatter", _scatter_backward, _scatter_setup),
     ("scatter_backward", _scatter_backward_backward, _scatter_backward_setup),
+    ("local_attention", _local_backward, _local_setup),
+    ("local_attention_backward", _no_second_gradient, lambda ctx, inputs, output: None),
+    ("gather_beside_local", _beside_backward, _beside_setup),
 ):
     torch.library.register_autograd(f"lighthouse::{_name}", _backward, setup_context=_setup, lib=_REVERSE_MODE)
 
@@ -247,6 +325,26 @@ class _Scatter(torch.autograd.Function):
     backward = staticmethod(_scatter_backward)
 
 
+class _Local(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _without_gradient(_OPERATORS.local_attention, *inputs)
+        _local_setup(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_local_backward)
+
+
+class _GatherBesideLocal(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _without_gradient(_OPERATORS.gather_beside_local, *inputs)
+        _beside_setup(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_beside_backward)
+
+
 @dataclass(frozen=True, eq=False)
 class Selection:
     """The entries chosen, one choice per batch row and key-value head.
@@ -299,13 +397,30 @@ def gather(query: Tensor, key: Tensor, value: Tensor, selection: Selection) -> t
     return _OPERATORS.gather(*inputs) if _traced() else _Gather.apply(*inputs)
 
 
-def scatter(output_sub: Tensor, selection: Selection) -> Tensor:
-    """`torch.ops.lighthouse.scatter` with its gradient.
+def gather_beside_local(
+    query: Tensor, key: Tensor, value: Tensor, selection: Selection, local: Local
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`gather`, and the output of a local window, `[B, Hq, N, D]`."""
+    inputs = query, key, value, selection.mask, selection.prefix, selection.windows, selection.length, *local
+    _refuse_forward_mode(inputs)
+    made = _OPERATORS.gather_beside_local(*inputs) if _traced() else _GatherBesideLocal.apply(*inputs)
+    return made[:4]
+
+
+def local_attention(query: Tensor, key: Tensor, value: Tensor, local: Local) -> Tensor:
+    """`torch.ops.lighthouse.local_attention` with its gradient: the output, `[B, Hq, N, D]`."""
+    inputs = query, key, value, *local
+    _refuse_forward_mode(inputs)
+    return (_OPERATORS.local_attention(*inputs) if _traced() else _Local.apply(*inputs))[0]
+
+
+def scatter(output_sub: Tensor, selection: Selection, added: Tensor | None = None) -> Tensor:
+    """`torch.ops.lighthouse.scatter` with its gradient; `added` `[B, Hq, N, D]` is added in the same pass.
 
     Compiled code recomputes the output in the backward. The next matmul would otherwise save it, one full-length tensor
     per layer, although it follows from the sub-sequence's output, which attention saves anyway. (torch 2.11 saves it.)
     """
-    inputs = output_sub, selection.mask, selection.prefix, selection.windows
+    inputs = output_sub, selection.mask, selection.prefix, selection.windows, added
     _refuse_forward_mode(inputs)
     if not _traced():
         return _Scatter.apply(*inputs)

@@ -62,6 +62,8 @@ def _fits(parents, entries, windows: Sequence[int], topk: tuple[int, int]):
 
 def chosen_per_level(tokens, windows: Sequence[int], topk: tuple[int, int]) -> list:
     """How many entries of each level are in the sub-sequence, finest first. `tokens` may be symbolic."""
+    if topk[0] == 0:
+        return [0] * len(windows)  # the local window alone
     entries, parents = tokens // windows[-1], parents_per_level(tokens, topk)
     ratios = [coarser // finer for finer, coarser in zip(windows, windows[1:], strict=False)]
     if _fits(parents, entries, windows, topk):
@@ -95,6 +97,7 @@ class Plan:
         strata: kinds of strata, as (count, coarsest entries each, parents per level each).
         entries: entries that each level has.
         chosen: of those, how many are in the sub-sequence.
+        local_window: the tokens before each, itself among them, that it attends to exactly; 0: none.
     """
 
     tokens: int
@@ -103,6 +106,7 @@ class Plan:
     strata: tuple[StratumKind, ...]
     entries: tuple[int, ...]
     chosen: tuple[int, ...]
+    local_window: int = 0
 
     @property
     def length(self) -> int:
@@ -116,8 +120,9 @@ class Plan:
 
     @property
     def attention_work(self) -> float:
-        """Query-key pairs of the inner attention as a part of dense attention's."""
-        return self.length * (self.length + 1) / (self.tokens * (self.tokens + 1))
+        """Query-key pairs of the inner attention and of the local window as a part of dense attention's."""
+        pairs = self.length * (self.length + 1) // 2 + local_pairs(self.tokens, self.local_window)
+        return pairs / (self.tokens * (self.tokens + 1) // 2)
 
     def __str__(self) -> str:
         rows = [("level", "window", "entries", "chosen")]
@@ -128,22 +133,36 @@ class Plan:
         table = "\n".join("  " + "".join(f"{cell:>12}" for cell in row) for row in rows)
         strata = ", ".join(f"{k.count:,} of {k.entries:,} entries and {k.budget:,} parents" for k in self.strata)
         times = 1 / self.attention_work
+        if not self.parents:
+            return (
+                f"Lighthouse plan for {self.tokens:,} tokens: nothing is chosen, a local window of "
+                f"{self.local_window:,} tokens alone\n"
+                f"  attention work {self.attention_work:.2%} of dense: {times:,.1f} times less"
+            )
+        local = f"  local window of {self.local_window:,} tokens, exact\n" if self.local_window else ""
         return (
             f"Lighthouse plan for {self.tokens:,} tokens, {self.parents:,} parents per level\n{table}\n"
             f"  strata (coarsest level): {strata}\n"
             f"  sub-sequence S = {self.length:,} ({self.length / self.tokens:.1%} of the tokens); "
             f"kept share {self.kept_share:.1%}\n"
-            f"  attention work {self.attention_work:.2%} of dense: {times:,.1f} times less"
+            f"{local}  attention work {self.attention_work:.2%} of dense: {times:,.1f} times less"
         )
 
 
-def plan_of(tokens: int, windows: tuple[int, ...], topk: tuple[int, int]) -> Plan:
+def local_pairs(tokens: int, local_window: int) -> int:
+    """Query-key pairs within the local window."""
+    window = min(tokens, local_window)
+    return tokens * window - window * (window - 1) // 2
+
+
+def plan_of(tokens: int, windows: tuple[int, ...], topk: tuple[int, int], local_window: int = 0) -> Plan:
     """`lighthouse.plan` for settings that `Method` has checked."""
     return Plan(
         tokens=tokens,
         windows=windows,
         parents=parents_per_level(tokens, topk),
-        strata=tuple(kind for kind in stratum_kinds(tokens, windows, topk) if kind.count),
+        strata=tuple(kind for kind in stratum_kinds(tokens, windows, topk) if kind.count and topk[0]),
         entries=tuple(tokens // window for window in windows),
         chosen=tuple(chosen_per_level(tokens, windows, topk)),
+        local_window=local_window,
     )

@@ -35,3 +35,8 @@ class Sequences:
     def sub(self) -> SubSequences:
         """The sub-sequences, as passed to an inner attention."""
         return SubSequences(self.rows, self.length)
+
+    @property
+    def whole(self) -> SubSequences:
+        """The sequences themselves, in the same form."""
+        return SubSequences(self.rows, self.tokens)

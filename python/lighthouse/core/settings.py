@@ -6,7 +6,13 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from lighthouse.core.method import DEFAULT, Method
+from lighthouse.core.method import Method
+
+# What wrapped models and the commands do unless told otherwise; `lighthouse.attention` itself has no local window. With
+# one of 256 tokens beside the pyramid and no dense layers, runs ended below dense ones (docs/quality.md); without it,
+# the published method, some layers at each end must stay dense.
+RECOMMENDED = Method(local_window=256)
+SHARE = 0.6  # of the steps that use Lighthouse
 
 # From this many tokens on, one layer's forward and backward is faster than dense attention: on a CPU the shortest
 # measured length (bench/README.md), on CUDA where launching the kernels no longer dominates.
@@ -32,7 +38,7 @@ class LighthouseSettings:
     `dense_layers` is a number once the model is known.
     """
 
-    method: Method = DEFAULT
+    method: Method = RECOMMENDED
     dense_layers: int | None = None
     inner: Callable | None = None
     eval: str = "dense"
@@ -62,7 +68,7 @@ class LighthouseSettings:
         """The same with `dense_layers` as a number, for a model of `layers` layers. Raises `ValueError`."""
         dense = self.dense_layers
         if dense is None:
-            dense = 0 if layers < 3 else min(2, max(1, layers // 6))
+            dense = 0 if self.method.local_window or layers < 3 else min(2, max(1, layers // 6))
         found = replace(self, dense_layers=dense)
         found.check_layers(layers)
         return found

@@ -20,6 +20,12 @@ LONG_TAIL = 0.1  # of the tokens that are kept at level 0
 def warnings(method: Method, tokens: int, *, layer: Layer | None = None, rates: Rates | None = None) -> list[str]:
     """Warnings about a plan, a sentence each, with the way out; about time only if rates are given."""
     found, plan = [], method.plan(tokens)
+    if plan.local_window >= tokens:
+        found.append(
+            f"local_window={plan.local_window:,} covers all {tokens:,} tokens: its part of the sum is dense attention"
+        )
+    if not method.chooses:
+        return found
     coarsest, window = plan.entries[-1], plan.windows[-1]
     if len(plan.windows) == 1:
         return ["pool_ratios is empty: this is dense attention; the default is 1/4 1/16"]

@@ -2,6 +2,7 @@
 
     time of attention = work / rate(length)                 work is 7 x heads x head_dim x length^2 operations
     time of Lighthouse = attention of S + bytes / rate(bytes)     bytes are those that its operators must move
+                         + work of the local window / (LOCAL_RATE x rate of the same attention of all tokens)
 
 Where launching from Python takes longer than the GPU's work, that is the time. docs/plan.md says how accurate the
 estimates are; the tests hold them to it.
@@ -21,12 +22,18 @@ from lighthouse.speed.rates import Checked, Rates
 ERROR, ERROR_FROM = 0.2, {"cpu": 8192, "cuda": 32_768}
 
 
+# The rate at which PyTorch's kernels compute a window of 256 tokens, as a part of their rate of long causal attention:
+# measured at 32,768 tokens on a CPU, on CUDA at 98,304 (bench/README.md).
+LOCAL_RATE = {"cpu": 0.35, "cuda": 0.4}
+
+
 @dataclass(frozen=True)
 class Estimate:
     """Seconds of a layer's forward and backward. `speedup` is dense over Lighthouse."""
 
     dense: float
     inner: float
+    local: float
     movement: float
     lighthouse: float
 
@@ -41,11 +48,15 @@ def estimate(plan: Plan, layer: Layer, rates: Rates, *, launches: bool = True) -
     def attend(length):
         return layer.work(length) / rates.attention(length)
 
-    dense, inner = attend(plan.tokens), attend(plan.length)
-    bytes_moved = layer.moved(plan.tokens, plan.length)
-    movement = bytes_moved / rates.movement(bytes_moved)
+    dense, inner = attend(plan.tokens), attend(plan.length) if plan.length else 0.0
+    local = 0.0
+    if plan.local_window:
+        rate = LOCAL_RATE["cuda" if rates.dense_launch else "cpu"] * rates.attention(plan.tokens)
+        local = layer.local_work(plan.tokens, plan.local_window) / rate
+    bytes_moved = layer.moved(plan.tokens, plan.length, local=plan.local_window > 0)
+    movement = bytes_moved / rates.movement(bytes_moved) if bytes_moved else 0.0
     least = (rates.dense_launch, rates.lighthouse_launch) if launches else (0.0, 0.0)
-    return Estimate(max(dense, least[0]), inner, movement, max(inner + movement, least[1]))
+    return Estimate(max(dense, least[0]), inner, local, movement, max(inner + local + movement, least[1]))
 
 
 def error_of(check: Checked, layer: Layer, rates: Rates) -> float:
@@ -79,7 +90,8 @@ def estimate_step(
     `product_weights` is how many weights each token is multiplied with, six operations each.
     """
     acting = layers - 2 * dense_layers
-    dense_work, inner_work = layer.work(plan.tokens), layer.work(plan.length)
+    dense_work = layer.work(plan.tokens)
+    inner_work = layer.work(plan.length) + layer.local_work(plan.tokens, plan.local_window)
     products = 6 * product_weights * plan.tokens
     attention_work = (acting * inner_work + (layers - acting) * dense_work) / (layers * dense_work)
     work = (acting * inner_work + (layers - acting) * dense_work + products) / (layers * dense_work + products)

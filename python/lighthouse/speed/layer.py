@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from lighthouse.core.plan import local_pairs
+
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -42,8 +44,17 @@ class Layer:
         """Operations of causal attention, forward and backward: seven products over half a square."""
         return 7 * self.heads * self.head_dim * length * length
 
-    def moved(self, tokens: int, length: int) -> int:
-        """Bytes that our operators must read and write, forward and backward (METHOD 2, 3, 6, 7)."""
+    def local_work(self, tokens: int, window: int) -> int:
+        """Operations of a local window, forward and backward."""
+        return 14 * self.heads * self.head_dim * local_pairs(tokens, window)
+
+    def moved(self, tokens: int, length: int, *, local: bool = False) -> int:
+        """Bytes that our operators must read and write, forward and backward (METHOD 2, 3, 6, 7).
+
+        With a local window they also read its output and its three gradients; nothing where nothing is chosen.
+        """
+        if not length:
+            return 0
         size = self.torch_dtype.itemsize
         query, pair = self.heads * self.head_dim * size, 2 * self.kv_heads * self.head_dim * size
         scores, choice = 8 * self.kv_heads * tokens, 5 * self.kv_heads * tokens
@@ -51,19 +62,23 @@ class Layer:
         select = scores + choice
         gather = (query + pair) * (tokens + length) + choice
         scatter = query * (tokens + length) + choice
-        return score + select + 2 * gather + 2 * scatter
+        added = (2 * query + pair) * tokens if local else 0
+        return score + select + 2 * gather + 2 * scatter + added
 
-    def kept(self, tokens: int, length: int | None = None) -> int:
+    def kept(self, tokens: int, length: int | None = None, *, local: bool = False) -> int:
         """Bytes that stay between forward and backward: dense, or with a sub-sequence of `length`.
 
         Query, key, value, output and the softmax's sums; Lighthouse keeps these of the sub-sequence, the choice, and
-        the output that the next product needs.
+        the output that the next product needs. A local window keeps the whole sequence's too.
         """
         size = self.torch_dtype.itemsize
         row = 2 * (self.heads + self.kv_heads) * self.head_dim * size + 4 * self.heads
         if length is None:
             return row * tokens
-        return row * length + (self.heads * self.head_dim * size + 5 * self.kv_heads) * tokens
+        whole = row * tokens if local else 0
+        if not length:
+            return whole
+        return whole + row * length + (self.heads * self.head_dim * size + 5 * self.kv_heads) * tokens
 
 
 LAYERS = {"cpu": Layer(4, 4, 64, "float32"), "cuda": Layer(8, 8, 128, "bfloat16")}

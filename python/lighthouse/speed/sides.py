@@ -109,8 +109,8 @@ def check(
     wide_grad = grad.cpu().double().contiguous()
     args = (*wide, *scores, method.windows, *method.topk, method.cover_start, 0.0)
     true = [
-        torch.ops.lighthouse.reference_attention(*args),
-        *torch.ops.lighthouse.reference_attention_backward(*args, wide_grad),
+        torch.ops.lighthouse.reference_attention(*args, method.local_window),
+        *torch.ops.lighthouse.reference_attention_backward(*args, wide_grad, method.local_window),
     ]
     plain_true = _with_gradients(_grouped, [tensor.requires_grad_() for tensor in wide], wide_grad)
 

@@ -127,15 +127,18 @@ def estimate(
     settings = None if lighthouse is None else lighthouse.for_layers(layers)
     acting = 0 if settings is None else sum(settings.acts_in_layer(layer, layers) for layer in range(layers))
     if settings is not None:
-        # The attention keeps the sub-sequence instead of the tokens, and the choice; what follows keeps its output,
-        # which compiled code makes again.
-        share = settings.method.length(context) / context
-        out = 0 if compiled else product * heads * head_dim
-        sub = (parts["attention"] * share) + out + CHOICE_BYTES * kv_heads
+        # The pyramid keeps the sub-sequence instead of the tokens, and the choice; what follows keeps the output, which
+        # compiled code makes again.
+        method = settings.method
+        sub = parts["attention"] if method.local_window else 0  # what a local window keeps is what dense attention does
+        if method.chooses:
+            out = 0 if compiled else product * heads * head_dim
+            sub += parts["attention"] * method.length(context) / context + out + CHOICE_BYTES * kv_heads
     layer = sum(parts.values())
     last_norm = tokens * width * ((stream if compiled else 4 + stream) + product)
     if gradient_checkpointing:
-        kept = layers * width * stream + acting * CHECKPOINTED_CHOICE_BYTES * kv_heads
+        choosing = acting if settings is not None and settings.method.chooses else 0
+        kept = layers * width * stream + choosing * CHECKPOINTED_CHOICE_BYTES * kv_heads
         activations = {"inputs of layers": tokens * kept}
     else:
         activations = {name: tokens * layers * size for name, size in parts.items()}

@@ -18,7 +18,7 @@ from transformers.trainer_utils import SchedulerType
 
 from lighthouse.core.acting import why_it_cannot_act
 from lighthouse.core.method import SWITCHES, Method, text_of, written
-from lighthouse.core.settings import LighthouseSettings
+from lighthouse.core.settings import RECOMMENDED, SHARE, LighthouseSettings
 from lighthouse.huggingface.processes import launched, strangers
 from lighthouse.huggingface.switch import Switch
 from lighthouse.training.configuration import kinds_of
@@ -105,12 +105,13 @@ class DataOptions:
 
 def _as_text(setting: Field) -> tuple[str, Any, Any]:
     """A setting of `Method` as an option: text, which `Method.of` reads, or a switch."""
-    if isinstance(setting.default, bool):
-        return setting.name, bool, field(default=setting.default, metadata=setting.metadata)
-    if isinstance(setting.default, tuple):
-        many = field(default_factory=partial(written, setting.default), metadata=setting.metadata)
+    default = getattr(RECOMMENDED, setting.name)
+    if isinstance(default, bool):
+        return setting.name, bool, field(default=default, metadata=setting.metadata)
+    if isinstance(default, tuple):
+        many = field(default_factory=partial(written, default), metadata=setting.metadata)
         return setting.name, list[str], many
-    return setting.name, str, field(default=text_of(setting.default), metadata=setting.metadata)
+    return setting.name, str, field(default=text_of(default), metadata=setting.metadata)
 
 
 # All settings of the method, whichever there are.
@@ -124,7 +125,7 @@ class LighthouseOptions(MethodOptions):
     _argument_group_name = "lighthouse"
 
     share: float = field(
-        default=0.6, metadata={"help": "Share of the steps that use Lighthouse, 0 to 1; the others are dense."}
+        default=SHARE, metadata={"help": "Share of the steps that use Lighthouse, 0 to 1; the others are dense."}
     )
     switch_step: int | None = field(
         default=None, metadata={"help": "Instead of --share: the number of steps that use Lighthouse."}
@@ -135,7 +136,10 @@ class LighthouseOptions(MethodOptions):
     )
     dense_layers: int | None = field(
         default=None,
-        metadata={"help": "Layers at each end that stay dense. Default: a sixth of all layers, at least 1, at most 2."},
+        metadata={
+            "help": "Layers at each end that stay dense. Default: none; without a local window a sixth of all layers, "
+            "at least 1, at most 2."
+        },
     )
     dense_only: bool = field(default=False, metadata={"help": "Train the plain model, for comparison."})
     lighthouse_only: bool = field(

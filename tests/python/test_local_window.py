@@ -1,0 +1,331 @@
+"""The local window: exact attention to the last tokens, added to the pyramid's (METHOD 5a), on a CPU and on a GPU."""
+
+import functools
+import logging
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import lighthouse
+from cases import Calls, rand_qkv
+from chains import ALLOWED, error, forward_backward, leaves, like, poison
+from lighthouse.core import inputs as core_inputs
+from lighthouse.core.local import BLOCKS, EFFICIENT, FLASH, kernel_for
+
+NOTHING = (0, 0)  # select_topk=0
+
+
+def exact(inputs, grad, window, topk=(1, 64), windows=(1, 4, 16), scale=0.0):
+    """The oracle's output and gradients, by the choice of the inputs' own device and dtype."""
+    wide = [tensor.detach().cpu().double().contiguous() for tensor in inputs]
+    scores = [score.cpu() for score in torch.ops.lighthouse.score(*(tensor.detach() for tensor in inputs[:2]))]
+    settings = (*wide, *scores, windows, *topk, True, scale)
+    return (
+        torch.ops.lighthouse.reference_attention(*settings, window),
+        *torch.ops.lighthouse.reference_attention_backward(
+            *settings, grad.detach().cpu().double().contiguous(), window
+        ),
+    )
+
+
+def select_topk(topk):
+    return topk[0] / topk[1] if topk[1] else topk[0]
+
+
+def assert_right(inputs, window, topk=(1, 64), allowed=None):
+    grad = like(inputs[0])
+    poison(inputs[0].device, 64)
+    attention = functools.partial(lighthouse.attention, local_window=window, select_topk=select_topk(topk))
+    found = forward_backward(attention, inputs, grad)
+    assert found[0].transpose(1, 2).is_contiguous()
+    for mine, true in zip(found, exact(inputs, grad, window, topk), strict=True):
+        assert torch.isfinite(mine).all()
+        if true.norm() > 1e-9:  # a single key's gradient is zero
+            assert error(mine, true) <= (allowed or ALLOWED[mine.dtype])
+        else:
+            assert mine.norm() <= 1e-2
+
+
+def plain(query, key, value, *, scale, dropout_p, layout, window=None):
+    """An inner attention of the user's, in plain torch."""
+    at = torch.arange(query.shape[2], device=query.device)
+    ago = at[:, None] - at
+    hidden = (ago < 0) | (ago >= (window or query.shape[2]))
+    key, value = (tensor.repeat_interleave(query.shape[1] // key.shape[1], 1) for tensor in (key, value))
+    weights = (query @ key.mT * (scale or query.shape[3] ** -0.5)).masked_fill(hidden, -torch.inf).softmax(-1)
+    return weights @ value
+
+
+LENGTHS = {
+    "one_token": (1, 1),
+    "a_window_of_one": (70, 1),
+    "shorter_than_the_window": (50, 64),
+    "as_long_as_the_window": (64, 64),
+    "one_token_past_the_window": (65, 64),
+    "one_token_past_two_blocks": (129, 100),
+    "many_blocks": (1030, 256),
+    "a_window_of_almost_all": (300, 299),
+}
+
+
+@pytest.mark.parametrize("topk", [(1, 8), NOTHING], ids=["beside_a_pyramid", "alone"])
+@pytest.mark.parametrize("name", LENGTHS)
+def test_the_sum_is_the_oracles(name, topk):
+    tokens, window = LENGTHS[name]
+    inputs = [t.requires_grad_() for t in rand_qkv(tokens, batch=2, query_heads=4, kv_heads=2)]
+    assert_right(inputs, window, topk, allowed=1e-12)
+
+
+@pytest.mark.parametrize("layout", ["heads", "tokens", "padded", "every_second"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_every_dtype_in_any_memory(dtype, layout):
+    assert_right(leaves(torch.device("cpu"), 300, dtype=dtype, layout=layout, head_dim=24), 100, (1, 8))
+
+
+def test_many_pieces_of_work_give_what_one_gives(monkeypatch):
+    inputs = [t.requires_grad_() for t in rand_qkv(700, batch=2, query_heads=4, kv_heads=2)]
+    attention = functools.partial(lighthouse.attention, local_window=90)
+    whole = forward_backward(attention, inputs)
+    monkeypatch.setattr("lighthouse.core.local.NUMBERS", 1)
+    for one, many in zip(whole, forward_backward(attention, inputs), strict=True):
+        torch.testing.assert_close(one, many, rtol=0, atol=1e-12)
+
+
+def test_the_same_bits_on_every_run_and_for_any_number_of_threads():
+    inputs = leaves(torch.device("cpu"), 2000, dtype=torch.float32, query_heads=2, kv_heads=1)
+    attention, threads = functools.partial(lighthouse.attention, local_window=200), torch.get_num_threads()
+    try:
+        runs = []
+        for count in (1, 2, 2):
+            torch.set_num_threads(count)
+            runs.append(forward_backward(attention, inputs))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
+
+
+def test_without_a_window_nothing_changes():
+    inputs = [t.requires_grad_() for t in rand_qkv(200)]
+    with Calls() as calls:
+        lighthouse.attention(*inputs, local_window=0)
+    assert not any("local" in str(operator) for operator in calls.of)
+
+
+@pytest.mark.parametrize("topk", [1 / 8, 0])
+def test_an_inner_attention_of_the_users_is_called_for_the_window_too(topk):
+    inputs = [t.requires_grad_() for t in rand_qkv(200, query_heads=4, kv_heads=2)]
+    options = {"local_window": 30, "select_topk": topk}
+    stock = forward_backward(lambda *qkv: lighthouse.attention(*qkv, **options), inputs)
+    users = forward_backward(lambda *qkv: lighthouse.attention(*qkv, inner=plain, **options), inputs)
+    for mine, theirs in zip(stock, users, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
+    assert users[0].transpose(1, 2).is_contiguous()
+
+
+def test_the_scale_is_the_windows_too():
+    inputs = [t.requires_grad_() for t in rand_qkv(200)]
+    grad = like(inputs[0])
+    found = forward_backward(lambda *qkv: lighthouse.attention(*qkv, local_window=30, scale=0.7), inputs, grad)
+    for mine, true in zip(found, exact(inputs, grad, 30, scale=0.7), strict=True):
+        assert error(mine, true) < 1e-12
+
+
+def test_dropout_drops_the_same_weights_in_the_backward():
+    query, key, value = (t.requires_grad_() for t in rand_qkv(300))
+
+    def dropped(value):
+        torch.manual_seed(3)
+        return lighthouse.attention(query, key, value, local_window=40, select_topk=0, dropout_p=0.5)
+
+    # Linear in the values: the gradient is right if it gives the output's change.
+    step = torch.randn_like(value)
+    moved = (dropped(value + step) - dropped(value)).sum()
+    (grad,) = torch.autograd.grad(dropped(value).sum(), value)
+    torch.testing.assert_close(moved, (grad * step).sum(), rtol=1e-9, atol=1e-9)
+    kept = lighthouse.attention(query, key, value, local_window=40, select_topk=0)
+    assert not torch.equal(dropped(value), kept)
+    mean = torch.stack([dropped_once(query, key, value, seed) for seed in range(300)]).mean(0)
+    assert (mean - kept).abs().mean() < 0.1 * kept.abs().mean()
+
+
+def dropped_once(query, key, value, seed):
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        return lighthouse.attention(query, key, value, local_window=40, select_topk=0, dropout_p=0.5)
+
+
+def test_autocast_casts_as_for_the_pyramid():
+    inputs = leaves(torch.device("cpu"), 200, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = lighthouse.attention(*inputs, local_window=50)
+    narrow = [tensor.detach().bfloat16() for tensor in inputs]
+    assert torch.equal(found, lighthouse.attention(*narrow, local_window=50))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("topk", [1 / 8, 0])
+def test_compiled_in_one_graph(topk, dynamic):
+    attention = functools.partial(lighthouse.attention, local_window=40, select_topk=topk)
+    compiled = torch.compile(attention, fullgraph=True, dynamic=dynamic)
+    for tokens in (200, 333) if dynamic else (200,):
+        inputs = leaves(torch.device("cpu"), tokens, dtype=torch.float32)
+        grad = like(inputs[0])
+        results = (forward_backward(call, inputs, grad) for call in (compiled, attention))
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_checkpointing_keeps_the_choice():
+    inputs = [t.requires_grad_() for t in rand_qkv(300)]
+    attention = functools.partial(lighthouse.attention, local_window=40)
+
+    def again(*qkv):
+        return checkpoint(attention, *qkv, use_reentrant=False, context_fn=lighthouse.checkpoint_contexts)
+
+    with Calls() as calls:
+        found = forward_backward(again, inputs)
+    assert calls["select"] == 1 and calls["gather_beside_local"] == 2
+    assert all(torch.equal(a, b) for a, b in zip(found, forward_backward(attention, inputs), strict=True))
+
+
+def test_the_gradients_are_summed_in_one_pass():
+    inputs = [t.requires_grad_() for t in rand_qkv(300)]
+    with Calls() as calls:
+        forward_backward(functools.partial(lighthouse.attention, local_window=40), inputs)
+    assert calls["gather_backward"] == calls["scatter"] == calls["local_attention_backward"] == 1
+    assert not any(str(operator).startswith("aten.add") for operator in calls.of if "Tensor" in str(operator)[:15])
+
+
+def test_a_second_derivative_is_refused():
+    query, key, value = (t.requires_grad_() for t in rand_qkv(100))
+    output = lighthouse.attention(query, key, value, local_window=20, select_topk=0)
+    (grad,) = torch.autograd.grad(output.square().sum(), value, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivative through a local window"):
+        torch.autograd.grad(grad.sum(), query)
+
+
+REFUSED = {
+    "negative": ({"local_window": -1}, ValueError, "local_window=-1: 0 \\(none\\) to 2\\^31 tokens"),
+    "not whole": ({"local_window": 2.5}, TypeError, "local_window=2.5: a whole number"),
+    "a switch": ({"local_window": True}, TypeError, "local_window=True: a whole number"),
+    "too long": ({"local_window": 2**31 + 1}, ValueError, "local_window=2147483649: 0"),
+    "nothing at all": ({"select_topk": 0}, ValueError, "select_topk=0 chooses nothing.*local_window above 0"),
+    "a share of nothing": (
+        {"select_topk": 0.0, "local_window": 5},
+        ValueError,
+        "for a number of parents write 0",
+    ),
+    "an inner without a window": (
+        {"local_window": 5, "inner": lambda query, key, value, *, scale, dropout_p, layout: query},
+        ValueError,
+        "local_window=5: this inner attention has no keyword window",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_bad_input(name):
+    options, kind, message = REFUSED[name]
+    with pytest.raises(kind, match=message):
+        lighthouse.attention(*rand_qkv(50), **options)
+
+
+def test_a_window_that_covers_all_is_said_once(caplog, monkeypatch):
+    monkeypatch.setattr(core_inputs, "_said_of_local_window", [])
+    with caplog.at_level(logging.WARNING, "lighthouse"):
+        for _ in range(2):
+            lighthouse.attention(*rand_qkv(50), local_window=50)
+            lighthouse.attention(*rand_qkv(51), local_window=50)
+    (said,) = caplog.messages
+    assert "local_window=50 covers all 50 tokens" in said
+
+
+# On a GPU.
+
+KERNELS = {
+    "bfloat16": (torch.bfloat16, 64, FLASH),
+    "float16": (torch.float16, 128, FLASH),
+    "a_head_dim_that_is_padded": (torch.bfloat16, 36, FLASH),
+    "the_longest_head_dim_of_flash": (torch.bfloat16, 256, FLASH),
+    "float32": (torch.float32, 64, EFFICIENT),
+    "float32_odd_head_dim": (torch.float32, 33, EFFICIENT),
+    "a_long_head_dim": (torch.bfloat16, 320, EFFICIENT),
+    "float64": (torch.float64, 32, BLOCKS),
+}
+
+
+@pytest.mark.parametrize("topk", [(1, 8), NOTHING], ids=["beside_a_pyramid", "alone"])
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernels_of_a_gpu(cuda, name, topk):
+    dtype, head_dim, kernel = KERNELS[name]
+    for kv_heads in (4, 2):
+        inputs = leaves(cuda, 700, dtype=dtype, head_dim=head_dim, kv_heads=kv_heads, batch=2)
+        assert kernel_for(inputs[0]) == kernel
+        assert_right(inputs, 100, topk, allowed=1e-10 if dtype == torch.float64 else None)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", LENGTHS)
+def test_lengths_on_a_gpu(cuda, name, dtype):
+    tokens, window = LENGTHS[name]
+    if tokens > 1:
+        assert_right(leaves(cuda, tokens, dtype=dtype, head_dim=64), window, (1, 8))
+
+
+@pytest.mark.parametrize("layout", ["heads", "tokens", "fused", "padded", "every_second"])
+def test_memory_on_a_gpu(cuda, layout):
+    assert_right(leaves(cuda, 300, dtype=torch.bfloat16, layout=layout, head_dim=64), 100, (1, 8))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_compiled_on_a_gpu(cuda, dtype):
+    attention = functools.partial(lighthouse.attention, local_window=100, select_topk=1 / 8)
+    compiled = torch.compile(attention, fullgraph=True, dynamic=True)
+    for tokens in (700, 900, 1111):
+        inputs = leaves(cuda, tokens, dtype=dtype, head_dim=64)
+        grad = like(inputs[0])
+        found = forward_backward(compiled, inputs, grad)
+        for mine, true in zip(found, exact(inputs, grad, 100, (1, 8)), strict=True):
+            assert error(mine, true) <= ALLOWED[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_in_a_cuda_graph(cuda, dtype):
+    attention = functools.partial(lighthouse.attention, local_window=100, select_topk=1 / 8)
+    inputs = leaves(cuda, 700, dtype=dtype, head_dim=64)
+    grad = like(inputs[0])
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            forward_backward(attention, inputs, grad)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = forward_backward(attention, inputs, grad)
+    with torch.no_grad():
+        for tensor in inputs:
+            tensor.copy_(torch.randn_like(tensor))
+    graph.replay()
+    for mine, true in zip(found, exact(inputs, grad, 100, (1, 8)), strict=True):
+        assert error(mine, true) <= ALLOWED[dtype]
+
+
+def test_the_same_bits_on_a_gpu_where_they_are_asked_for(cuda):
+    inputs = leaves(cuda, 4000, dtype=torch.bfloat16, head_dim=64)
+    attention = functools.partial(lighthouse.attention, local_window=256, select_topk=0)
+    torch.use_deterministic_algorithms(True)
+    try:
+        runs = [forward_backward(attention, inputs, like(inputs[0])) for _ in range(3)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
+
+
+def test_a_kernel_that_is_switched_off_is_not_used(cuda):
+    inputs = leaves(cuda, 300, dtype=torch.bfloat16, head_dim=64)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.EFFICIENT_ATTENTION):
+        assert kernel_for(inputs[0]) == EFFICIENT
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        assert kernel_for(inputs[0]) == BLOCKS
+        assert_right(inputs, 100, (1, 8))
