@@ -10,12 +10,12 @@ from lighthouse.core.inner import causal_sdpa
 
 VOCABULARY = 61
 TOKENS = 64
-LAYERS = 4  # one dense layer at each end by default
+LAYERS = 4  # one dense layer at each end by default without a local window
 LIGHTHOUSE_LAYERS = 2
 LIMIT = 128  # tokens the model allows
 
 # 64 tokens: windows of 1, 2, 4; 16 entries of the coarsest level, two children each of 4 parents on two levels.
-SETTINGS = {"pool_ratios": (1 / 2, 1 / 4), "select_topk": 4, "min_tokens": 0, "max_share": 1.0}
+SETTINGS = {"pool_ratios": (1 / 2, 1 / 4), "select_topk": 4, "local_window": 0, "min_tokens": 0, "max_share": 1.0}
 SUB_LENGTH = 32
 
 MODELS = (LlamaModel, LlamaForCausalLM)

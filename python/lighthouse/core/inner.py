@@ -22,6 +22,8 @@ from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import _disable_current_modes
 
 from lighthouse.core.inputs import autocast_dtype
+from lighthouse.core.local import Local
+from lighthouse.core.operators import local_attention
 from lighthouse.core.sequences import SubSequences
 
 logger = logging.getLogger("lighthouse")
@@ -29,13 +31,23 @@ logger = logging.getLogger("lighthouse")
 
 InnerAttention = Callable[..., Tensor]
 """`inner(query, key, value, *, scale, dropout_p, layout) -> output`: plain causal attention on query `[B, Hq, S, D]`,
-key and value `[B, Hkv, S, D]`; output like query; `layout` is a `SubSequences`."""
+key and value `[B, Hkv, S, D]`; output like query; `layout` is a `SubSequences`. For a local window it is called on the
+whole sequences with the keyword `window`: each row sees so many, itself among them."""
 
 
 def causal_sdpa(
-    query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, dropout_p: float, layout: SubSequences
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float | None,
+    dropout_p: float,
+    layout: SubSequences,
+    window: int | None = None,
 ) -> Tensor:
     """The default inner attention: PyTorch's own, causal, with grouped heads."""
+    if window:
+        return local_attention(query, key, value, Local.of(query, window, scale, dropout_p))
     grouped = True if query.shape[1] != key.shape[1] else False  # noqa: SIM210 - a plain bool also while tracing
     if _is_math(*_case(query, grouped, dropout_p)) and grouped:
         key, value = (tensor.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for tensor in (key, value))

@@ -1,10 +1,12 @@
 """Exact causal attention of each token over the last W tokens, by kernels of PyTorch's (METHOD 5a).
 
-`kernel_for` names the kernel of a case, and `torch.ops.lighthouse.local_attention` runs it. On CUDA it is
-FlashAttention's own window for half types, the memory-efficient kernel's for float32; elsewhere the queries of `BLOCK`
-tokens at a time on the keys that they see, by matrix products. On a CPU these have the same bits on every run. On CUDA
-both kernels add up gradients in an order that may differ from run to run, the first one's with
-`torch.use_deterministic_algorithms(True)` in one order.
+`kernel_for` names the kernel of a case, and `torch.ops.lighthouse.local_attention` runs it: FlashAttention's own window
+for half types on CUDA; elsewhere the queries of `BLOCK` tokens at a time on the keys that they see, by matrix products.
+(The memory-efficient kernel has a window too, but its gradient takes as long as without: on an H100 43 ms at 98,304
+tokens, 8 heads of 128 and a window of 256, where FlashAttention takes 2.0.)
+
+Matrix products have the same bits on every run with the same number of threads. FlashAttention adds up a gradient in an
+order that differs from run to run, or with `torch.use_deterministic_algorithms(True)` in one.
 """
 
 from __future__ import annotations
@@ -19,23 +21,20 @@ from torch.backends import cuda as backends
 
 _ATEN = torch.ops.aten
 
-FLASH, EFFICIENT, BLOCKS = "flash", "efficient", "blocks"
+FLASH, BLOCKS = "flash", "blocks"
 
 BLOCK = 64  # queries that share their keys: fewer pairs outside of the window against longer matrix products
-NUMBERS = 1 << 20  # of the weights that are held at a time and head
+# Of the weights that are held at a time: on a CPU some that stay in its caches, on a GPU many for each launch.
+NUMBERS = {"cpu": 1 << 20, "cuda": 1 << 24}
 
 FLASH_HEAD_DIM = 256  # the longest that FlashAttention takes
-LOWER_TRIANGLE = 1  # the memory-efficient kernel's number of a causal mask
 
 
 def kernel_for(query: Tensor) -> str:
     """The kernel for `query` `[B, Hq, N, D]`, from its device, dtype and head dimension, and what the user allows."""
-    if query.is_cuda and query.dtype != torch.float64:
-        half = query.dtype in (torch.bfloat16, torch.float16)
-        if half and query.shape[3] <= FLASH_HEAD_DIM and _flash_allowed(query.device):
-            return FLASH
-        if _efficient_allowed():
-            return EFFICIENT
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    if query.is_cuda and half and query.shape[3] <= FLASH_HEAD_DIM and _flash_allowed(query.device):
+        return FLASH
     return BLOCKS
 
 
@@ -55,11 +54,6 @@ class Local(NamedTuple):
 @torch.compiler.assume_constant_result
 def _flash_allowed(device: torch.device) -> bool:
     return backends.flash_sdp_enabled() and torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-@torch.compiler.assume_constant_result
-def _efficient_allowed() -> bool:
-    return backends.mem_efficient_sdp_enabled()
 
 
 class Saved(NamedTuple):
@@ -98,42 +92,6 @@ class _Flash:
             *tensors, saved.logsumexp, None, None, tokens, tokens, dropout_p, True, saved.seed, saved.offset, **options
         )
         return tuple(each[..., :head_dim].transpose(1, 2) for each in grads)
-
-
-class _Efficient:
-    """The memory-efficient kernel in tensors `[B, N, H, D]`; it has no grouped heads, so keys are repeated."""
-
-    @staticmethod
-    def forward(query, key, value, window, scale, dropout_p):
-        query, key, value = (tensor.transpose(1, 2) for tensor in (query, *_repeated(query, key, value)))
-        output, *saved, _, _ = _ATEN._efficient_attention_forward(
-            query, key, value, None, None, None, None, None, dropout_p, LOWER_TRIANGLE, True,
-            scale=scale, window_size=window,
-        )  # fmt: skip
-        return output.transpose(1, 2), *saved
-
-    @staticmethod
-    def backward(grad, query, key, value, output, saved, window, scale, dropout_p):
-        tokens, kv_heads = query.shape[2], key.shape[1]
-        grad, query, key, value, output = (
-            tensor.transpose(1, 2) for tensor in (grad, query, *_repeated(query, key, value), output)
-        )
-        grads = _ATEN._efficient_attention_backward(
-            grad, query, key, value, None, output, None, None, tokens, tokens, saved.logsumexp, dropout_p, saved.seed,
-            saved.offset, LOWER_TRIANGLE, False, scale=scale, window_size=window,
-        )  # fmt: skip
-        grad_query, grad_key, grad_value = (each.transpose(1, 2) for each in grads[:3])
-        return grad_query, _summed(grad_key, kv_heads), _summed(grad_value, kv_heads)
-
-
-def _repeated(query: Tensor, *keys: Tensor) -> list[Tensor]:
-    group = query.shape[1] // keys[0].shape[1]
-    return [key.repeat_interleave(group, 1) if group > 1 else key for key in keys]
-
-
-def _summed(grad: Tensor, kv_heads: int) -> Tensor:
-    """The gradient of repeated heads as that of the heads."""
-    return grad if grad.shape[1] == kv_heads else grad.unflatten(1, (kv_heads, -1)).sum(2)
 
 
 class _Chunk:
@@ -228,7 +186,7 @@ class _Blocks:
         tokens, group = query.shape[2], query.shape[1] // key.shape[1]
         window = min(window, tokens)
         blocks = -(-tokens // BLOCK)
-        at_once = max(1, min(blocks, NUMBERS // (group * BLOCK * (BLOCK + window - 1))))
+        at_once = max(1, min(blocks, NUMBERS[query.device.type] // (group * BLOCK * (BLOCK + window - 1))))
         for batch in range(query.shape[0]):
             for head in range(key.shape[1]):
                 heads = slice(head * group, (head + 1) * group)
@@ -241,7 +199,7 @@ class _Blocks:
         scale = scale or 1 / math.sqrt(query.shape[3])
         output = _empty_like(query)
         logsumexp = query.new_empty(query.shape[:3], dtype=_wide_dtype(query))
-        seed = torch.randint(2**62, (1 if dropout_p else 0,))
+        seed = torch.randint(2**62, (1,)) if dropout_p else torch.empty(0, dtype=torch.int64, device=query.device)
         random = _random(seed, query.device)
         with torch.autocast(query.device.type, enabled=False):
             for batch, head, heads, chunk in cls._chunks(query, key, window):
@@ -299,7 +257,7 @@ def _kept(rows: Tensor, keys: Tensor, dropout_p: float, random: torch.Generator 
     return (drawn >= dropout_p).to(drawn.dtype) / (1 - dropout_p)
 
 
-_KERNELS: dict[str, Any] = {FLASH: _Flash, EFFICIENT: _Efficient, BLOCKS: _Blocks}
+_KERNELS: dict[str, Any] = {FLASH: _Flash, BLOCKS: _Blocks}
 
 
 # The operators. Python's, since the kernels are PyTorch's: to `torch.compile` each is one call, whatever the lengths.

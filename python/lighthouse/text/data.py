@@ -177,7 +177,8 @@ class Corpus:
         files = len(source) - len(self.held_out.documents)
         return (
             f"{shown(source.title)}: {files:,} files of {about}{self.train_tokens:,} tokens to train on"
-            f"{', streamed' if self.streamed else ''}, {self._held_out_said}{self.but_for}"
+            f"{', in the order of their paths' if source.by_path else ''}{', streamed' if self.streamed else ''}, "
+            f"{self._held_out_said}{self.but_for}"
         ) + self._notes
 
     @property
@@ -192,7 +193,7 @@ class Corpus:
 
 def key_of(options, *, context: int, seed: int) -> str:
     """The options of a run that decide its `Corpus`: if they are equal, `find_corpus` finds the same one."""
-    names = ("data", "dataset", *OF_DATASETS, "stream", "held_out", "tokenizer")
+    names = ("data", "order", "dataset", *OF_DATASETS, "stream", "held_out", "tokenizer")
     return repr([{name: getattr(options, name, None) for name in names}, context, seed])
 
 
@@ -203,15 +204,16 @@ def find_corpus(options, *, context: int, seed: int, tokenizer=None) -> Corpus:
     held out. A dataset that is not streamed is neither loaded nor held out yet: `rows_of` does that.
 
     Args:
-        options: `data`, `dataset`, `dataset_config`, `dataset_split`, `text_column`, `stream` and `held_out`, as
-            `DataOptions` has them. `data` None is the `.py` sources of the running Python's standard library, without
-            its tests and installed packages.
+        options: `data`, `order`, `dataset`, `dataset_config`, `dataset_split`, `text_column`, `stream` and `held_out`,
+            as `DataOptions` has them. `data` None is the `.py` sources of the running Python's standard library,
+            without its tests and installed packages.
         context: tokens in a row.
-        seed: decides which documents are held out and the order of files; equal seeds and text, equal rows.
+        seed: decides which documents are held out and the order of shuffled files; equal seeds and text, equal rows.
         tokenizer: as `load_tokenizer` returns it; bytes by default.
 
     Documents are held out until they hold `held_out` rows, or one row and a tenth of the text, and never more than half
-    of it, by bytes; of a stream, whose length is not known, its first. Of documents whose text is the same, white space
+    of it, by bytes; of a stream, whose length is not known, its first. Of files in the order of their paths, neighbours
+    are held out together, so that a held-out row is like the others. Of documents whose text is the same, white space
     apart, one is used.
 
     Raises:
@@ -247,7 +249,7 @@ def open_source(options, seed: int):
             raise ValueError(
                 f"{name}={getattr(options, name)!r} is for datasets: name one with dataset, or leave it out"
             )
-    return open_files(options.data, seed)
+    return open_files(options.data, seed, options.order)
 
 
 def rows_of(corpus: Corpus) -> tuple[datasets.Dataset | StreamedRows, datasets.Dataset]:

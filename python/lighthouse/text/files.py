@@ -11,6 +11,7 @@ import codecs
 import gzip
 import hashlib
 import lzma
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -35,6 +36,7 @@ from lighthouse.text.documents import (
 )
 
 HEAD = 2**16
+ORDERS = ("shuffled", "path")
 SAMPLES, SAMPLE = 16, 2**12  # blocks of a file that are sampled after its head, and their bytes
 MOST_IN_MEMORY = 2**26  # bytes of one document; a longer file is read twice, first to see whether all of it is text
 
@@ -66,12 +68,13 @@ class TextFile:
 
 @dataclass
 class Files:
-    """Files, each one document, in the seed's order."""
+    """Files, each one document, in the seed's order or in that of their paths."""
 
     title: str
     files: tuple[TextFile, ...]
     seed: int
     left_out: LeftOut  # files that were found but are not text
+    by_path: bool = False  # a folder's own files by name, then its folders
     passed_over: LeftOut = field(default_factory=LeftOut)  # files that the latest `training` did not use
 
     kind = "files"
@@ -88,7 +91,7 @@ class Files:
     @property
     def fingerprint(self) -> str:
         """The same for files of any name and place: it depends on their order, sizes and samples."""
-        return repr([(file.size, file.sample) for file in self.files])
+        return repr([(file.size, file.sample) for file in self.files]) + (" by path" if self.by_path else "")
 
     def __len__(self) -> int:
         return len(self.files)
@@ -101,22 +104,43 @@ class Files:
     def name(self, number: int) -> str:
         return shown(self.files[number].path)
 
-    def sizes(self) -> Iterator[tuple[int, int]]:
-        """Candidates to hold out: number and size in bytes."""
-        return ((number, file.bytes) for number, file in enumerate(self.files))
+    def sizes(self, run: int) -> Iterator[tuple[int, int]]:
+        """Candidates to hold out, in random order: number and size in bytes. By path, runs of `run` bytes."""
+        numbers = self._runs(run, [self.seed]) if self.by_path else range(len(self.files))
+        return ((number, self.files[number].bytes) for number in numbers)
+
+    def _runs(self, size: float, seed: list[int]) -> list[int]:
+        """The numbers of all files: runs of neighbours in one folder, each of `size` bytes, in random order."""
+        runs: list[list[int]] = []
+        folder, left = None, 0.0
+        for number, file in enumerate(self.files):
+            if os.path.dirname(file.path) != folder or left <= 0:
+                folder, left = os.path.dirname(file.path), size
+                runs.append([])
+            runs[-1].append(number)
+            left -= file.bytes
+        order = np.random.default_rng(seed).permutation(len(runs))
+        return [number for run in order for number in runs[run]]
 
     def one(self, number: int) -> Iterator[bytes]:
         """A document's pieces, checked as they come: raises `NotText` where it stops being text."""
         return _checked(self.files[number])
 
     def training(self, held_out: Mapping[int, bytes], round: int | None = None) -> Documents:
-        """All but those held out, by number and digest, each text once; in the order of the `round`-th pass if any."""
+        """All but those held out, by number and digest, each text once; in the order of the `round`-th pass if any.
+
+        By path, a pass goes through the folders in an order of its own.
+        """
         self.passed_over = LeftOut()
-        numbers = np.setdiff1d(np.arange(len(self.files)), np.array(sorted(held_out), dtype=int))
-        if round is not None:
-            np.random.default_rng([self.seed, round]).shuffle(numbers)
+        if round is not None and self.by_path:
+            numbers = [number for number in self._runs(math.inf, [self.seed, round]) if number not in held_out]
+        else:
+            left = np.setdiff1d(np.arange(len(self.files)), np.array(sorted(held_out), dtype=int))
+            if round is not None:
+                np.random.default_rng([self.seed, round]).shuffle(left)
+            numbers = left.tolist()
         seen = Seen(held_out.values())
-        for number in numbers.tolist():
+        for number in numbers:
             file = self.files[number]
             try:
                 digest, pieces = _whole(file)
@@ -131,8 +155,8 @@ class Files:
                 self.passed_over.add(SAME_TEXT, file.path)
 
 
-def open_files(data: list[str] | None, seed: int) -> Files:
-    """The files that `data` selects; reads the first 64 KiB and a few blocks of each."""
+def open_files(data: list[str] | None, seed: int, order: str = ORDERS[0]) -> Files:
+    """The files that `data` selects, in one of `ORDERS`; reads the first 64 KiB and a few blocks of each."""
     left_out = LeftOut()
     if data is None:
         title, found = str(finding.standard_library()), finding.python_sources(finding.standard_library())
@@ -154,8 +178,15 @@ def open_files(data: list[str] | None, seed: int) -> Files:
     files = _without_copies(files, left_out)
     if not files:
         raise ValueError(f"data={title!r} holds no text" + (f"; {left_out}" if left_out else ": there are no files"))
-    order = np.random.default_rng([seed]).permutation(len(files))
-    return Files(title, tuple(files[number] for number in order), seed, left_out)
+    if order == "path":
+        return Files(title, tuple(sorted(files, key=_place)), seed, left_out, by_path=True)
+    shuffled = np.random.default_rng([seed]).permutation(len(files))
+    return Files(title, tuple(files[number] for number in shuffled), seed, left_out)
+
+
+def _place(file: TextFile) -> tuple[list[str], str]:
+    folder, name = os.path.split(os.path.abspath(file.path))
+    return folder.split(os.sep), name
 
 
 def sample_of(path: str, size: int, head: bytes, start: int) -> str:

@@ -1,7 +1,8 @@
 """Which documents are held out, and their rows.
 
-Whole documents are, so that no part of one is trained on: random ones of files and loaded datasets, the first of a
-stream. They are recognized by their content, not by their names: no copy of one is trained on either.
+Whole documents are, so that no part of one is trained on: random ones of files and loaded datasets, random runs of
+neighbours of files in the order of their paths, the first of a stream. They are recognized by their content, not by
+their names: no copy of one is trained on either.
 
 The trap: one document may be most of the text. Shares are of bytes and never of documents, and what a compressed file
 holds is known only when it was read.
@@ -19,6 +20,7 @@ from lighthouse.text.tokenizer import tokens_of
 
 MOST = 0.1  # of the text, once there is a context
 MOST_AT_ALL = 0.5
+BYTES_PER_TOKEN = 4  # roughly, where bytes are not the tokens
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,8 @@ def hold_out(corpus) -> HeldOut:
         candidates, total = ((key, 0, pieces) for key, pieces in source.first()), math.inf
     else:
         total = source.total_bytes
-        candidates = ((number, size, None) for number, size in source.sizes())
+        run = 2 * context * (1 if encoder.is_bytes else BYTES_PER_TOKEN)
+        candidates = ((number, size, None) for number, size in source.sizes(run))
     chosen: dict = {}
     found, tokens, spent, read = [], 0, 0, 0
 

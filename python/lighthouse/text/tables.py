@@ -86,8 +86,8 @@ class Table:
         """Of text in all rows. Their lengths are read, not the text."""
         return sum(pc.sum(pc.binary_length(chunk)).as_py() or 0 for chunk in self.rows.data.column(self.column).chunks)
 
-    def sizes(self) -> Iterator[tuple[int, int]]:
-        """Candidates to hold out, in random order, each once: number and size in bytes."""
+    def sizes(self, run: int) -> Iterator[tuple[int, int]]:
+        """Candidates to hold out, in random order, each once: number and size in bytes. Rows have no neighbours."""
         chance, rows = np.random.default_rng([self.seed]), self.rows.with_format("arrow")
         seen: set[int] = set()
         while len(seen) < len(self):

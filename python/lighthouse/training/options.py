@@ -9,7 +9,7 @@ from __future__ import annotations
 from argparse import SUPPRESS
 from dataclasses import Field, dataclass, field, fields, make_dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import TrainingArguments
@@ -21,6 +21,7 @@ from lighthouse.core.method import SWITCHES, Method, text_of, written
 from lighthouse.core.settings import RECOMMENDED, SHARE, LighthouseSettings
 from lighthouse.huggingface.processes import launched, strangers
 from lighthouse.huggingface.switch import Switch
+from lighthouse.text.files import ORDERS
 from lighthouse.training.configuration import kinds_of
 from lighthouse.training.model import SIZES, check_model
 
@@ -68,6 +69,14 @@ class DataOptions:
             "compressed with gzip, bzip2, xz or zstd. Each file is a document. Default: the sources of the running "
             "Python's standard library.",
             "metavar": "PATH",
+        },
+    )
+    order: Literal["shuffled", "path"] = field(
+        default="shuffled",
+        metadata={
+            "help": "How the files are joined: shuffled, or path: in the order of their paths, so that the files of a "
+            "folder stand together and what belongs together lies thousands of tokens apart. Training rows come in "
+            "random order either way. A dataset's rows stay in their own order."
         },
     )
     dataset: str | None = field(
@@ -165,6 +174,8 @@ class PretrainOptions(ModelOptions, DataOptions, LighthouseOptions):
             raise ValueError(f"context={self.context}: at least 2 tokens are needed")
         if self.held_out < 1:
             raise ValueError(f"held_out={self.held_out}: at least one context is needed")
+        if self.order not in ORDERS:
+            raise ValueError(f"order={self.order!r}: one of {', '.join(ORDERS)} is needed")
         self.switch  # noqa: B018 - raises for what does not go together
         for name, value in self.method.values().items():
             setattr(self, name, value)
