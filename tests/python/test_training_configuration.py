@@ -180,6 +180,7 @@ VALUES = {
     "dataloader_multiprocessing_context": ["spawn"],
     "warmup_steps": [7, 0.25],
     "dense_layers": [0],
+    "order": ["path"],
     "trackio_static_space_id": [False, "me/x"],
 }
 
