@@ -10,6 +10,7 @@ import pytest
 
 from lighthouse.cli import main
 from lighthouse.core.method import Method, plan
+from lighthouse.core.settings import RECOMMENDED
 from lighthouse.speed import estimates as speed
 from lighthouse.speed import kept_rates
 from lighthouse.speed.layer import LAYERS, Layer
@@ -39,7 +40,7 @@ def kept(tmp_path, monkeypatch):
 def test_levels_and_shares(capsys):
     assert main(["plan", "--tokens", "98304", "--no_estimate"]) == 0
     said = capsys.readouterr().out
-    for part in ("1,536 parents", "98,304", "24,576", "S   18,432 entries, S/N 18.75%", "6.25% of the tokens", "3.52%"):
+    for part in ("1,536 parents", "98,304", "24,576", "S   18,432 entries, S/N 18.75%", "6.25% of the tokens", "4.04%"):
         assert part in said
     assert "estimate" not in said and "Warning" not in said
 
@@ -50,28 +51,35 @@ def test_an_estimate_from_kept_rates(kept, capsys):
         == 0
     )
     found = json.loads(capsys.readouterr().out)
-    made = plan(8192)
+    made = plan(8192, local_window=256)
     assert found["length"] == made.length and found["kept_share"] == made.kept_share
     expected = speed.estimate(made, LAYERS["cpu"], RATES)
     assert found["estimate"]["speedup"] == pytest.approx(expected.speedup)
     assert found["step"]["speedup"] == pytest.approx(2 * expected.speedup / (1 + expected.speedup))
-    assert found["step"]["bytes"] < found["step"]["dense_bytes"] and found["warnings"] == []
+    assert found["step"]["bytes"] > found["step"]["dense_bytes"] and found["warnings"] == []
+
+
+def test_the_published_method_keeps_less_than_dense_attention(capsys):
+    options = "--local_window 0 --layers 4 --no_estimate --json -".split()
+    assert main(["plan", "--device", "cpu", "--tokens", "8192", *options]) == 0
+    step = json.loads(capsys.readouterr().out)["step"]
+    assert step["dense_layers"] == 1 and step["bytes"] < step["dense_bytes"]
 
 
 def test_a_model_of_pretrain(kept, capsys, tmp_path):
     file = tmp_path / "plan.json"
     assert main(["plan", "--device", "cpu", "--model", "nano", "--tokens", "4096", "--json", str(file)]) == 0
     said = capsys.readouterr().out
-    assert "the model 'nano', 4 layers, 2 dense" in said and "times as fast" in said and "some CPU" in said
+    assert "the model 'nano', 4 layers, 0 dense" in said and "times as fast" in said and "some CPU" in said
     step = json.loads(file.read_text())["step"]
-    assert step["attention_work"] < step["work"] < 1 and step["bytes"] < step["dense_bytes"]
+    assert step["attention_work"] < step["work"] < 1
     assert 1 < step["speedup"] < json.loads(file.read_text())["estimate"]["speedup"]
 
 
 def check_at(tokens, part, by="bench", layer=LAYERS["cpu"]) -> Checked:
     """A measured speed-up that the estimate is above by so much."""
-    its = speed.estimate(plan(tokens), layer, RATES).speedup / (1 + part)
-    return Checked(tokens, Method(), its, time.time(), by)
+    its = speed.estimate(plan(tokens, local_window=256), layer, RATES).speedup / (1 + part)
+    return Checked(tokens, RECOMMENDED, its, time.time(), by)
 
 
 PRECISION = [
@@ -115,12 +123,11 @@ def test_a_short_call_is_not_held_to_a_long_ones_precision(kept, capsys):
 
 
 def test_every_setting_of_the_method_is_in_the_numbers(capsys):
-    options = "--pool_ratios 1/2 1/8 --select_topk 64 --cover_start false".split()
+    options = "--pool_ratios 1/2 1/8 --select_topk 64 --cover_start false --local_window 32".split()
     assert main(["plan", "--tokens", "4096", "--no_estimate", "--json", "-", *options]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert (
-        Method.of(found) == Method((1 / 2, 1 / 8), 64, cover_start=False) and Method().values().keys() <= found.keys()
-    )
+    assert Method.of(found) == Method((1 / 2, 1 / 8), 64, cover_start=False, local_window=32)
+    assert Method().values().keys() <= found.keys()
 
 
 def test_warnings_are_printed(capsys):
@@ -132,7 +139,8 @@ REFUSED = [
     ("no_tokens", "--tokens 0", "tokens=0: at least one"),
     ("ratio", "--pool_ratios 0.3", "pool_ratios[0]=0.3"),
     ("cover_start", "--cover_start perhaps", "cover_start='perhaps': True or False is needed"),
-    ("topk", "--select_topk 0", "select_topk=0"),
+    ("nothing_at_all", "--select_topk 0 --local_window 0", "select_topk=0"),
+    ("local_window", "--local_window -1", "local_window=-1"),
     ("topk_is_no_number", "--select_topk many", "select_topk=many: a number such as"),
     ("model", "--model gigantic", "model='gigantic'"),
     ("too_long_for_the_model", "--model nano --tokens 131072", "context=131072: model 'nano' allows at most 65536"),

@@ -86,7 +86,12 @@ def test_a_finished_run_by_the_command(run, tmp_path, capsys):
     rows = [f"| {point['step']} | {point['loss']:.4f} |" for point in results["held_out"]]
     assert len(rows) == 4
     stages = ["| Lighthouse | 2 | 256 |", "| dense | 2 | 256 |", "after step 2."]
-    settings = ["| `pool_ratios` | 1/2, 1/4 |", "| `select_topk` | 4 |", "| dense layers at each end | 1 |"]
+    settings = [
+        "| `pool_ratios` | 1/2, 1/4 |",
+        "| `select_topk` | 4 |",
+        "| `local_window` | 16 |",
+        "| dense layers at each end | 0 |",
+    ]
     for part in (*rows, *stages, *settings, "2605.06554", "bit for bit"):
         assert part in card.text, part
     assert "Warning" not in card.text
@@ -150,7 +155,7 @@ def test_what_a_checkpoint_knows(run):
     assert early.stages == [("lighthouse", 2, 256)] and len(early.warnings()) == 1
     assert late.stages == [("lighthouse", 2, 256), ("dense", 1, 128)] and not late.warnings()
     assert [step for step, _ in late.held_out] == [1, 2, 3] and late.losses_are_dense
-    assert late.method == Method((0.5, 0.25), 4) and late.context == 128
+    assert late.method == Method((0.5, 0.25), 4, local_window=16) and late.context == 128
 
 
 def test_a_checkpoint_tells_of_its_own_run_wherever_it_lies(run, tmp_path):

@@ -153,7 +153,7 @@ def test_what_is_otherwise_than_one_may_think_is_said(tmp_path, model_folder, ca
     monkeypatch.chdir(tmp_path)
     Path("text.txt").write_text("some text " * 20)
     shutil.copytree(model_folder, "run/model")
-    settings = {"pool_ratios": [1 / 8], "select_topk": 1 / 64, "dense_layers": 1, "dense_only": False}
+    settings = {"pool_ratios": [1 / 8], "select_topk": 1 / 64, "dense_layers": 0, "dense_only": False}
     Path("run/run.json").write_text(json.dumps(settings))
     command = ["inspect", "run/model", "--text", "text.txt", "--device", "cpu", "--json", "-"]
     assert main([*command, "--context", "512"]) == 0

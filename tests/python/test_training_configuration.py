@@ -163,6 +163,7 @@ VALUES = {
     "held_out": [3],
     "pool_ratios": [["1/3"], [0.25, 0.125], ["1/2", "1/4"]],
     "select_topk": ["1/16", "8", 0.25],
+    "local_window": ["0", "32", 16],
     "optim": ["sgd"],
     "lr_scheduler_type": ["linear"],
     "eval_strategy": ["no", "epoch"],

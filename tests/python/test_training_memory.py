@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("transformers")
 
 from lighthouse import LighthouseWrapper  # noqa: E402
+from lighthouse.core.method import Method  # noqa: E402
 from lighthouse.core.settings import LighthouseSettings  # noqa: E402
 from lighthouse.training import memory  # noqa: E402
 from lighthouse.training.memory import GIB, DoesNotFit, check_memory, device_memory, estimate  # noqa: E402
@@ -15,6 +16,7 @@ from lighthouse.training.model import model_of, new_config  # noqa: E402
 
 TOKENS = 1024
 SETTINGS = {"min_tokens": 0, "max_share": 1.0}
+PUBLISHED, BOTH, WINDOW = Method(), Method(local_window=64), Method(select_topk=0, local_window=64)
 
 
 def config(layers=6, **changes):
@@ -33,9 +35,11 @@ def config(layers=6, **changes):
     return found
 
 
-def kept_by_autograd(layers, rows, dtype, bf16, lighthouse, checkpointing) -> int:
+def kept_by_autograd(layers, rows, dtype, bf16, method, checkpointing) -> int:
     """Bytes of the storages that a forward saves for the backward, the weights' own left out."""
-    model = LighthouseWrapper(model_of(config(layers), 0).to(dtype), **SETTINGS).train().lighthouse(lighthouse)
+    model = model_of(config(layers), 0).to(dtype)
+    model = LighthouseWrapper(model, dense_layers=1, **SETTINGS, **(method or BOTH).values()).train()
+    model.lighthouse(method is not None)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -55,23 +59,25 @@ def kept_by_autograd(layers, rows, dtype, bf16, lighthouse, checkpointing) -> in
 
 
 KEPT = [
-    # dtype, autocast, Lighthouse, checkpointing, rows
-    ("float32_dense", torch.float32, False, False, False, 1),
-    ("float32_lighthouse", torch.float32, False, True, False, 1),
-    ("autocast_dense", torch.float32, True, False, False, 1),
-    ("autocast_lighthouse", torch.float32, True, True, False, 1),
-    ("bfloat16_dense", torch.bfloat16, False, False, False, 1),
-    ("bfloat16_lighthouse", torch.bfloat16, False, True, False, 1),
-    ("two_rows", torch.float32, True, True, False, 2),
-    ("checkpointed", torch.float32, False, False, True, 1),
-    ("checkpointed_autocast", torch.float32, True, False, True, 1),
+    # dtype, autocast, method or None for dense, checkpointing, rows
+    ("float32_dense", torch.float32, False, None, False, 1),
+    ("float32_published", torch.float32, False, PUBLISHED, False, 1),
+    ("float32_with_a_window", torch.float32, False, BOTH, False, 1),
+    ("float32_window_alone", torch.float32, False, WINDOW, False, 1),
+    ("autocast_dense", torch.float32, True, None, False, 1),
+    ("autocast_published", torch.float32, True, PUBLISHED, False, 1),
+    ("autocast_with_a_window", torch.float32, True, BOTH, False, 1),
+    ("bfloat16_dense", torch.bfloat16, False, None, False, 1),
+    ("bfloat16_published", torch.bfloat16, False, PUBLISHED, False, 1),
+    ("bfloat16_with_a_window", torch.bfloat16, False, BOTH, False, 1),
+    ("two_rows", torch.float32, True, BOTH, False, 2),
+    ("checkpointed", torch.float32, False, None, True, 1),
+    ("checkpointed_autocast", torch.float32, True, None, True, 1),
 ]
 
 
-@pytest.mark.parametrize(
-    "dtype, bf16, lighthouse, checkpointing, rows", [k[1:] for k in KEPT], ids=[k[0] for k in KEPT]
-)
-def test_four_more_layers_keep_what_is_estimated(dtype, bf16, lighthouse, checkpointing, rows):
+@pytest.mark.parametrize("dtype, bf16, method, checkpointing, rows", [k[1:] for k in KEPT], ids=[k[0] for k in KEPT])
+def test_four_more_layers_keep_what_is_estimated(dtype, bf16, method, checkpointing, rows):
     """The difference of ten layers and six, so that neither the loss nor what all layers share is in it."""
 
     def estimated(layers):
@@ -81,18 +87,18 @@ def test_four_more_layers_keep_what_is_estimated(dtype, bf16, lighthouse, checkp
             rows=rows,
             dtype=dtype,
             bf16=bf16,
-            lighthouse=LighthouseSettings(dense_layers=1, **SETTINGS) if lighthouse else None,
+            lighthouse=LighthouseSettings(method, dense_layers=1, **SETTINGS) if method else None,
             gradient_checkpointing=checkpointing,
         )
         return sum(found.activations.values())
 
     def kept(layers):
-        return kept_by_autograd(layers, rows, dtype, bf16, lighthouse, checkpointing)
+        return kept_by_autograd(layers, rows, dtype, bf16, method, checkpointing)
 
     assert estimated(10) - estimated(6) == pytest.approx(kept(10) - kept(6), rel=0.01)
 
 
-MEASURED = [("dense", None, 72.9, 0.03), ("lighthouse", LighthouseSettings(), 62.0, 0.09)]
+MEASURED = [("dense", None, 72.9, 0.03), ("lighthouse", LighthouseSettings(PUBLISHED), 62.0, 0.09)]
 
 
 @pytest.mark.parametrize("lighthouse, measured, below", [m[1:] for m in MEASURED], ids=[m[0] for m in MEASURED])
@@ -109,7 +115,9 @@ def peak(**changes) -> int:
 
 
 LESS = [
-    ("lighthouse", {"lighthouse": LighthouseSettings()}, {}),
+    ("lighthouse", {"lighthouse": LighthouseSettings(PUBLISHED)}, {}),
+    ("no_local_window", {"lighthouse": LighthouseSettings(PUBLISHED)}, {"lighthouse": LighthouseSettings()}),
+    ("a_window_alone", {"lighthouse": LighthouseSettings(WINDOW)}, {"lighthouse": LighthouseSettings()}),
     ("checkpointing", {"gradient_checkpointing": True}, {}),
     ("compiled", {"compiled": True}, {}),
     ("autocast", {"bf16": True}, {}),

@@ -231,7 +231,7 @@ REFUSED = [
     ("nothing_held_out", {"held_out": 0}, {}, "held_out=0"),
     ("a_ratio_that_is_none", {"pool_ratios": ["0.3"]}, {}, r"pool_ratios\[0\]=0.3"),
     ("a_ratio_that_is_no_number", {"pool_ratios": ["a quarter"]}, {}, "pool_ratios=a quarter: a number"),
-    ("no_parents", {"select_topk": "0"}, {}, "select_topk=0"),
+    ("nothing_at_all", {"select_topk": "0", "local_window": "0"}, {}, "select_topk=0"),
     ("all_layers_dense", {"dense_layers": 2}, {}, "dense_layers=2: .* none is left for Lighthouse"),
     ("a_folder_that_is_not_there", {"data": "/no/such/folder"}, {}, "data='/no/such/folder' does not exist"),
     (
@@ -293,7 +293,7 @@ def test_a_file_is_no_output_folder(tmp_path, text):
 def test_what_a_run_says(tmp_path, text):
     said = str(prepare(options(text), training(tmp_path)))
     for part in (
-        "5 steps of 128 tokens: 3 with Lighthouse (dense layers at each end: 1), 2 dense",
+        "5 steps of 128 tokens: 3 with Lighthouse (dense layers at each end: 0), 2 dense",
         "measured with dense",
     ):
         assert part in said

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from lighthouse import LighthouseWrapper
+from lighthouse.core.method import Method
 from lighthouse.core.settings import LighthouseSettings
 from lighthouse.huggingface import WrappedModel
 from lighthouse.huggingface.class_swap import Swapped, swap, swapped_class, unswap
@@ -208,7 +209,7 @@ def test_auto_classes_load_what_was_saved(tmp_path):
 
 WRONG_SETTINGS = [
     ("ratio_not_one_over_a_whole_number", {"pool_ratios": [0.3]}, ValueError, "pool_ratios"),
-    ("topk_zero", {"select_topk": 0}, ValueError, "select_topk"),
+    ("nothing_at_all", {"select_topk": 0, "local_window": 0}, ValueError, "select_topk=0 chooses nothing"),
     ("topk_bool", {"select_topk": True}, TypeError, "select_topk"),
     ("no_layer_left", {"dense_layers": 2}, ValueError, "dense_layers=2: .* at most 1"),
     ("dense_layers_negative", {"dense_layers": -1}, ValueError, "dense_layers=-1"),
@@ -337,20 +338,24 @@ def test_without_transformers_only_wrapping_fails_and_names_the_extra():
 
 
 DENSE_LAYERS = [
-    ("one_layer", 1, None, 0),
-    ("two_layers", 2, None, 0),
-    ("three_layers", 3, None, 1),
-    ("eleven_layers", 11, None, 1),
-    ("twelve_layers", 12, None, 2),
-    ("thirty_layers_as_in_the_paper", 30, None, 2),
-    ("none_asked", 30, 0, 0),
-    ("all_but_one_asked", 5, 2, 2),
+    ("one_layer", 1, None, 0, 0),
+    ("two_layers", 2, None, 0, 0),
+    ("three_layers", 3, None, 0, 1),
+    ("eleven_layers", 11, None, 0, 1),
+    ("twelve_layers", 12, None, 0, 2),
+    ("thirty_layers_as_in_the_paper", 30, None, 0, 2),
+    ("none_asked", 30, 0, 0, 0),
+    ("all_but_one_asked", 5, 2, 0, 2),
+    ("a_local_window_needs_none", 30, None, 256, 0),
+    ("some_asked_with_a_local_window", 30, 1, 256, 1),
 ]
 
 
-@pytest.mark.parametrize(("layers", "asked", "dense"), [c[1:] for c in DENSE_LAYERS], ids=[c[0] for c in DENSE_LAYERS])
-def test_dense_layers(layers, asked, dense):
-    settings = LighthouseSettings(dense_layers=asked).for_layers(layers)
+@pytest.mark.parametrize(
+    ("layers", "asked", "window", "dense"), [c[1:] for c in DENSE_LAYERS], ids=[c[0] for c in DENSE_LAYERS]
+)
+def test_dense_layers(layers, asked, window, dense):
+    settings = LighthouseSettings(Method(local_window=window), dense_layers=asked).for_layers(layers)
     assert settings.dense_layers == dense
     acting = [layer for layer in range(layers) if settings.acts_in_layer(layer, layers)]
     assert acting == list(range(dense, layers - dense))

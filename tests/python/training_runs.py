@@ -49,6 +49,7 @@ def options(text: Path, **changes) -> PretrainOptions:
             "held_out": 2,
             "pool_ratios": ["1/2", "1/4"],
             "select_topk": "4",
+            "local_window": "16",
             **changes,
         }
     )
