@@ -260,3 +260,47 @@ def test_the_oracle_checks_what_its_loops_follow(change, message):
     scores = torch.ops.lighthouse.score(query, key)
     with pytest.raises(REFUSED, match=message):
         torch.ops.lighthouse.reference_attention(*change((query, key, value, *scores)), WINDOWS, *TOPK, True, 0.0)
+
+
+def test_one_call_is_score_select_and_gather():
+    """Bit for bit, gradients too, which the operator has by itself and in eager code's own function."""
+    inputs = [tensor.requires_grad_() for tensor in rand_qkv(200, batch=2, query_heads=4, kv_heads=2)]
+    settings, length = ((1, 4, 16), 1, 16, True), lighthouse.plan(200, select_topk=1 / 16).length
+    ops = torch.ops.lighthouse
+    *subs, mask, prefix = ops.choose_and_gather(*inputs, *settings, length)
+    expected = ops.select(*ops.score(*inputs[:2]), *settings)
+    assert torch.equal(mask, expected[0]) and torch.equal(prefix, expected[1])
+    gathered = ops.gather(*inputs, *expected, settings[0], length)
+    grads = [torch.randn_like(sub) for sub in subs]
+    for mine, theirs in zip(subs, gathered, strict=True):
+        assert torch.equal(mine, theirs)
+    for mine, theirs in zip(
+        torch.autograd.grad(subs, inputs, grads), torch.autograd.grad(gathered, inputs, grads), strict=True
+    ):
+        assert torch.equal(mine, theirs)
+    with pytest.raises(Exception, match="length=7: the sub-sequence of 200 tokens has"):
+        ops.choose_and_gather(*inputs, *settings, 7)
+
+
+@pytest.mark.parametrize("name", ["scatter", "gather_backward"])
+def test_what_is_added_is_the_last_term(name):
+    """One rounding of the whole sum, in float32: not that of the result plus that of what is added."""
+    query, key, value = (tensor.bfloat16() for tensor in rand_qkv(100, query_heads=4, kv_heads=2))
+    ops, windows = torch.ops.lighthouse, (1, 4, 16)
+    mask, prefix = ops.select(*ops.score(query, key), windows, 1, 8, True)
+    length = lighthouse.plan(100, select_topk=1 / 8).length
+    subs = ops.gather(query, key, value, mask, prefix, windows, length)
+    choice = (mask, prefix, windows)
+    if name == "scatter":
+        added = torch.randn(1, 100, 4, 8).bfloat16().transpose(1, 2)
+        found, without = ops.scatter(subs[0], *choice, added), ops.scatter(subs[0].float(), *choice)
+        assert torch.equal(found, (without + added.float()).bfloat16())
+        return
+    orders = [operators.memory_order(tensor) for tensor in (query, key, value)]
+    added = [torch.randn(tensor.shape).bfloat16() for tensor in (query, key, value)]
+    found = ops.gather_backward(*subs, *choice, *orders, *added)
+    without = ops.gather_backward(*(sub.float() for sub in subs), *choice, *orders)
+    for mine, sum_, term in zip(found, without, added, strict=True):
+        assert torch.equal(mine, (sum_ + term.float()).bfloat16())
+    with pytest.raises(Exception, match="added_key is missing or too much"):
+        ops.gather_backward(*subs, *choice, *orders, added[0])

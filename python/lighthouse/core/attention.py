@@ -17,8 +17,8 @@ from lighthouse.core.inputs import (
     say_if_local_window_covers_all,
 )
 from lighthouse.core.local import Local
-from lighthouse.core.method import POOL_RATIOS, SELECT_TOPK, Method
-from lighthouse.core.operators import choose, gather, gather_beside_local, local_attention, scatter, tokens_first
+from lighthouse.core.method import POOL_RATIOS, SELECT_TOPK, Method, method_of
+from lighthouse.core.operators import choose_and_gather, local_attention, scatter, tokens_first
 from lighthouse.core.sequences import Sequences
 
 
@@ -51,13 +51,9 @@ def sub_sequence_attention(
     if stock and not method.chooses:
         return local_attention(query, key, value, stock)
 
-    selection = choose(query, key, sequences, scores)
-    if stock:
-        query_sub, key_sub, value_sub, added = gather_beside_local(query, key, value, selection, stock)
-    else:
-        query_sub, key_sub, value_sub = gather(query, key, value, selection)
-    output_sub = attend(query_sub, key_sub, value_sub, layout=sequences.sub)
-    return scatter(check_inner_output(output_sub, query_sub), selection, added)
+    subs, local, selection = choose_and_gather(query, key, value, sequences, scores, stock)
+    output_sub = attend(*subs, layout=sequences.sub)
+    return scatter(check_inner_output(output_sub, subs[0]), selection, added if local is None else local)
 
 
 def attention(
@@ -110,7 +106,7 @@ def attention(
         query,
         key,
         value,
-        Method(pool_ratios, select_topk, cover_start, local_window),
+        method_of(pool_ratios, select_topk, cover_start, local_window),
         scale=scale,
         scores=scores,
         dropout_p=dropout_p,

@@ -9,12 +9,15 @@ one breaks the graph.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from fractions import Fraction
 from numbers import Integral, Real
 from typing import Any
+
+import torch
 
 from lighthouse.core.plan import Plan, parents_per_level, plan_of, sub_length
 
@@ -201,6 +204,18 @@ class Method:
 
 
 DEFAULT = Method()
+_kept = functools.lru_cache(64)(lambda types, *settings: Method(*settings))
+
+
+def method_of(pool_ratios: Sequence[float], *settings: Any) -> Method:
+    """`Method(pool_ratios, *settings)`, made once for the same arguments: checks take longer than a short launch."""
+    if isinstance(pool_ratios, tuple) and not torch.compiler.is_compiling():
+        try:
+            # True and 1, 1 and 1.0 are equal, and not the same.
+            return _kept((*map(type, pool_ratios), *map(type, settings)), pool_ratios, *settings)
+        except TypeError:  # of what cannot be a key; the check below names it
+            pass
+    return Method(pool_ratios, *settings)
 
 
 def plan(

@@ -28,7 +28,10 @@ TOKENS_FIRST = (0, 2, 1, 3)
 
 def memory_order(tensor: Tensor) -> list[int]:
     """The tensor's dimensions from the slowest in memory to the fastest, the head dimension last."""
-    strides = tensor.stride()
+    return _order_of(tensor.stride())
+
+
+def _order_of(strides: tuple[int, ...]) -> list[int]:
     return [*sorted(range(3), key=lambda i: -strides[i]), 3]
 
 
@@ -58,6 +61,12 @@ def _(query_score, key_score, windows, topk_numerator, topk_denominator, cover_s
     return query_score.new_empty(query_score.shape, dtype=torch.uint8), query_score.new_empty(
         query_score.shape, dtype=torch.int32
     )
+
+
+@torch.library.register_fake("lighthouse::choose_and_gather")
+def _(query, key, value, windows, topk_numerator, topk_denominator, cover_start, length):
+    subs = (_empty(tensor, length, HEADS_FIRST) for tensor in (query, key, value))
+    return *subs, key.new_empty(key.shape[:3], dtype=torch.uint8), key.new_empty(key.shape[:3], dtype=torch.int32)
 
 
 @torch.library.register_fake("lighthouse::gather")
@@ -133,6 +142,16 @@ def _gather_setup(ctx, inputs, output):
     query, key, value, mask, prefix, ctx.windows, _ = inputs
     ctx.save_for_backward(mask, prefix)
     ctx.orders = [memory_order(tensor) for tensor in (query, key, value)]
+
+
+def _choose_setup(ctx, inputs, output):
+    ctx.windows, ctx.orders = inputs[3], [memory_order(tensor) for tensor in inputs[:3]]
+    ctx.save_for_backward(*output[3:])
+    ctx.mark_non_differentiable(*output[3:])
+
+
+def _choose_backward(ctx, *grads):
+    return *_gather_backward(ctx, *grads[:3]), None
 
 
 def _gather_backward(ctx, *grads):
@@ -238,6 +257,7 @@ for _name, _inputs in (("score", 2), ("select", 6)):
     )
 
 for _name, _backward, _setup in (
+    ("choose_and_gather", _choose_backward, _choose_setup),
     ("gather", _gather_backward, _gather_setup),
     ("gather_backward", _gather_backward_backward, _gather_backward_setup),
     ("scatter", _scatter_backward, _scatter_setup),
@@ -315,6 +335,33 @@ class _Gather(torch.autograd.Function):
     backward = staticmethod(_gather_backward)
 
 
+class _ChooseAndGather(torch.autograd.Function):
+    """Score, choice and gather in one call, and a local window beside them: eager code alone, for less launching."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, sequences, local):
+        method = sequences.method
+        *subs, mask, prefix = _without_gradient(
+            _OPERATORS.choose_and_gather,
+            *(query, key, value, method.windows, *method.topk, method.cover_start, sequences.length),
+        )
+        ctx.windows, ctx.local = method.windows, local
+        ctx.strides = query.stride(), key.stride(), value.stride()
+        ctx.mark_non_differentiable(mask, prefix)
+        if local is None:
+            ctx.save_for_backward(mask, prefix)
+            return *subs, None, mask, prefix
+        output, *rest = _without_gradient(_OPERATORS.local_attention, query, key, value, *local)
+        ctx.save_for_backward(mask, prefix, query, key, value, output, *rest)
+        return *subs, output, mask, prefix
+
+    @staticmethod
+    def backward(ctx, *grads):
+        ctx.orders = [_order_of(strides) for strides in ctx.strides]
+        backward = _gather_backward if ctx.local is None else _beside_backward
+        return *backward(ctx, *grads[: 3 if ctx.local is None else 4])[:3], None, None
+
+
 class _Scatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
@@ -390,21 +437,33 @@ def choose(query: Tensor, key: Tensor, sequences: Sequences, scores: tuple[Tenso
     return Selection(mask, prefix, sequences)
 
 
+def choose_and_gather(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sequences: Sequences,
+    scores: tuple[Tensor, Tensor] | None,
+    local: Local | None,
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None, Selection]:
+    """The chosen entries' query, key and value, the output of a local window `[B, Hq, N, D]`, and the choice."""
+    if scores is None and not _traced() and not torch._C._len_torch_dispatch_stack():
+        _refuse_forward_mode((query, key, value))
+        *subs, output, mask, prefix = _ChooseAndGather.apply(query, key, value, sequences, local)
+        return tuple(subs), output, Selection(mask, prefix, sequences)
+    selection = choose(query, key, sequences, scores)
+    if local is None:
+        return gather(query, key, value, selection), None, selection
+    inputs = query, key, value, selection.mask, selection.prefix, selection.windows, selection.length, *local
+    _refuse_forward_mode(inputs)
+    made = _OPERATORS.gather_beside_local(*inputs) if _traced() else _GatherBesideLocal.apply(*inputs)
+    return made[:3], made[3], selection
+
+
 def gather(query: Tensor, key: Tensor, value: Tensor, selection: Selection) -> tuple[Tensor, Tensor, Tensor]:
     """`torch.ops.lighthouse.gather` with its gradient."""
     inputs = query, key, value, selection.mask, selection.prefix, selection.windows, selection.length
     _refuse_forward_mode(inputs)
     return _OPERATORS.gather(*inputs) if _traced() else _Gather.apply(*inputs)
-
-
-def gather_beside_local(
-    query: Tensor, key: Tensor, value: Tensor, selection: Selection, local: Local
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`gather`, and the output of a local window, `[B, Hq, N, D]`."""
-    inputs = query, key, value, selection.mask, selection.prefix, selection.windows, selection.length, *local
-    _refuse_forward_mode(inputs)
-    made = _OPERATORS.gather_beside_local(*inputs) if _traced() else _GatherBesideLocal.apply(*inputs)
-    return made[:4]
 
 
 def local_attention(query: Tensor, key: Tensor, value: Tensor, local: Local) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from lighthouse.core.method import Method
@@ -25,11 +25,10 @@ class Sequences:
     method: Method
     rows: int
     tokens: int
+    length: int = field(init=False)  # S: the entries of a row's sub-sequence
 
-    @property
-    def length(self) -> int:
-        """S: the entries of a row's sub-sequence."""
-        return self.method.length(self.tokens)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "length", self.method.length(self.tokens))
 
     @property
     def sub(self) -> SubSequences:
