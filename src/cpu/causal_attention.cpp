@@ -116,8 +116,7 @@ void causal_backward(const InnerBackwardArgs& args, double scale_double, const E
   using A = AccumulatorOf<T>;
   const A scale = static_cast<A>(scale_double);
   const auto q = widened<T>(args.query, executor), k = widened<T>(args.key, executor);
-  const auto v = widened<T>(args.value, executor), out = widened<T>(args.output, executor);
-  const auto d_out = widened<T>(args.grad_output, executor);
+  const auto v = widened<T>(args.value, executor), d_out = widened<T>(args.grad_output, executor);
   auto dq = zeros_like<A>(args.query), dk = zeros_like<A>(args.key), dv = zeros_like<A>(args.key);
   const int64_t group = q.heads / k.heads, n = q.head_dim;
 
@@ -127,16 +126,21 @@ void causal_backward(const InnerBackwardArgs& args, double scale_double, const E
     return static_cast<size_t>((batch * q.heads + head) * q.tokens + token);
   };
   for_each_row(args.query, executor, [&](int64_t batch, int64_t head, int64_t token) {
-    thread_local std::vector<A> weights;
+    thread_local std::vector<A> weights, d_weights;
     const size_t at = index(batch, head, token);
     const A* d_row = d_out.row(batch, head, token);
     const int64_t seen = first_seen(token, args.window);
     log_sum[at] = softmax_row(q.row(batch, head, token), k, batch, head / group, seen, token, scale, weights);
-    common[at] = dot(d_row, out.row(batch, head, token), n);
-    for (int64_t j = seen; j <= token; ++j) {
-      const A d_weight = dot(d_row, v.row(batch, head / group, j), n) - common[at];
-      add_scaled(dq.row(batch, head, token), scale * weights[static_cast<size_t>(j - seen)] * d_weight,
-                 k.row(batch, head / group, j), n);
+    d_weights.resize(weights.size());
+    A mean = 0;  // from the weights and not from the output, which is rounded
+    for (size_t j = 0; j < weights.size(); ++j) {
+      d_weights[j] = dot(d_row, v.row(batch, head / group, seen + static_cast<int64_t>(j)), n);
+      mean += weights[j] * d_weights[j];
+    }
+    common[at] = mean;
+    for (size_t j = 0; j < weights.size(); ++j) {
+      add_scaled(dq.row(batch, head, token), scale * weights[j] * (d_weights[j] - mean),
+                 k.row(batch, head / group, seen + static_cast<int64_t>(j)), n);
     }
   });
 

@@ -29,6 +29,11 @@ struct Scored {
   operator Scores() const { return {query.data(), key.data()}; }
 };
 
+Values sum_of(Values a, const Values& b) {
+  for (size_t i = 0; i < a.size(); ++i) a[i] += b[i];
+  return a;
+}
+
 Scored scores_of(const Problem& problem, const Inputs& in) {
   const auto count = static_cast<size_t>(problem.rows * problem.kv_heads * problem.tokens);
   Scored scored{std::vector<float>(count), std::vector<float>(count)};
@@ -78,22 +83,34 @@ Result oracle(const Sequences& sequences, const Shape& shape, const Values& quer
 // The same in plain loops whose every tensor is rounded to the dtype: what the dtype costs.
 Result plain(const Problem& problem, DType dtype, const Values& query, const Values& key, const Values& value,
              const Values& grad_output, const Choice& choice) {
+  Result local = empty_result(problem.shape(), problem.sequences());
+  if (problem.local_window > 0) {
+    const Sequences alone =
+        sequences_of(problem.rows, problem.tokens, pyramid({1}), TopK::count(0), true, problem.local_window);
+    local = oracle(alone, problem.shape(), query, key, value, grad_output, {nullptr, nullptr}, 0.0);
+    for (Values* values : {&local.output, &local.grad_query, &local.grad_key, &local.grad_value}) {
+      *values = rounded(dtype, *values);
+    }
+  }
+  if (!problem.topk.chooses()) return local;
   const Sequences sequences = problem.sequences();
   const int64_t dim = problem.head_dim;
   const auto pooled = [&](const Values& x, int64_t heads) {
     return rounded(dtype, plain_gather(choice, heads, dim, x));
   };
-  const auto unpooled = [&](const Values& x, int64_t heads) {
-    return rounded(dtype, plain_gather_backward(choice, heads, dim, rounded(dtype, x)));
+  const auto unpooled = [&](const Values& x, int64_t heads, const Values& added) {
+    return rounded(dtype, sum_of(plain_gather_backward(choice, heads, dim, rounded(dtype, x)), added));
   };
   const Values grad_sub = rounded(dtype, plain_scatter_backward(choice, problem.query_heads, dim, grad_output));
   const Sequences dense = sequences_of(problem.rows, sequences.entries, pyramid({1}), TopK::count(1));
   const std::vector<float> zeros(static_cast<size_t>(problem.rows * problem.kv_heads * sequences.entries));
   const Result sub = oracle(dense, problem.shape(), pooled(query, problem.query_heads), pooled(key, problem.kv_heads),
                             pooled(value, problem.kv_heads), grad_sub, {zeros.data(), zeros.data()}, 0.0);
-  return {rounded(dtype, plain_scatter(choice, problem.query_heads, dim, rounded(dtype, sub.output))),
-          unpooled(sub.grad_query, problem.query_heads), unpooled(sub.grad_key, problem.kv_heads),
-          unpooled(sub.grad_value, problem.kv_heads)};
+  return {rounded(dtype, sum_of(plain_scatter(choice, problem.query_heads, dim, rounded(dtype, sub.output)),
+                                local.output)),
+          unpooled(sub.grad_query, problem.query_heads, local.grad_query),
+          unpooled(sub.grad_key, problem.kv_heads, local.grad_key),
+          unpooled(sub.grad_value, problem.kv_heads, local.grad_value)};
 }
 
 class Attention : public testing::TestWithParam<Problem> {};
@@ -139,6 +156,14 @@ const Problem kAttentionCases[] = {
     {"windows_of_sixty", 1, 2, 1, 500, 8, {1, 5, 15, 60}, TopK::count(4)},
     {"eight_levels", 1, 2, 1, 700, 8, {1, 2, 4, 8, 16, 32, 64, 128}, TopK::count(2)},
     {"several_strata", 1, 1, 1, 4 * 150, 4, {1, 4}, TopK::count(131)},
+    {"local_window", 2, 6, 2, 203, 8, {1, 4, 16}, TopK::count(4), true, 30},
+    {"local_window_of_one_token", 1, 2, 1, 100, 8, {1, 4, 16}, TopK::count(2), true, 1},
+    {"local_window_of_all_tokens", 1, 4, 2, 90, 8, {1, 4, 16}, TopK::count(2), true, 90},
+    {"local_window_beyond_the_sequence", 1, 4, 2, 90, 8, {1, 4, 16}, TopK::count(2), true, int64_t{1} << 31},
+    {"local_window_beside_dense", 1, 2, 1, 15, 8, {1, 4, 16}, TopK::count(1), true, 4},
+    {"local_window_and_one_token", 1, 2, 1, 1, 8, {1, 4, 16}, TopK::count(1), true, 256},
+    {"local_window_alone", 2, 6, 2, 203, 8, {1, 4, 16}, TopK::count(0), true, 30},
+    {"local_window_of_all_tokens_alone", 1, 2, 1, 60, 8, {1, 4, 16}, TopK::count(0), true, 64},
 };
 
 INSTANTIATE_TEST_SUITE_P(Cases, Attention, testing::ValuesIn(kAttentionCases), case_name);

@@ -31,8 +31,10 @@ inline constexpr auto case_name = [](const auto& info) { return std::string(info
 inline Pyramid pyramid(const std::vector<int64_t>& windows) { return Pyramid::from_windows(windows); }
 
 inline Sequences sequences_of(int64_t rows, int64_t tokens, const Pyramid& pyramid, const TopK& topk,
-                              bool cover_start = true) {
-  return Sequences::of_rows(rows, tokens, {.pyramid = pyramid, .topk = topk, .cover_start = cover_start});
+                              bool cover_start = true, int64_t local_window = 0) {
+  return Sequences::of_rows(
+      rows, tokens,
+      {.pyramid = pyramid, .topk = topk, .cover_start = cover_start, .local_window = local_window});
 }
 
 enum class ScoreKind { random, few_values, all_equal, nan, infinite, signed_zeros, rising, all_nan };
@@ -149,8 +151,9 @@ struct Problem : Named {
   std::vector<int64_t> windows;
   TopK topk;
   bool cover_start = true;
+  int64_t local_window = 0;
 
-  Sequences sequences() const { return sequences_of(rows, tokens, pyramid(windows), topk, cover_start); }
+  Sequences sequences() const { return sequences_of(rows, tokens, pyramid(windows), topk, cover_start, local_window); }
   Shape shape() const { return {query_heads, kv_heads, head_dim}; }
   Sizes query_sizes() const { return {rows, query_heads, tokens, head_dim}; }
   Sizes kv_sizes() const { return {rows, kv_heads, tokens, head_dim}; }

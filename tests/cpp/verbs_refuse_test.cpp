@@ -15,6 +15,8 @@ struct Call {
   std::vector<uint8_t> mask = std::vector<uint8_t>(2 * 2 * 40, 1);
   std::vector<int32_t> prefix = std::vector<int32_t>(2 * 2 * 40, 0);
   std::vector<float> query_score = std::vector<float>(2 * 2 * 40, 0), key_score = query_score;
+  Tensor a{kDType, {2, 4, 40, 8}}, a_kv{kDType, {2, 2, 40, 8}};
+  View added, added_key, added_value;  // of no data: nothing is added
   float* query_scores = query_score.data();
   float* key_scores = key_score.data();
   Selection selection{sequences, 2, mask.data(), prefix.data()};
@@ -30,9 +32,12 @@ void gather(const Device& device, const Call& c) {
   device.run(GatherArgs{c.query, c.key, c.value, c.selection, c.query_sub, c.key_sub, c.value_sub});
 }
 void gather_backward(const Device& device, const Call& c) {
-  device.run(GatherBackwardArgs{c.query_sub, c.key_sub, c.value_sub, c.selection, c.query, c.key, c.value});
+  device.run(GatherBackwardArgs{c.query_sub, c.key_sub, c.value_sub, c.selection, c.query, c.key, c.value, c.added,
+                                c.added_key, c.added_value});
 }
-void scatter(const Device& device, const Call& c) { device.run(ScatterArgs{c.query_sub, c.selection, c.query}); }
+void scatter(const Device& device, const Call& c) {
+  device.run(ScatterArgs{c.query_sub, c.selection, c.query, c.added});
+}
 void scatter_backward(const Device& device, const Call& c) {
   device.run(ScatterBackwardArgs{c.query, c.selection, c.query_sub});
 }
@@ -131,6 +136,46 @@ const RefusedCall kWriteBackRefusesCases[] = {
 
 INSTANTIATE_TEST_SUITE_P(Cases, WriteBackRefuses, on_each(refusing_devices(), kWriteBackRefusesCases), on_device_name);
 
+class AddedRefuses : public DeviceTable<RefusedCall> {};
+TEST_P(AddedRefuses, BadInputToScatter) {
+  if (!row().words[0].starts_with("added_")) expect_call_refused(GetParam(), scatter);
+}
+TEST_P(AddedRefuses, BadInputToGatherBackward) {
+  if (row().words[0] != "added") expect_call_refused(GetParam(), gather_backward);
+}
+
+void add_all(Call& c) {
+  c.added = c.a;
+  c.added_key = c.added_value = c.a_kv;
+}
+
+const RefusedCall kAddedRefusesCases[] = {
+    {"another_dtype", [](Call& c) { (c.added = c.a).dtype = DType::bfloat16; }, {"added", "bfloat16"}},
+    {"another_length", [](Call& c) { --(c.added = c.a).sizes[2]; }, {"added", "39", "40"}},
+    {"last_stride_of_two", [](Call& c) { (c.added = c.a).strides[3] = 2; }, {"added", "stride 2"}},
+    {"a_key_of_another_length",
+     [](Call& c) {
+       add_all(c);
+       --c.added_key.sizes[2];
+     },
+     {"added_key", "39", "40"}},
+    {"a_value_of_more_heads",
+     [](Call& c) {
+       add_all(c);
+       c.added_value = c.a;
+     },
+     {"added_value", "4", "2"}},
+    {"a_query_alone", [](Call& c) { c.added = c.a; }, {"added_key", "all of a call's"}},
+    {"all_but_a_query",
+     [](Call& c) {
+       add_all(c);
+       c.added = {};
+     },
+     {"added_key", "all of a call's"}},
+};
+
+INSTANTIATE_TEST_SUITE_P(Cases, AddedRefuses, on_each(refusing_devices(), kAddedRefusesCases), on_device_name);
+
 class SelectRefuses : public DeviceTable<RefusedCall> {};
 
 TEST_P(SelectRefuses, BadInput) {
@@ -145,6 +190,9 @@ const RefusedCall kSelectRefusesCases[] = {
     {"no_key_scores", [](Call& c) { c.key_scores = nullptr; }, {"scores", "no data"}},
     {"no_mask", [](Call& c) { c.selection.mask = nullptr; }, {"selection", "no data"}},
     {"no_prefix", [](Call& c) { c.selection.prefix = nullptr; }, {"selection", "no data"}},
+    {"a_window_alone",
+     [](Call& c) { c.selection.sequences = sequences_of(2, 40, pyramid({1, 4, 16}), TopK::count(0), true, 8); },
+     {"select_topk=0", "nothing to select"}},
 };
 
 INSTANTIATE_TEST_SUITE_P(Cases, SelectRefuses, on_each(refusing_devices(), kSelectRefusesCases), on_device_name);

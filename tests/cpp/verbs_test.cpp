@@ -402,6 +402,49 @@ TEST_P(VerbsOnDevice, KeepOddNumbersInTheirWindows) {
   }
 }
 
+// What a local window adds is the last term, before the one rounding: of float64 loops, rounded once.
+TEST_P(VerbsOnDevice, AddWhatIsGiven) {
+  const int64_t dim = device().head_dim(8);
+  for (const std::vector<int64_t>& windows :
+       std::vector<std::vector<int64_t>>{{1}, {1, 4, 16}, {1, 2, 64}, {1, 2, 4, 8, 16, 32}}) {
+    for (const int64_t tokens : {int64_t{1}, int64_t{70}, int64_t{333}}) {
+      const Problem problem{{"added"}, 2, 4, 2, tokens, dim, windows, TopK::count(2)};
+      Random random(19);
+      const Choice choice = problem.random_choice(random);
+      const Sizes q = problem.query_sizes(), kv = problem.kv_sizes();
+      for (const DType dtype : device().dtypes()) {
+        const auto in = [&](const Sizes& sizes, Memory memory) {
+          return Tensor(dtype, sizes, memory, random_values(random, sizes));
+        };
+        const Tensor sub = in(problem.query_sub_sizes(), Memory::packed), added = in(q, Memory::transposed);
+        const Tensor key_sub = in(problem.kv_sub_sizes(), Memory::packed), added_key = in(kv, Memory::sliced);
+        const Tensor added_value = in(kv, Memory::gaps);
+        const Tensor output(dtype, q), grad_query(dtype, q), grad_key(dtype, kv), grad_value(dtype, kv);
+        const auto sum = [](Values a, const Values& b) {
+          for (size_t i = 0; i < a.size(); ++i) a[i] += b[i];
+          return a;
+        };
+        device().run(ScatterArgs{sub, choice, output, added});
+        expect_close(output.values(), sum(plain_scatter(choice, 4, dim, sub.values()), added.values()), dtype);
+        device().run(GatherBackwardArgs{sub, key_sub, key_sub, choice, grad_query, grad_key, grad_value, added,
+                                        added_key, added_value});
+        expect_close(grad_query.values(), sum(plain_gather_backward(choice, 4, dim, sub.values()), added.values()),
+                     dtype);
+        const Values of_keys = plain_gather_backward(choice, 2, dim, key_sub.values());
+        expect_close(grad_key.values(), sum(of_keys, added_key.values()), dtype);
+        expect_close(grad_value.values(), sum(of_keys, added_value.values()), dtype);
+
+        // Zeros add nothing, to the bit: the same terms in the same order.
+        const Tensor zeros(dtype, q, Memory::packed, Values(output.values().size(), 0.0)), plain(dtype, q);
+        device().run(ScatterArgs{sub, choice, plain});
+        device().run(ScatterArgs{sub, choice, output, zeros});
+        EXPECT_EQ(output.values(), plain.values());
+        if (testing::Test::HasFailure()) return;
+      }
+    }
+  }
+}
+
 // Without cover_start the tokens that no entry reaches get zeros, not what was there.
 TEST_P(VerbsOnDevice, GiveUncoveredTokensZeros) {
   const int64_t dim = device().head_dim(2);
