@@ -20,6 +20,7 @@ COMMANDS = {
     "doctor": "check whether Lighthouse can train on this machine, and say how to fix what is wrong",
     "tune": "try settings, each in a short run, and keep the one with the lowest dense held-out loss",
     "inspect": "show which tokens of a text each layer and head keeps, and at which level",
+    "evaluate": "measure what a model makes of a long context: loss by position, copies by distance, passkeys",
     "export": "write a plain Hugging Face folder from a checkpoint, with a model card, and check it",
 }
 

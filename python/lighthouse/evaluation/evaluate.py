@@ -45,9 +45,15 @@ class EvaluationSettings:
                 raise ValueError(f"parts={part!r}: one of {', '.join(PARTS)} is needed")
         if not self.parts or len(set(self.parts)) < len(self.parts):
             raise ValueError(f"parts={' '.join(self.parts)!r}: at least one part, and each once, is needed")
-        for name, least in {"passages": 1, "depths": 2, "trials": 1, "seed": 0}.items():
+        for name, least in {"passages": 1, "depths": 2, "trials": 2, "seed": 0}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}: at least {least} is needed")
+        if self.trials % 2:
+            raise ValueError(f"trials={self.trials}: an even number is needed, since keys are tried in pairs")
+
+    def of_parts(self) -> dict[str, int]:
+        """All but which parts there are."""
+        return {name: value for name, value in asdict(self).items() if name != "parts"}
 
     def check_context(self, context: int) -> None:
         """Raises `ValueError` if the context is too short for a part."""
@@ -108,7 +114,7 @@ def evaluate(
             ) as bar:
                 results[name] = _measure(name, losses, rows, encoder, settings, bar.update)
             found(name, results[name])
-    return Evaluation(context, len(rows), asdict(settings), **results)
+    return Evaluation(context, len(rows), settings.of_parts(), **results)
 
 
 def _measure(name: str, losses: TokenLosses, rows, encoder: Encoder, settings: EvaluationSettings, advance) -> Part:

@@ -27,13 +27,16 @@ TOGETHER = 2**14  # tokens of short sequences that go through the model together
 
 @contextmanager
 def dense(model: PreTrainedModel) -> Iterator[None]:
-    """The model with dense attention and without dropout and gradients; afterwards it is as it was."""
+    """The model with dense attention, without dropout, gradients and compiled code; afterwards it is as it was.
+
+    Compiled layers would be compiled again for each length of a sequence.
+    """
     training, on = model.training, isinstance(model, WrappedModel) and model.lighthouse_enabled
     if isinstance(model, WrappedModel) and on:
         model.lighthouse(False)
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         model.train(training)
@@ -45,6 +48,10 @@ class TokenLosses:
     """Called with ids, gives the losses of a model that is `dense`. `sample` `[1, N]` are ids of ordinary text."""
 
     def __init__(self, model: PreTrainedModel, sample: torch.Tensor, autocast: torch.dtype | None = None):
+        if model.get_output_embeddings() is None:
+            raise TypeError(
+                f"model is a {type(model).__name__} without an output layer: a causal language model is needed"
+            )
         self.model = model
         self.device = model.device
         self.autocast = autocast

@@ -2,7 +2,9 @@
 
 The answer is not generated but read off one forward over text, question and key: a token of the key counts as right if
 it was the likeliest after those before it, as greedy decoding would choose it. A small model gets no key right, so the
-log probability of the key is compared with that of another one too, which is nowhere in the text.
+log probability of the key is compared with that of another one too, which is nowhere in the text. The trap: some
+numbers are likelier than others in any text. So each two trials share text and keys: what is hidden in one is the other
+key in the next, and what either key is worth by itself cancels.
 """
 
 from __future__ import annotations
@@ -42,16 +44,20 @@ def passkey(
     seed: int,
     advance: Callable[[int], None],
 ) -> Passkey:
-    """Hides `trials` keys at each length and depth in text from the rows `[R, N]`: the same keys in every cell."""
+    """Hides `trials` keys, an even number, at each length and depth in text from the rows `[R, N]`.
+
+    The keys are the same in every cell.
+    """
     chance = torch.Generator().manual_seed(seed)
-    # The key, and one that is another.
-    keys = 10 ** (DIGITS - 1) + torch.randint(9 * 10 ** (DIGITS - 1), (trials, 2), generator=chance)
-    keys[:, 1] += keys[:, 0] == keys[:, 1]
+    pairs = 10 ** (DIGITS - 1) + torch.randint(9 * 10 ** (DIGITS - 1), (trials // 2, 2), generator=chance)
+    pairs[:, 1] += pairs[:, 0] == pairs[:, 1]
+    keys = torch.stack([pairs, pairs.flip(1)], 1).view(-1, 2)  # of each trial the key, and the other
     cells = []
     for length in lengths(rows.shape[1]):
         for depth in depths(depths_tried):
             right, gain = _cell(losses, rows, encoder, keys.tolist(), length, depth)
-            cells.append(PasskeyCell(length, depth, right.double().mean().item(), *mean_and_error(gain)))
+            both = mean_and_error(gain.view(-1, 2).mean(1))
+            cells.append(PasskeyCell(length, depth, right.double().mean().item(), *both))
             advance(2 * trials * length)
     return Passkey(cells, trials, DIGITS)
 
@@ -60,10 +66,10 @@ def _cell(losses, rows, encoder, keys, length: int, depth: float) -> tuple[torch
     """Of each trial, whether all tokens of the key were right, and the key's log probability less the other's."""
     texts, answers = [], []
     for trial, (key, other) in enumerate(keys):
-        text = rows[trial % len(rows)].long()
+        text = rows[trial // 2 % len(rows)].long()
         [hidden, asked, *ends] = _encoded(encoder, HIDDEN.format(key=key), QUESTION, *_answers(key, other))
         room = length - len(hidden) - max(map(len, ends))
-        place = round(depth * room)
+        place = 1 + round(depth * (room - 1))  # the first token may be one that begins a text
         for end in ends:
             texts.append(torch.cat([text[:place], hidden, text[place:room], end]))
             begins = next((i for i, (a, b) in enumerate(zip(asked, end, strict=False)) if a != b), len(asked))

@@ -81,7 +81,7 @@ class PasskeyCell:
     """Keys hidden at `depth`, 0 at the beginning to 1 at the end, of `length` tokens.
 
     `accuracy` is the share of the trials in which each token of the key was the likeliest; `gain` the mean log
-    probability of the key less that of a random other one, nats per key, and `error` its standard error.
+    probability of the key less that of a random other one, nats per key, and `error` its standard error over pairs.
     """
 
     length: int
@@ -117,12 +117,12 @@ Part = LossByPosition | CopyLoss | Passkey
 class Evaluation:
     """All that was measured of one model with dense attention; a part that was not asked for is None.
 
-    `settings` are those of `EvaluationSettings` by name.
+    `settings` are those of `EvaluationSettings` by name, without `parts`.
     """
 
     context: int
     rows: int
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, int] = field(default_factory=dict)
     loss: LossByPosition | None = None
     copy: CopyLoss | None = None
     passkey: Passkey | None = None
