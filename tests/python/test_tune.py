@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 import sys
 from importlib.machinery import PathFinder
 
@@ -155,6 +156,66 @@ def test_a_grid_is_trained_to_its_end(monkeypatch, text, tmp_path):
         ("1/16", "1/256"): "skipped",
     }
     assert "loss is nan" in result.trials[fails].why
+
+
+def test_windows_with_and_without_a_pyramid_are_trained(text, tmp_path):
+    tuning = GRID | {"fixed": ["pool_ratios", "share", "learning_rate", "batch"], "levels": None, "level_ratio": None}
+    study = study_of(text, tmp_path, tuning | {"topk": ["0", "8"], "local_windows": [0, 16]})
+    result = study.run(quiet)
+    tried = {
+        (trial.options["local_window"], trial.options["select_topk"], trial.options["dense_layers"]): trial
+        for trial in result.of("complete")
+    }
+    assert tried.keys() == {(16, 8, 0), (0, 8, 1), (16, 0, 0)} and tried[16, 8, 0] is result.given
+    assert len({trial.loss for trial in tried.values()}) == 3
+    assert tried[16, 0, 0].setting == "window alone  local_window 16  share 0.5  rate 0.002  batch 1"
+    report = (tmp_path / "report.md").read_text()
+    assert "| trial | loss | select_topk | local_window | dense_layers | time | steps | state |" in report
+    assert "The same in all trials: pool_ratios 1/4 1/16, cover_start True, share 0.5, learning_rate 0.002" in report
+    best = yaml.safe_load((tmp_path / "best.yaml").read_text())
+    assert {name: best[name] for name in ("local_window", "select_topk", "dense_layers", "share")} == {
+        name: result.best.options[name] for name in ("local_window", "select_topk", "dense_layers", "share")
+    }
+
+
+def test_shares_are_those_of_their_trials(text, tmp_path):
+    fixed = ["pool_ratios", "select_topk", "local_window", "learning_rate", "batch"]
+    tuning = {"sampler": "grid", "trials": None, "fixed": fixed, "shares": [0.25, 0.5]}
+    result = study_of(text, tmp_path, tuning, steps=8).run(quiet)
+    used = {trial.options["share"]: trial.stages for trial in result.of("complete")}
+    assert {share: stages["lighthouse"]["steps"] for share, stages in used.items()} == {0.25: 2, 0.5: 4}
+    assert {share: stages["dense"]["steps"] for share, stages in used.items()} == {0.25: 6, 0.5: 4}
+
+
+def test_a_study_of_a_version_without_windows_and_shares_goes_on(text, tmp_path):
+    """Its trials are read with what they had, and it searches nothing new."""
+    run, then = {"local_window": "0"}, {"fixed": ["local_window", "share"], "trials": 2}
+    study_of(text, tmp_path, then, **run).run(quiet)
+    earlier = json.loads((tmp_path / "study.json").read_text())
+    earlier = {
+        name: value for name, value in earlier.items() if name not in ("local_window", "local_windows", "shares")
+    }
+    (tmp_path / "study.json").write_text(json.dumps(earlier | {"fixed": []}))
+    with sqlite3.connect(tmp_path / "study.db") as database:
+        rows = database.execute(
+            "select trial_id, value_json from trial_user_attributes where key = 'options'"
+        ).fetchall()
+        for trial, written in rows:
+            options = json.loads(written)
+            for name in ("local_window", "share", "dense_layers"):
+                del options[name]
+            database.execute(
+                "update trial_user_attributes set value_json = ? where key = 'options' and trial_id = ?",
+                (json.dumps(options), trial),
+            )
+    with pytest.raises(ValueError, match="local_window was 0, is 16"):
+        study_of(text, tmp_path, {"trials": 3}, resume=True)
+    study = study_of(text, tmp_path, {"trials": 3}, resume=True, **run)
+    result = study.run(quiet)
+    assert len(result.of("complete")) == 3 and not {"local_window", "share"} & set(study.space.searched)
+    for trial in result.of("complete"):
+        assert (trial.texts["local_window"], trial.texts["share"], trial.texts["dense_layers"]) == ("0", "0.5", "1")
+    assert "local_window 0, dense_layers 1, share 0.5" in (tmp_path / "report.md").read_text()
 
 
 # The command line

@@ -9,11 +9,13 @@ import json
 import os
 import signal
 import sqlite3
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from optuna.trial import TrialState
+from optuna.distributions import IntDistribution
+from optuna.trial import TrialState, create_trial
 
 import forked
 from lighthouse.report import page, studied
@@ -76,7 +78,7 @@ def test_out_of_memory_is_a_failed_value_and_not_the_end(monkeypatch, text, tmp_
         lambda trainer: trainer.args.per_device_train_batch_size > 1,
         OUT_OF_MEMORY[0][1],
         tuning={
-            "fixed": ["pool_ratios", "select_topk", "learning_rate"],
+            "fixed": ["pool_ratios", "select_topk", "local_window", "share", "learning_rate"],
             "levels": None,
             "level_ratio": None,
             "topk": None,
@@ -90,6 +92,36 @@ def test_out_of_memory_is_a_failed_value_and_not_the_end(monkeypatch, text, tmp_
     assert len(result.of("complete")) == 1 and len(failed) + len(skipped) == 3
     assert failed and all(trial.why.startswith("out of memory: ") and trial.loss is None for trial in failed)
     assert skipped and all("needs no less memory than trial" in trial.why for trial in skipped)
+
+
+MEMORY = [
+    # of a trial that ran out of memory and of a setting: select_topk, local_window, rows
+    ("a_longer_sub_sequence", (8, 16, 1), (9, 16, 1), True),
+    ("a_shorter_one", (8, 16, 1), (7, 16, 1), False),
+    ("more_rows", (8, 16, 1), (8, 16, 2), True),
+    ("more_rows_of_less", (8, 16, 1), (7, 16, 2), False),
+    ("a_window_beside_it", (8, 0, 1), (8, 16, 1), True),
+    ("a_window_beside_a_shorter_one", (8, 0, 1), (1, 16, 1), True),
+    ("a_window_of_another_length", (8, 16, 1), (8, 128, 1), True),
+    ("no_window", (8, 16, 1), (16, 0, 1), False),
+    ("the_window_alone", (8, 16, 1), (0, 16, 1), False),
+    ("more_than_the_window_alone", (0, 16, 1), (1, 16, 1), True),
+]
+
+
+@pytest.mark.parametrize("failed, setting, expected", [m[1:] for m in MEMORY], ids=[m[0] for m in MEMORY])
+def test_what_needs_no_less_memory_than_what_ran_out_of_it(text, tmp_path, failed, setting, expected):
+    study = study_of(text, tmp_path, {"batch_up_to": 1.0})
+
+    def of(topk, window, rows):
+        method = replace(study.space.given.method, select_topk=topk, local_window=window)
+        return replace(study.space.given, method=method, batch=rows)
+
+    attributes = {"failed": "out of memory: CUDA", "options": study.space.values(of(*failed))}
+    earlier = create_trial(state=TrialState.FAIL, user_attrs=attributes)
+    trial = create_trial(state=TrialState.RUNNING, params={"batch": 1}, distributions={"batch": IntDistribution(1, 2)})
+    why = study._known(of(*setting), trial, [earlier])
+    assert (why is not None) == expected and (why is None or why.startswith("needs no less memory than trial"))
 
 
 def test_trials_are_pruned_by_the_losses_behind_the_switch(monkeypatch, text, tmp_path):

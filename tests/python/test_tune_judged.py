@@ -11,6 +11,7 @@ import torch
 
 from lighthouse.report.studied import StudyResult, Trial, judged
 from lighthouse.report.study import nothing_known, of_the_given, page_of
+from lighthouse.report.study_picture import slices
 from lighthouse.studies.trial import Judge
 from lighthouse.training.result import HeldOut
 
@@ -118,25 +119,31 @@ def test_the_page_shows_whatever_settings_of_the_method_there_are():
     trials = [trial_of(n, options=options | {"cover_start": n < 2, "select_topk": 1 / 64}) for n in range(3)]
     text = page_of(StudyResult("study", "time", 10.0, "tpe", "a device", trials, {}, []), Path("best.yaml")).markdown()
     assert "| trial | loss | cover_start | time |" in text
-    assert "The same in all trials: pool_ratios 1/4, select_topk 1/64, learning_rate 0.001" in text
-    for row in ("| pool_ratios | 1/4 | 1/4 |", "| cover_start | False | True |", "| rows | 1 | 1 |"):
+    assert "The same in all trials: pool_ratios 1/4, select_topk 1/64, local_window 0, learning_rate 0.001" in text
+    for row in (
+        "| local_window | 0 | 0 |",
+        "| pool_ratios | 1/4 | 1/4 |",
+        "| cover_start | False | True |",
+        "| rows | 1 | 1 |",
+    ):
         assert row in text, row
 
 
 def test_trials_of_an_earlier_version_are_read_as_they_were_kept():
     numbers = {"pool_ratios": [0.25], "select_topk": 0.015625, "learning_rate": 1e-3}
     texts = trial_of(options=numbers).texts
-    assert texts == {"pool_ratios": "1/4", "select_topk": "1/64", "cover_start": "True", "learning_rate": "0.001"}
+    method = {"pool_ratios": "1/4", "select_topk": "1/64", "cover_start": "True", "local_window": "0"}
+    assert texts == method | {"learning_rate": "0.001"}
 
 
 def test_a_trial_is_pruned_by_the_losses_behind_the_switch():
     """The switch is at step 6 of 10: evaluations at 7, 8, 9 and 10, and the first of them prunes nothing."""
-    study = optuna.create_study(pruner=optuna.pruners.MedianPruner(n_startup_trials=1, n_warmup_steps=2))
+    study = optuna.create_study(pruner=optuna.pruners.MedianPruner(n_startup_trials=1))
 
-    def ends(worse: float) -> list[int]:
+    def ends(worse: float, before: int = 0) -> list[int]:
         """The steps at which a trial is evaluated."""
         trial, steps = study.ask(), []
-        judge = Judge(trial, switch_step=6, steps=10, evaluations=4, status=lambda line: None, what="")
+        judge = Judge(trial, switch_step=6, steps=10, evaluations=4, status=lambda line: None, what="", before=before)
         state = SimpleNamespace(max_steps=10, global_step=0, stateful_callbacks={}, log_history=[])
         judge.on_train_begin(ARGS, state, None)
         for state.global_step in range(1, 11):
@@ -151,3 +158,26 @@ def test_a_trial_is_pruned_by_the_losses_behind_the_switch():
     assert ends(0) == [7, 8, 9, 10]
     with pytest.raises(optuna.TrialPruned, match="at step 8 of 10"):
         ends(9)
+    assert ends(9, before=4) == [7, 8, 9, 10]  # of another share, whose losses are of other places of the schedule
+    with pytest.raises(optuna.TrialPruned, match="at step 8 of 10"):
+        ends(18, before=4)
+
+
+def test_the_pictures_show_a_parameter_of_the_trials_that_have_it():
+    """A local window alone has no levels; windows have places of their own, since 0 has no logarithm."""
+    parameters = [
+        {"local_window": 256, "window_alone": True, "share": 0.5},
+        {"local_window": 0, "levels": 2, "factor_1": 4, "select_topk": 8, "share": 0.6},
+        {"local_window": 256, "window_alone": False, "levels": 3, "factor_1": 4, "factor_2": 2, "select_topk": 8},
+    ]
+    trials = [trial_of(number, parameters=its) for number, its in enumerate(parameters)]
+    drawn = slices(StudyResult("study", "time", 10.0, "tpe", "a device", trials, {}, [])).axes
+    shown = {axes.get_xlabel(): [point[0] for point in axes.collections[0].get_offsets().tolist()] for axes in drawn}
+    assert shown == {
+        "levels": [2, 3],
+        "coarsest window, tokens": [4, 8],
+        "local_window, tokens": [1, 0, 1],
+        "share of the steps": [0.5, 0.6],
+    }
+    window = next(axes for axes in drawn if axes.get_xlabel().startswith("local_window"))
+    assert [label.get_text() for label in window.get_xticklabels()] == ["0", "256"]

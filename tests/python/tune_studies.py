@@ -22,7 +22,7 @@ GRID = {
     "sampler": "grid",
     "trials": None,
     "grid_values": 2,
-    "fixed": ["learning_rate", "batch"],
+    "fixed": ["local_window", "share", "learning_rate", "batch"],
     "levels": [2, 3],
     "level_ratio": ["1/16", "1/4"],
     "topk": ["8"],

@@ -93,25 +93,40 @@ SLICES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "levels": lambda parameters: parameters.get("levels"),
     "coarsest window, tokens": _coarsest,
     "select_topk, parents": lambda parameters: parameters.get("select_topk"),
+    "local_window, tokens": lambda parameters: parameters.get("local_window"),
+    "share of the steps": lambda parameters: parameters.get("share"),
     "learning rate": lambda parameters: parameters.get("learning_rate"),
     "batch": lambda parameters: parameters.get("batch"),
 }
 
 
 def slices(result: StudyResult) -> Figure | None:
-    """The loss against each parameter that has more than one value; None if none has."""
-    trials = result.of(COMPLETE)
-    columns = {name: [value(trial.parameters) for trial in trials] for name, value in SLICES.items()}
-    columns = {name: values for name, values in columns.items() if None not in values and len(set(values)) > 1}
+    """The loss against each parameter that has more than one value; None if none has.
+
+    A trial is not among the points of a parameter that it lacks: a local window alone has no levels.
+    """
+    columns = {}
+    for name, value in SLICES.items():
+        points = [(found, trial) for trial in result.of(COMPLETE) if (found := value(trial.parameters)) is not None]
+        if len({found for found, _ in points}) > 1:
+            columns[name] = points
     if not columns:
         return None
     rows = math.ceil(len(columns) / 2)
     figure = new_figure((5.5, 2.1 * rows))
-    for place, (name, values) in enumerate(columns.items(), 1):
+    for place, (name, points) in enumerate(columns.items(), 1):
         axes = figure.add_subplot(rows, 2, place)
-        colours = [AMBER if trial is result.best else GREY for trial in trials]
-        axes.scatter(values, [known(trial.loss) for trial in trials], s=14, c=colours)
-        if name.startswith(("coarsest", "select")):
+        values, trials = zip(*points, strict=True)
+        candidates = sorted(set(values)) if name.startswith("local_window") else None  # 0 has no logarithm
+        axes.scatter(
+            values if candidates is None else [candidates.index(value) for value in values],
+            [known(trial.loss) for trial in trials],
+            s=14,
+            c=[AMBER if trial is result.best else GREY for trial in trials],
+        )
+        if candidates is not None:
+            axes.set_xticks(range(len(candidates)), [f"{value:,}" for value in candidates])
+        elif name.startswith(("coarsest", "select")):
             axes.set_xscale("log", base=2)
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
             axes.xaxis.set_minor_formatter(NullFormatter())

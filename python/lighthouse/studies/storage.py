@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import fcntl
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,9 +154,13 @@ def was_trained(trial: FrozenTrial) -> bool:
     return trial.state != TrialState.FAIL or bool({FAILED, UNEQUAL} & trial.user_attrs.keys())
 
 
-def trial_of(trial: FrozenTrial) -> Trial:
-    """A trial as the database has it, for results and reports."""
+def trial_of(trial: FrozenTrial, given: Mapping[str, Any]) -> Trial:
+    """A trial as the database has it, for results and reports.
+
+    An option that it lacks was not searched by the version that made it: it had the `given` setting's.
+    """
     attributes = trial.user_attrs
+    options = attributes.get("options", {})
     state = STATES.get(trial.state)
     if state is None:
         state = next((end for end in (FAILED, UNEQUAL, SKIPPED) if end in attributes), INTERRUPTED)
@@ -164,7 +168,7 @@ def trial_of(trial: FrozenTrial) -> Trial:
         number=trial.number,
         state=state,
         setting=attributes.get("setting", ""),
-        options=attributes.get("options", {}),
+        options={**given, **options} if options else {},
         parameters=trial.params,
         given=attributes.get("given", False),
         why=attributes.get(state),

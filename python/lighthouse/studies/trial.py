@@ -29,9 +29,12 @@ Say = Callable[[str], None]
 class Judge(Record):
     """Evaluates evenly over the dense stage, tells Optuna each loss, and ends a trial that it prunes.
 
-    The k-th evaluation is at the same part of each trial's dense stage, whatever its steps, so that only losses at the
-    same place of the schedule are compared; and never one from before the switch (METHOD 8). A trial that has trained
-    for more than `most` seconds is ended by `Unequal`.
+    The k-th evaluation is at the same part of each trial's dense stage, whatever its steps, and Optuna knows it by the
+    number `before + k`. With another share it is at another place of the schedule: trials of each share have another
+    `before`, so that only losses at the same place are compared; and never one from before the switch (METHOD 8). The
+    first loss prunes nothing: it shows the size of the jump, not how far the loss recovers.
+
+    A trial that has trained for more than `most` seconds is ended by `Unequal`.
     """
 
     def __init__(
@@ -43,9 +46,10 @@ class Judge(Record):
         status: Say,
         what: str,
         most: float = math.inf,
+        before: int = 0,
     ):
         super().__init__(switch_step)
-        self.most = most
+        self.most, self.before = most, before
         dense = steps - switch_step
         self.trial = trial
         self.places = {switch_step + -(-dense * k // evaluations): k for k in range(1, evaluations + 1)}
@@ -73,8 +77,8 @@ class Judge(Record):
         place = self.places.get(state.global_step)
         if place is None:
             return
-        self.trial.report(metrics["eval_loss"], place)
-        if state.global_step < state.max_steps and self.trial.should_prune():
+        self.trial.report(metrics["eval_loss"], self.before + place)
+        if place > 1 and state.global_step < state.max_steps and self.trial.should_prune():
             raise optuna.TrialPruned(f"{metrics['eval_loss']:.4f} at step {state.global_step} of {state.max_steps}")
 
 

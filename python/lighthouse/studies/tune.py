@@ -23,30 +23,34 @@ import optuna
 import torch
 from accelerate.utils.memory import clear_device_cache
 from optuna.trial import FrozenTrial, TrialState
+from transformers import LlamaConfig
 
 from lighthouse.core.devices import device_name
 from lighthouse.core.files import remove, write_whole
+from lighthouse.core.method import Method
 from lighthouse.report.known import known
 from lighthouse.report.studied import COMPLETE, FAILED, PRUNED, SKIPPED, TOLERANCE, UNEQUAL, StudyResult, Trial, judged
 from lighthouse.report.study import page_of
+from lighthouse.speed.layer import Layer
 from lighthouse.studies.budget import TIMED, WARM_UP, PerStep, seconds_of, steps_in, time_steps, too_few_of
 from lighthouse.studies.search import Setting, Space, with_values
 from lighthouse.studies.storage import StudyFolder, importance, take_lock, trial_of, was_trained
 from lighthouse.studies.trial import Judge, SameRows, Say, Unequal, made_quiet, out_of_memory, output_into
-from lighthouse.studies.tune_options import TuneOptions
+from lighthouse.studies.tune_options import RANGES, TuneOptions
 from lighthouse.text.data import Corpus
 from lighthouse.training import configuration
 from lighthouse.training.callbacks import StopOnSignal
 from lighthouse.training.depends import FREE_ON_RESUME
 from lighthouse.training.form import tokens_per_step
 from lighthouse.training.memory import DoesNotFit
+from lighthouse.training.model import head_dim_of, new_config
 from lighthouse.training.options import PretrainOptions, TrainingOptions
 from lighthouse.training.result import NotFinite, RunFailed, Stopped
 from lighthouse.training.resume import check_same
 from lighthouse.training.run import Run, prepare
 
 DEFAULT_TRIALS = 20
-NOT_PRUNED = 4  # complete trials before any is pruned
+NOT_PRUNED = 4  # complete trials, of the same share, before any is pruned
 RANDOM_AFTER = 25  # settings skipped in a row: TPE is stuck where nothing is left
 GIVE_UP_AFTER = 200
 
@@ -92,7 +96,7 @@ def prepare_study(
     for name in ("resume_from_checkpoint", "load_best_model_at_end"):
         if getattr(training, name):
             raise ValueError(f"{name}={getattr(training, name)!r}: trials start anew and are judged at their end")
-    space = Space.of(options, training, tuning)
+    space = Space.of(options, training, _as_it_began(training, tuning))
     if tuning.seconds is None:
         why = too_few_of(options, training, training.max_steps)
         if why is not None:
@@ -105,9 +109,25 @@ def prepare_study(
     fixed |= {name: value for name, value in asdict(tuning).items() if name != "trials"}
     if tuning.judge == "time":  # a time means something else on a faster machine
         fixed |= {"machine": device_name(training.device), "torch": torch.__version__}
-    study = Study(options, training, tuning, space, given.corpus, json.loads(json.dumps(fixed)))
+    layer = _layer_of(new_config(options.model, options.context, given.tokenizer), training)
+    study = Study(options, training, tuning, space, layer, given.corpus, json.loads(json.dumps(fixed)))
     study.check_folder()
     return study
+
+
+def _as_it_began(training: TrainingOptions, tuning: TuneOptions) -> TuneOptions:
+    """What the version that began a study could not search stays as given when the study continues."""
+    file = StudyFolder(Path(known(training.output_dir))).fixed
+    if not training.resume or not file.is_file():
+        return tuning
+    earlier = json.loads(file.read_text(encoding="utf-8"))
+    unknown = [name for name, options in RANGES.items() if not earlier.keys() & set(options)]
+    return replace(tuning, fixed=[*tuning.fixed, *unknown])
+
+
+def _layer_of(config: LlamaConfig, training: TrainingOptions) -> Layer:
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
+    return Layer(heads, kv_heads, head_dim_of(config), "bfloat16" if training.bf16 or training.fp16 else "float32")
 
 
 @dataclass(frozen=True)
@@ -118,6 +138,7 @@ class Study:
     training: TrainingOptions
     tuning: TuneOptions
     space: Space
+    layer: Layer  # the model's attention
     corpus: Corpus
     fixed: dict  # options that all processes of the study must share
 
@@ -204,8 +225,7 @@ class Study:
             write_whole(self.files.fixed, json.dumps(self.fixed, indent=1) + "\n")
         pruner: optuna.pruners.BasePruner = optuna.pruners.NopPruner()
         if self.tuning.pruner == "median":
-            # The first loss after the switch shows the size of the jump, not how far the loss recovers.
-            pruner = optuna.pruners.MedianPruner(n_startup_trials=NOT_PRUNED, n_warmup_steps=2)
+            pruner = optuna.pruners.MedianPruner(n_startup_trials=NOT_PRUNED, n_min_trials=NOT_PRUNED)
         study = self.files.open(pruner)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -275,11 +295,17 @@ class Study:
             if earlier.params == trial.params:
                 return f"the same as trial {earlier.number}"
             if "out of memory" in earlier.user_attrs.get(FAILED, ""):
-                # Memory grows with rows, of the dense stage too, and with the sub-sequence.
-                length, batch = earlier.user_attrs["memory"]
-                if setting.batch >= batch and setting.method.length(self.options.context) >= length:
+                # Memory grows with rows, of the dense stage too, and with what a layer keeps of each.
+                values = earlier.user_attrs["options"]
+                kept = self._kept(Method.of(values))
+                if setting.batch >= values[self.space.batch_option] and self._kept(setting.method) >= kept:
                     return f"needs no less memory than trial {earlier.number}, which ran out of it"
         return None
+
+    def _kept(self, method: Method) -> int:
+        """Bytes that a layer with Lighthouse keeps of a sequence between forward and backward."""
+        context = self.options.context
+        return self.layer.kept(context, method.length(context), local=method.local_window > 0)
 
     # Training
 
@@ -298,8 +324,10 @@ class Study:
                     most = (1 + TOLERANCE) * study.user_attrs["budget"]
                 training.max_steps = steps_in(study.user_attrs["budget"], options, training, seconds_per_step)
                 run = self._prepared(options, made_quiet(training, folder))
+                evaluations = self.tuning.evaluations
+                before = evaluations * self.space.shares.index(setting.share) if self.space.shares else 0
                 judge = Judge(
-                    trial, run.switch_step, training.max_steps, self.tuning.evaluations, status, what, most=most
+                    trial, run.switch_step, training.max_steps, evaluations, status, what, most=most, before=before
                 )
                 same = SameRows(study, run, self.files.locked)
                 run.train(callbacks=[judge, same], keep_model=False, stop=stop)
@@ -323,8 +351,6 @@ class Study:
             trial.set_user_attr("held_out", judge.held_out)
             trial.set_user_attr("switch_step", run.switch_step)
             trial.set_user_attr("stages", judge.stages)
-        if end == FAILED and why:
-            trial.set_user_attr("memory", (setting.method.length(self.options.context), setting.batch))
         if why:
             trial.set_user_attr(end, why)
         loss = known(judge).held_out[-1]["loss"] if state == TrialState.COMPLETE else None
@@ -380,8 +406,8 @@ class Study:
     def _seconds_per_step(
         self, study: optuna.Study, setting: Setting, folder: Path, stop: StopOnSignal, status: Say
     ) -> PerStep:
-        """By stage: measured in `folder`, or what was found before for the same levels, parents and batch."""
-        key = f"seconds per step: {replace(setting, learning_rate=0.0)}"
+        """By stage: measured in `folder`, or what was found before for the same method and batch."""
+        key = f"seconds per step: {replace(setting, learning_rate=0.0, share=None)}"
         if key in study.user_attrs:
             return study.user_attrs[key]
         options, training = with_values(self.options, self.training, self.space.values(setting))
@@ -393,7 +419,8 @@ class Study:
     # What was found
 
     def _trials(self, study: optuna.Study) -> list[Trial]:
-        trials = [trial_of(trial) for trial in study.get_trials(deepcopy=False)]
+        given = self.space.values(self.space.given)
+        trials = [trial_of(trial, given) for trial in study.get_trials(deepcopy=False)]
         return judged(trials, self.tuning.judge, study.user_attrs["budget"])
 
     def _conclude(self, study: optuna.Study) -> StudyResult:

@@ -5,10 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-# What is searched, and the options that are its range.
+from lighthouse.core.method import check_local_window
+
+# What is searched, and the options that are its range or its candidates.
 RANGES = {
     "pool_ratios": ("levels", "level_ratio"),
     "select_topk": ("topk",),
+    "local_window": ("local_windows",),
+    "share": ("shares",),
     "learning_rate": ("rate_within",),
     "batch": ("batch_up_to",),
 }
@@ -18,7 +22,8 @@ RANGES = {
 class TuneOptions:
     """What a study searches and how it judges. Raises `ValueError` naming the option and the rule.
 
-    A range is one or two values; its default is widened to hold the given setting, which is the first trial.
+    A range is one or two values, candidates are any number. By default both also hold the given setting, which is the
+    first trial; those that are given must hold it.
     """
 
     _argument_group_name = "tuning"
@@ -71,8 +76,24 @@ class TuneOptions:
         default=None,
         metadata={
             "help": "Range of select_topk, in parents or shares of the tokens (default: 512 4096; below 98,304 "
-            "tokens in proportion to the context).",
+            "tokens in proportion to the context). A 0 before them adds the local window alone: 0 512 4096.",
             "metavar": "K",
+        },
+    )
+    local_windows: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Local windows to try, in tokens; 0 is the published method (default: those of 0 128 256 512 1024 "
+            "that are shorter than the context).",
+            "metavar": "TOKENS",
+        },
+    )
+    shares: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Shares of the steps with Lighthouse to try (default: those of 0.5 0.6 0.7 0.8 0.9 that leave "
+            "enough dense steps).",
+            "metavar": "SHARE",
         },
     )
     rate_within: float | None = field(
@@ -84,7 +105,10 @@ class TuneOptions:
         metadata={"help": "Range of the batch: up to this share more than the given batch (default: 0.4)."},
     )
     grid_values: int = field(
-        default=3, metadata={"help": "Number of values of each range in a grid; every number of levels is tried."}
+        default=3,
+        metadata={
+            "help": "Number of values of each range in a grid; every number of levels and every candidate is tried."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -106,6 +130,11 @@ class TuneOptions:
         unknown = [name for name in self.fixed if name not in RANGES]
         if unknown:
             raise ValueError(f"fixed={unknown[0]}: any of {', '.join(RANGES)} is needed")
+        for window in self.local_windows or ():
+            check_local_window(window)
+        for share in self.shares or ():
+            if not 0 < share < 1:
+                raise ValueError(f"shares={share}: a share of the steps above 0 and below 1 is needed")
         if self.rate_within is not None and not 0 <= self.rate_within < 1:
             raise ValueError(f"rate_within={self.rate_within}: a share of at least 0 and below 1 is needed")
         if self.batch_up_to is not None and not 0 <= self.batch_up_to < float("inf"):
