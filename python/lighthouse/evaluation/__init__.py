@@ -8,7 +8,7 @@ from lighthouse.training.extra import require_train_extra
 
 require_train_extra()
 
-from lighthouse.evaluation.evaluate import EvaluationSettings, evaluate  # noqa: E402
+from lighthouse.evaluation.measure import EvaluationSettings, evaluate  # noqa: E402
 from lighthouse.evaluation.results import (  # noqa: E402
     GAIN_NEEDED,
     CopyAt,

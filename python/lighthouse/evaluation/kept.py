@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lighthouse.core.files import write_whole
-from lighthouse.evaluation.evaluate import EvaluationSettings
+from lighthouse.evaluation.measure import EvaluationSettings
 from lighthouse.evaluation.results import PARTS, Evaluation, Part, part_from_json
 
 FILE = "evaluation.json"
