@@ -75,8 +75,33 @@ def test_parts_of_two_dtypes(tmp_path, capsys):
         assert row["beside_inner_seconds"] == row["lighthouse_seconds"] - row["inner_seconds"]
         assert row["inner_forward_seconds"] > 0 and row["inner_backend"] == "FLASH_ATTENTION"
         moved = replace(LAYER, dtype=row["dtype"]).moved(row["tokens"], row["length"])
-        assert sum(operator["bytes"] for operator in row["operators"].values()) == moved
+        bytes_of = {name: operator["bytes"] for name, operator in row["operators"].items()}
+        window = bytes_of.pop("local_attention"), bytes_of.pop("local_attention_backward")
+        assert sum(bytes_of.values()) == moved and row["tokens"] < window[0] < window[1]
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_settings_are_said_and_a_window_alone_has_no_other_operators(tmp_path, capsys):
+    file = tmp_path / "bench.json"
+    arguments = [*SMALL, "--tokens", "128", "--parts", "--json", str(file), "--select_topk", "0"]
+    assert main([*arguments, "--local_window", "32"]) == 0
+    assert "Lighthouse with pool_ratios 1/4 1/16, select_topk 0, local_window 32\n" in capsys.readouterr().out
+    (row,) = json.loads(file.read_text())["rows"]
+    assert row["operators"].keys() == {"local_attention", "local_attention_backward"} and "inner_seconds" not in row
+
+
+def test_results_of_a_version_without_windows_go_on_without_one(tmp_path, capsys):
+    file = tmp_path / "bench.json"
+    arguments = [*SMALL, "--tokens", "128", "--json", str(file)]
+    assert main([*arguments, "--local_window", "0"]) == 0
+    results = json.loads(file.read_text())
+    del results["local_window"]
+    file.write_text(json.dumps(results))
+    assert main([*arguments, "--resume"]) == 2
+    assert "measured with local_window 0, which is now 256" in capsys.readouterr().err
+    assert main([*arguments, "--resume", "--local_window", "0"]) == 0
+    found = json.loads(file.read_text())
+    assert found["local_window"] == 0 and found["rows"] == results["rows"] and len(found["commands"]) == 2
 
 
 def commands_and_tables(file: str) -> list[tuple[list[str], list[int]]]:
@@ -204,12 +229,17 @@ REFUSED = [
     (
         "a_step_that_stays_dense",
         "--train --model nano --context 1024 --pool_ratios 1/2 1/4 1/8 --select_topk 1024",
-        "context=1024: the sub-sequence has 1,920 entries, 188% of the tokens",
+        "context=1024: select_topk=1024 gives a sub-sequence of 1,920 entries for 1,024 tokens (188%)",
     ),
     (
         "windows_longer_than_a_step",
         "--train --model nano --context 12",
-        "context=12 with windows of 1, 4, 16 tokens: this is dense attention",
+        "context=12: 12 tokens are fewer than the coarsest window of 16, so all attention is dense",
+    ),
+    (
+        "a_window_longer_than_a_step",
+        "--train --model nano --context 128 --select_topk 0",
+        "context=128: local_window=256 covers all 128 tokens",
     ),
 ]
 

@@ -59,6 +59,33 @@ def test_an_estimate_from_kept_rates(kept, capsys):
     assert found["step"]["bytes"] > found["step"]["dense_bytes"] and found["warnings"] == []
 
 
+WINDOWS = [
+    (
+        "a_window",
+        "",
+        ["sub-sequence S", "local window     exact attention to the last 256 tokens, beside it", ", local window "],
+        [],
+    ),
+    ("none", "--local_window 0", ["sub-sequence S", "Lighthouse's: inner attention"], ["local window"]),
+    (
+        "a_window_alone",
+        "--select_topk 0",
+        ["8,192 tokens, nothing is chosen", "256 tokens, and nothing else", "Lighthouse's: local window "],
+        ["level", "sub-sequence", "kept share", "inner attention", "its operators"],
+    ),
+]
+
+
+@pytest.mark.parametrize("options, parts, others", [w[1:] for w in WINDOWS], ids=[w[0] for w in WINDOWS])
+def test_the_local_window_is_said_where_there_is_one(kept, capsys, options, parts, others):
+    assert main(["plan", "--device", "cpu", "--tokens", "8192", *options.split()]) == 0
+    said = capsys.readouterr().out
+    for part in parts:
+        assert part in said, part
+    for part in others:
+        assert part not in said, part
+
+
 def test_the_published_method_keeps_less_than_dense_attention(capsys):
     options = "--local_window 0 --layers 4 --no_estimate --json -".split()
     assert main(["plan", "--device", "cpu", "--tokens", "8192", *options]) == 0

@@ -127,10 +127,16 @@ def test_the_command(tmp_path, model_folder, capsys):
     out = tmp_path / "out"
     command = ["inspect", str(model_folder), "--text", str(text), "--context", "300", "--output", str(out)]
     assert main([*command, "--select_topk", "4", "--device", "cpu"]) == 0
-    assert "300 tokens, a sub-sequence of" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "300 tokens, a sub-sequence of" in said
+    assert "; beside it, exact attention to the last 256 tokens, kept or not\n" in said
+    assert "attends exactly to the last 256 tokens (local_window)" in (out / "choice.html").read_text()
     assert {path.name for path in out.iterdir()} == {"choice.png", "choice.html", "choice.json"}
     assert main([*command, "--json", "-", "--dense_layers", "0", "--device", "cpu"]) == 0
-    assert list(json.loads(capsys.readouterr().out)["kept_share"]) == ["0", "1", "2", "3"]
+    numbers = json.loads(capsys.readouterr().out)
+    assert list(numbers["kept_share"]) == ["0", "1", "2", "3"] and numbers["local_window"] == 256
+    assert main([*command, "--local_window", "0", "--device", "cpu"]) == 0
+    assert "exact" not in capsys.readouterr().out + (out / "choice.html").read_text()
 
 
 def test_of_a_text_much_longer_than_the_context_the_rest_is_not_read(tmp_path, model_folder):
@@ -186,6 +192,7 @@ def damaged(folder):
 WRONG = [
     ("no_model", lambda folder: ["/no/such/folder"], "model='/no/such/folder': a folder with a model"),
     ("no_text", lambda folder: [str(folder), "--text", "/no/text"], "/no/text"),
+    ("nothing_to_choose", lambda folder: [str(folder), "--select_topk", "0"], "select_topk=0 chooses nothing"),
     ("a_ratio", lambda folder: [str(folder), "--pool_ratios", "0.3"], r"pool_ratios[0]=0.3"),
     ("topk", lambda folder: [str(folder), "--select_topk", "many"], "select_topk=many"),
     ("layers", lambda folder: [str(folder), "--dense_layers", "2"], "dense_layers=2"),

@@ -13,6 +13,7 @@ import torch
 
 from lighthouse.cli.plan import add_device, add_layer, add_settings, chosen_device
 from lighthouse.cli.shared import check_folders, mib, say
+from lighthouse.core.acting import why_it_cannot_act
 from lighthouse.core.method import Method
 from lighthouse.speed.benchmark import TOKENS, Bench
 from lighthouse.speed.layer import default_layer
@@ -61,7 +62,7 @@ GRAPHS: tuple[Column, ...] = (
     ("beside inner", "graph_beside_inner_seconds", _ms, 14),
 )
 OPERATORS: tuple[Column, ...] = (
-    ("operator", "name", str, 18),
+    ("operator", "name", str, 26),
     ("bytes moved", "bytes", lambda size: f"{size / 1e6:,.1f} MB", 14),
     ("time", "seconds", lambda seconds: f"{1e3 * seconds:,.3f} ms", 13),
     ("GB/s", "speed", lambda speed: f"{speed / 1e9:,.1f}", 10),
@@ -142,18 +143,9 @@ def _prepared(options: argparse.Namespace, called: str) -> tuple[list[Bench], Pa
 
 def _check_acts(options: argparse.Namespace) -> None:
     """Refuses a training step whose side with Lighthouse would be dense too. Raises `ValueError`."""
-    made = Method.of(options).plan(options.context)
-    if len(made.windows) == 1 or not made.entries[-1]:
-        raise ValueError(
-            f"context={options.context} with windows of {', '.join(map(str, made.windows))} tokens: this is dense "
-            "attention, nothing to compare; use a longer --context or other --pool_ratios"
-        )
-    if made.length > made.tokens:
-        raise ValueError(
-            f"context={options.context}: the sub-sequence has {made.length:,} entries, "
-            f"{made.length / made.tokens:.0%} of the tokens, so the model stays dense; use a smaller --select_topk "
-            "or a longer --context"
-        )
+    why_not = why_it_cannot_act(options.context, Method.of(options))
+    if why_not is not None:
+        raise ValueError(f"context={options.context}: {why_not}")
 
 
 def _run(benches: Sequence[Bench], file: Path | None, options: argparse.Namespace) -> None:
@@ -165,6 +157,7 @@ def _run(benches: Sequence[Bench], file: Path | None, options: argparse.Namespac
     results = benches[0].results
     for bench in benches:
         show(f"{results['device']}; torch {torch.__version__}; a layer of {bench.layer}, forward and backward")
+        show(f"Lighthouse with {bench.method}")
         _layers(bench, file, sorted(set(options.tokens)), show)
         if options.train:
             row = bench.has_step(options.model, options.context, options.dense_layers)
@@ -259,7 +252,10 @@ def notes(rows: Sequence[dict], short: float = 0.0) -> list[str]:
 def pays(bench: Bench) -> str:
     found = bench.pays_from()
     if found is None:
-        return "Lighthouse is not faster at the longest length: use longer --tokens or a smaller --select_topk."
+        window = " or --local_window" if bench.method.local_window else ""
+        return (
+            f"Lighthouse is not faster at the longest length: use longer --tokens or a smaller --select_topk{window}."
+        )
     first = found == bench.rows[0]["tokens"]
     return f"Lighthouse is faster from {found:,} tokens on" + (", the shortest measured." if first else ".")
 

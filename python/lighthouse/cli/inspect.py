@@ -64,7 +64,9 @@ def main(arguments: Sequence[str]) -> int:
     for note in notes:
         print(f"Note: {note}.", file=sys.stderr if options.json == "-" else sys.stdout)
     if options.json != "-":
-        print(f"{numbers['tokens']:,} tokens, a sub-sequence of {numbers['sub_length']:,} entries")
+        window = numbers["local_window"]
+        beside = f"; beside it, exact attention to the last {window:,} tokens, kept or not" if window else ""
+        print(f"{numbers['tokens']:,} tokens, a sub-sequence of {numbers['sub_length']:,} entries{beside}")
         print(f"kept as tokens by every head: {numbers['kept_by_every_head_share']:.2%}; by none: ", end="")
         print(f"{numbers['kept_by_no_head_share']:.2%}")
         print(f"Picture: {paths['png']}\nPage:    {paths['html']}")
@@ -117,7 +119,7 @@ def _choices(options: argparse.Namespace) -> tuple[Choices, list[str], list[str]
     )
     settings = model.lighthouse_settings
     if not settings.method.chooses:
-        raise ValueError("select_topk=0 chooses nothing: there is no choice to show")
+        raise ValueError("select_topk=0 chooses nothing, so there is no choice to show: use a select_topk above 0")
     made = settings.method.plan(len(ids))
     if made.length > made.tokens:
         raise ValueError(

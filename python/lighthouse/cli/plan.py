@@ -155,16 +155,11 @@ def _memory(config, layer, plan, settings, layers, compiled) -> dict:
 
 def _text(found: dict) -> str:
     layer = Layer(**{name: found["layer"][name] for name in ("heads", "kv_heads", "head_dim", "dtype")})
-    lines = [f"{found['tokens']:,} tokens, {found['parents']:,} parents per level", ""]
-    lines.append(f"{'level':>6}{'window':>12}{'entries':>14}{'chosen':>14}")
-    for level, row in enumerate(zip(found["windows"], found["entries"], found["chosen"], strict=True)):
-        lines.append(
-            f"{level:>6}" + "".join(f"{number:>{width},}" for number, width in zip(row, (12, 14, 14), strict=True))
-        )
+    lines = _pyramid_lines(found) if found["parents"] else [f"{found['tokens']:,} tokens, nothing is chosen", ""]
+    if found["local_window"]:
+        beside = "beside it" if found["parents"] else "and nothing else"
+        lines.append(f"local window     exact attention to the last {found['local_window']:,} tokens, {beside}")
     lines += [
-        "",
-        f"sub-sequence S   {found['length']:,} entries, S/N {found['length_share']:.2%}",
-        f"kept share       {found['kept_share']:.2%} of the tokens are kept at level 0",
         "",
         f"A layer ({layer}), forward and backward, a batch of one:",
         f"  attention work   {found['layer']['attention_work']:.2%} of dense",
@@ -176,8 +171,7 @@ def _text(found: dict) -> str:
             f"  estimate here    dense {_seconds(its['dense'])}, Lighthouse {_seconds(its['lighthouse'])}: "
             f"{its['speedup']:.1f} times as fast, {_give_or_take(its['precision'])}",
             *(f"                   {line}" for line in _known(its["precision"])),
-            f"                   of Lighthouse's: inner attention {_seconds(its['inner'])}, local window "
-            f"{_seconds(its['local'])}, its operators {_seconds(its['movement'])}",
+            f"                   of Lighthouse's: {_parts(its)}",
         ]
         if its["graph_speedup"] > 1.05 * its["speedup"]:
             lines.append(f"                   without launches, as a CUDA graph, {its['graph_speedup']:.1f} times")
@@ -193,6 +187,26 @@ def _text(found: dict) -> str:
     for warning in found["warnings"]:
         lines += ["", f"Warning: {warning}."]
     return "\n".join(lines)
+
+
+def _pyramid_lines(found: dict) -> list[str]:
+    lines = [f"{found['tokens']:,} tokens, {found['parents']:,} parents per level", ""]
+    lines.append(f"{'level':>6}{'window':>12}{'entries':>14}{'chosen':>14}")
+    for level, row in enumerate(zip(found["windows"], found["entries"], found["chosen"], strict=True)):
+        lines.append(
+            f"{level:>6}" + "".join(f"{number:>{width},}" for number, width in zip(row, (12, 14, 14), strict=True))
+        )
+    return [
+        *lines,
+        "",
+        f"sub-sequence S   {found['length']:,} entries, S/N {found['length_share']:.2%}",
+        f"kept share       {found['kept_share']:.2%} of the tokens are kept at level 0",
+    ]
+
+
+def _parts(estimate: dict) -> str:
+    names = {"inner": "inner attention", "local": "local window", "movement": "its operators"}
+    return ", ".join(f"{text} {_seconds(estimate[name])}" for name, text in names.items() if estimate[name])
 
 
 def _step_lines(step: dict) -> list[str]:

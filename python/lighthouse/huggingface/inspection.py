@@ -29,12 +29,14 @@ class Choices:
         layers: the numbers of these layers in the model, from 0.
         windows: tokens per entry of each level, finest first.
         length: S of the sub-sequence.
+        local_window: tokens that each attends to exactly beside what is kept; 0: none.
     """
 
     levels: np.ndarray
     layers: tuple[int, ...]
     windows: tuple[int, ...]
     length: int
+    local_window: int = 0
 
     @property
     def tokens(self) -> int:
@@ -86,12 +88,12 @@ def choices_of(model: PreTrainedModel, input_ids: torch.Tensor) -> Choices:
             f"Lighthouse did not act on {input_ids.shape[1]} tokens: it is switched off, or the model was wrapped with "
             'settings that leave such a sequence dense (eval="lighthouse", min_tokens=0 and max_share=1.0 do not)'
         )
-    settings = model.lighthouse_settings
+    settings, method = model.lighthouse_settings, model.lighthouse_settings.method
     count = model.config.num_hidden_layers
     layers = tuple(layer for layer in range(count) if settings.acts_in_layer(layer, count))
-    levels = [_finest_levels(mask[0].cpu().numpy(), settings.method.windows) for mask, _ in caught.found]
-    length = settings.method.length(input_ids.shape[1])
-    return Choices(np.stack(levels), layers, settings.method.windows, length)
+    levels = [_finest_levels(mask[0].cpu().numpy(), method.windows) for mask, _ in caught.found]
+    length = method.length(input_ids.shape[1])
+    return Choices(np.stack(levels), layers, method.windows, length, method.local_window)
 
 
 def choices_in(selection: Selection, batch: int = 0) -> Choices:

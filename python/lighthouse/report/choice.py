@@ -88,6 +88,7 @@ def summary(choices: Choices) -> dict[str, Any]:
         "tokens": tokens,
         "sub_length": choices.length,
         "windows": list(choices.windows),
+        "local_window": choices.local_window,
         "kv_heads": heads,
         "kept_share": {str(layer): float(value) for layer, value in zip(choices.layers, share, strict=True)},
         "kept_by_every_head_share": float(choices.kept.all(axis=(0, 1)).mean()),

@@ -106,6 +106,7 @@ class Bench:
             raise CannotGoOn(f"json={str(file)!r} has no results of bench ({error!r}): give another file") from None
         if "versions" not in former:
             raise CannotGoOn(f"json={str(file)!r} was written by an earlier version of bench: give another file")
+        former = DEFAULT.values() | former  # a setting that an earlier version lacks was as by default
         for name in SAME:
             if former.get(name) != self.results[name]:
                 raise CannotGoOn(
@@ -150,7 +151,7 @@ class Bench:
             "kept_share": made.kept_share,
             "inner_backend": inner_backend(*inputs[:2]).name,
         }
-        inner = {"inner": inner_side(made.length, layer, self.device)} if self.parts else {}
+        inner = {"inner": inner_side(made.length, layer, self.device)} if self.parts and self.method.chooses else {}
         self.say(f"{tokens:,} tokens: time")
         row |= self._times(sides | inner, tokens)
         for name, side in sides.items():
