@@ -252,6 +252,22 @@ REFUSED = [
 ]
 
 
+LARGER = [
+    ("a_window_beside_the_pyramid", {}, "Lighthouse"),
+    ("no_window", {"local_window": "0"}, "dense"),
+    ("no_window_and_no_dense_stage", {"local_window": "0", "lighthouse_only": True}, "Lighthouse"),
+    ("a_dense_run", {"dense_only": True}, "dense"),
+]
+
+
+@pytest.mark.parametrize("run, stage", [each[1:] for each in LARGER], ids=[each[0] for each in LARGER])
+def test_the_larger_stage_must_fit(tmp_path, text, monkeypatch, run, stage):
+    needed = []
+    monkeypatch.setattr(run_module, "check_memory", lambda estimate, device: needed.append(estimate))
+    prepare(options(text, **run), training(tmp_path))
+    assert [estimate.what.split()[1] for estimate in needed] == [stage]
+
+
 @pytest.mark.parametrize("run, trainer, message", [r[1:] for r in REFUSED], ids=[r[0] for r in REFUSED])
 def test_refused_before_any_work(tmp_path, text, run, trainer, message):
     folder = tmp_path / "run"

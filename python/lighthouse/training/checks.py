@@ -228,7 +228,7 @@ def _named(name: str, value):
 
 
 def memory_of(options: PretrainOptions, training: TrainingOptions, config, *, dense: bool) -> MemoryEstimate:
-    """The estimate for the larger of a run's stages: the dense one, if there is one."""
+    """The estimate for one of a run's stages."""
     settings = LighthouseSettings(options.method, options.dense_layers)
     sharded = bool(training.fsdp) or training.deepspeed is not None
     return estimate(

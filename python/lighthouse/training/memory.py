@@ -105,7 +105,8 @@ def estimate(
         rows: sequences in a forward (`per_device_train_batch_size`).
         dtype: of weights, gradients and optimizer states.
         bf16: bfloat16 autocast, as Trainer has it with `--bf16`.
-        lighthouse: the settings of the layers it acts in, or None for a dense step. The dense one is the larger.
+        lighthouse: the settings of the layers it acts in, or None for a dense step. The dense one is the larger
+            without a local window, the smaller with one.
         gradient_checkpointing: of each layer only its input is kept, and its choice.
         optimizer: Trainer's name for it (`training.optim`).
         accumulation: forwards per step (`gradient_accumulation_steps`).

@@ -359,7 +359,9 @@ def prepare(
     switch_step = options.lighthouse_steps(training.max_steps, tokens_per_step(options, training))
     if earlier is not None and options.switch.share is not None:
         switch_step = earlier["lighthouse_steps"]  # it stays where it was when the number of steps changes
-    check_memory(memory_of(options, training, config, dense=switch_step < training.max_steps), training.device)
+    # The larger stage: what a local window keeps is as much as dense attention, and the sub-sequence comes on top.
+    dense = switch_step == 0 or (switch_step < training.max_steps and not options.method.local_window)
+    check_memory(memory_of(options, training, config, dense=dense), training.device)
     corpus = corpus or data.find_corpus(options, **of_text, tokenizer=tokenizer)
     run = Run(options, training, corpus, switch_step, checkpoint)
     if earlier is not None:
