@@ -12,6 +12,7 @@ import torch
 from lighthouse.report.studied import StudyResult, Trial, judged
 from lighthouse.report.study import nothing_known, of_the_given, page_of
 from lighthouse.report.study_picture import slices
+from lighthouse.studies.storage import importance
 from lighthouse.studies.trial import Judge
 from lighthouse.training.result import HeldOut
 
@@ -77,6 +78,7 @@ def test_a_trial_that_did_not_have_what_each_has_cannot_win(judge, changes, why)
     if why is not None:
         assert why in found[3].why and result.best.number == 2 and found[3] not in result.front
         text = page_of(result, Path("best.yaml")).markdown()
+        assert "1 of 4 did not meet this and cannot be the best" in text
         assert "3 complete, 1 not comparable" in text and found[3].why[:60] in text.replace("\u00a0", " ")
 
 
@@ -161,6 +163,19 @@ def test_a_trial_is_pruned_by_the_losses_behind_the_switch():
     assert ends(9, before=4) == [7, 8, 9, 10]  # of another share, whose losses are of other places of the schedule
     with pytest.raises(optuna.TrialPruned, match="at step 8 of 10"):
         ends(18, before=4)
+
+
+def test_a_candidate_that_decides_the_loss_is_the_most_important():
+    """Of 14 trials: the six without a window are all better than the others, and nothing else matters."""
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    for window in 6 * [0] + 2 * [128, 256, 512, 1024]:
+        study.enqueue_trial({"local_window": window})
+        trial = study.ask()
+        window = trial.suggest_categorical("local_window", (0, 128, 256, 512, 1024))
+        noise = trial.suggest_int("select_topk", 11, 85, log=True) + 1000 * trial.suggest_float("rate", 1e-3, 2e-3)
+        study.tell(trial, (3.0 if window == 0 else 3.1) + noise / 10_000)
+    found = importance(study, [trial_of(number) for number in range(14)])
+    assert max(found, key=found.get) == "local_window" and sum(found.values()) == pytest.approx(1)
 
 
 def test_the_pictures_show_a_parameter_of_the_trials_that_have_it():

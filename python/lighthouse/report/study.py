@@ -102,8 +102,9 @@ def _best(page: Page, result: StudyResult, best: Trial, best_file: Path | None) 
     if given is None:
         page.text(of_the_given(result))
     page.text(
-        "Each trial is one run with one seed: a difference no larger than that between seeds decides nothing. Before a "
-        "long run, try the best two or three with other seeds."
+        "Each trial is one run with one seed: a difference no larger than that between seeds decides nothing. And a "
+        f"trial is short: after more than {known(best.steps):,} steps another setting may be the best. Before a long "
+        "run, try the best two or three, and the given one, with other seeds and more steps."
     )
     page.code(f"lighthouse pretrain --config {best_file} --steps 5000 --output_dir runs/tuned")
 
@@ -137,9 +138,10 @@ def _judged(result: StudyResult) -> str:
     always += (
         f" A trial counts only if it had the same {result.judge} as the others, within {TOLERANCE:.0%}, in at least "
         f"{LEAST_STEPS} steps, {LEAST_DENSE} of them dense, and if Lighthouse acted in all steps planned for it"
-        + (", and if its dense steps, the same work for all, took the usual time" if result.judge == "time" else "")
-        + f": {len(unequal) or 'none'} of {len(complete) + len(unequal)} did not, and cannot be the best."
+        + (", and if its dense steps, the same work for all, took the usual time." if result.judge == "time" else ".")
     )
+    if unequal:
+        always += f" {len(unequal)} of {len(complete) + len(unequal)} did not meet this and cannot be the best."
     if result.judge == "tokens":
         return f"At equal tokens: {result.budget:,.0f} each, in whole steps. {always}"
     text = f"At equal time: {result.budget:,.1f} s of training each, evaluation not counted. "

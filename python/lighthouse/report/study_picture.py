@@ -126,6 +126,8 @@ def slices(result: StudyResult) -> Figure | None:
         )
         if candidates is not None:
             axes.set_xticks(range(len(candidates)), [f"{value:,}" for value in candidates])
+        elif name.startswith("share"):
+            axes.set_xticks(sorted(set(values)))
         elif name.startswith(("coarsest", "select")):
             axes.set_xscale("log", base=2)
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
