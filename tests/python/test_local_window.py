@@ -241,12 +241,10 @@ def test_a_window_that_covers_all_is_said_once(caplog, monkeypatch):
 KERNELS = {
     "bfloat16": (torch.bfloat16, 64, FLASH),
     "float16": (torch.float16, 128, FLASH),
-    "a_head_dim_that_is_padded": (torch.bfloat16, 36, FLASH),
-    "the_longest_head_dim_of_flash": (torch.bfloat16, 256, FLASH),
+    "an_odd_head_dim": (torch.bfloat16, 40, FLASH),
+    "the_longest_head_dim": (torch.bfloat16, 256, FLASH),
     "float32": (torch.float32, 64, BLOCKS),
-    "float32_odd_head_dim": (torch.float32, 33, BLOCKS),
-    "a_long_head_dim": (torch.bfloat16, 320, BLOCKS),
-    "float64": (torch.float64, 32, BLOCKS),
+    "float32_long_head_dim": (torch.float32, 200, BLOCKS),
 }
 
 
@@ -257,7 +255,7 @@ def test_kernels_of_a_gpu(cuda, name, topk):
     for kv_heads in (4, 2):
         inputs = leaves(cuda, 700, dtype=dtype, head_dim=head_dim, kv_heads=kv_heads, batch=2)
         assert kernel_for(inputs[0]) == kernel
-        assert_right(inputs, 100, topk, allowed=1e-10 if dtype == torch.float64 else None)
+        assert_right(inputs, 100, topk)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

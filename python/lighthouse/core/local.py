@@ -65,33 +65,30 @@ class Saved(NamedTuple):
 
 
 class _Flash:
-    """FlashAttention in tensors `[B, N, H, D]`, D a multiple of 8; grouped heads are its own."""
+    """FlashAttention in tensors `[B, N, H, D]`; grouped heads are its own. (On CUDA D is a multiple of 8.)"""
 
     @staticmethod
     def _arguments(tensors: tuple[Tensor, ...], scale: float | None, window: int):
-        head_dim = tensors[0].shape[3]
-        missing = -head_dim % 8
-        scale = scale or 1 / math.sqrt(head_dim)
-        padded = [(F.pad(tensor, (0, missing)) if missing else tensor).transpose(1, 2) for tensor in tensors]
-        return padded, head_dim, {"scale": scale, "window_size_left": window - 1, "window_size_right": 0}
+        options = {"scale": scale, "window_size_left": window - 1, "window_size_right": 0}
+        return [tensor.transpose(1, 2) for tensor in tensors], options
 
     @classmethod
     def forward(cls, query, key, value, window, scale, dropout_p):
         tokens = query.shape[2]
-        tensors, head_dim, options = cls._arguments((query, key, value), scale, window)
+        tensors, options = cls._arguments((query, key, value), scale, window)
         output, *saved, _ = _ATEN._flash_attention_forward(
             *tensors, None, None, tokens, tokens, dropout_p, True, False, **options
         )
-        return output[..., :head_dim].contiguous().transpose(1, 2), *saved
+        return output.transpose(1, 2), *saved
 
     @classmethod
     def backward(cls, grad, query, key, value, output, saved, window, scale, dropout_p):
         tokens = query.shape[2]
-        tensors, head_dim, options = cls._arguments((grad, query, key, value, output), scale, window)
+        tensors, options = cls._arguments((grad, query, key, value, output), scale, window)
         grads = _ATEN._flash_attention_backward(
             *tensors, saved.logsumexp, None, None, tokens, tokens, dropout_p, True, saved.seed, saved.offset, **options
         )
-        return tuple(each[..., :head_dim].transpose(1, 2) for each in grads)
+        return tuple(each.transpose(1, 2) for each in grads)
 
 
 class _Chunk:
@@ -264,24 +261,35 @@ _KERNELS: dict[str, Any] = {FLASH: _Flash, BLOCKS: _Blocks}
 
 
 def _forward(query, key, value, window, scale, dropout_p, kernel):
+    query, key, value = (_aligned(tensor, kernel) for tensor in (query, key, value))
     return _KERNELS[kernel].forward(query, key, value, window, scale, dropout_p)
 
 
 def _backward(grad_output, query, key, value, output, logsumexp, seed, offset, window, scale, dropout_p, kernel):
     saved = Saved(logsumexp, seed, offset)
+    grad_output, query, key, value = (_aligned(tensor, kernel) for tensor in (grad_output, query, key, value))
     return _KERNELS[kernel].backward(grad_output, query, key, value, output, saved, window, scale, dropout_p)
+
+
+def _aligned(tensor: Tensor, kernel: str) -> Tensor:
+    """A copy where FlashAttention would read 16 bytes from an address that is no multiple of them."""
+    step = 16 // tensor.element_size()
+    if kernel != FLASH or not any(size % step for size in (*tensor.stride()[:3], tensor.storage_offset())):
+        return tensor
+    return tensor.contiguous()
 
 
 def _fake(query, key, value, window, scale, dropout_p, kernel):
     if kernel != BLOCKS:
-        return _forward(query, key, value, window, scale, dropout_p, kernel)
+        return _KERNELS[kernel].forward(query, key, value, window, scale, dropout_p)
     seed, offset = (query.new_empty(count, dtype=torch.int64) for count in (1 if dropout_p else 0, 0))
     return _empty_like(query), query.new_empty(query.shape[:3], dtype=_wide_dtype(query)), seed, offset
 
 
-def _fake_backward(grad_output, query, key, value, *rest):
-    if rest[-1] != BLOCKS:
-        return _backward(grad_output, query, key, value, *rest)
+def _fake_backward(grad_output, query, key, value, output, logsumexp, seed, offset, window, scale, dropout_p, kernel):
+    if kernel != BLOCKS:
+        saved = Saved(logsumexp, seed, offset)
+        return _KERNELS[kernel].backward(grad_output, query, key, value, output, saved, window, scale, dropout_p)
     return tuple(map(_empty_like, (query, key, value)))
 
 
