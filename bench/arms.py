@@ -25,6 +25,8 @@ import argparse
 import hashlib
 import json
 import math
+import re
+import statistics
 import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
@@ -289,21 +291,59 @@ def report(results: list[dict]) -> None:
         )
 
 
+def by_settings(results: list[dict]) -> dict[str, list[dict]]:
+    """Runs that differ in their seed alone, by the name of the first without its seed."""
+    groups: dict[tuple, list[dict]] = {}
+    for result in sorted(results, key=lambda each: each["settings"]["seed"]):
+        key = tuple((name, value) for name, value in result["settings"].items() if name != "seed")
+        groups.setdefault(key, []).append(result)
+    return {re.sub(r"-(s|lr)\d.*", "", group[0]["name"]): group for group in groups.values()}
+
+
+def report_means(results: list[dict]) -> None:
+    print("\n| | seeds | loss: mean, lowest, highest | copy gain at 4,096 and 8,192 | seconds | below 1.5 from step |")
+    print("|---|---:|---|---|---:|---:|")
+    for name, group in by_settings(results).items():
+        losses_, copied = [each["loss"] for each in group], [gains(each) for each in group]
+        far = ", ".join(
+            f"{statistics.mean(each[distance] for each in copied):.2f}"
+            for distance in (4096, 8192)
+            if distance in copied[0]
+        )
+        left = [50 * next((i for i, loss in enumerate(each["training_loss"]) if loss < 1.5), 0) for each in group]
+        print(
+            f"| {name} | {len(group)} | {statistics.mean(losses_):.4f}, {min(losses_):.4f}, {max(losses_):.4f} | {far} "
+            f"| {statistics.mean(each['seconds'] for each in group):.0f} | {min(left):,} to {max(left):,} |"
+        )
+
+
 def plot(results: list[dict], path: Path) -> None:
+    """Means over seeds, from the lowest to the highest of them."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6), constrained_layout=True)
-    for result in results:
-        rows = result["rows"]
-        (line,) = left.plot([r["seconds"] for r in rows], [r["loss"] for r in rows], label=result["name"])
-        for row in rows:
-            if row["step"] == result["switch"]:
-                left.plot(row["seconds"], row["loss"], "v", color=line.get_color())
-        found = gains(result)
-        right.plot(list(found), list(found.values()), "o-", color=line.get_color(), label=result["name"])
+    for name, group in by_settings(results).items():
+        rows = list(zip(*(each["rows"] for each in group), strict=True))
+        seconds = [statistics.mean(row["seconds"] for row in at) for at in rows]
+        at_steps = [[row["loss"] for row in at] for at in rows]
+        label = f"{name}, {len(group)} seeds"
+        (line,) = left.plot(seconds, list(map(statistics.mean, at_steps)), label=label)
+        left.fill_between(
+            seconds, list(map(min, at_steps)), list(map(max, at_steps)), color=line.get_color(), alpha=0.15, linewidth=0
+        )
+        for when, at in zip(seconds, rows, strict=True):
+            if at[0]["step"] == group[0]["switch"]:
+                left.plot(when, statistics.mean(row["loss"] for row in at), "v", color=line.get_color())
+        copied = [gains(each) for each in group]
+        means = {distance: statistics.mean(each[distance] for each in copied) for distance in copied[0]}
+        right.plot(list(means), list(means.values()), "o-", color=line.get_color(), label=label)
+        spread = [[each[distance] for each in copied] for distance in means]
+        right.fill_between(
+            list(means), list(map(min, spread)), list(map(max, spread)), color=line.get_color(), alpha=0.15, linewidth=0
+        )
     lowest = min(result["loss"] for result in results)
     left.set(
         xlabel="seconds of training", ylabel="dense held-out loss, nats a byte", ylim=(0.95 * lowest, lowest + 1.5)
@@ -323,12 +363,14 @@ def main() -> None:
     parser.add_argument("--held-out", type=Path, help="the text of other folders")
     parser.add_argument("--output", type=Path, help="the folder for NAME.json of each run")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
-    parser.add_argument("--report", type=Path, help="train nothing: print the results in this folder")
+    parser.add_argument("--report", type=Path, help="train nothing: print the results in this folder, or those named")
     parser.add_argument("--plot", type=Path, help="with --report: plot loss against time and the copy gain (PNG)")
     options = parser.parse_args()
     if options.report:
         results = [json.loads(path.read_text()) for path in sorted(options.report.glob("*.json"))]
+        results = [each for each in results if not options.runs or each["name"] in options.runs]
         report(results)
+        report_means(results)
         if options.plot:
             plot(results, options.plot)
         return
