@@ -42,6 +42,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 import lighthouse
 
 ARMS = ("dense", "window", "published", "both")
+LABELS = {"window": "window alone", "published": "published method", "both": "pyramid + window"}
 WARM_UP, CLIP = 0.05, 1.0
 PASSAGE, CUE, PASSAGES = 64, 8, 32  # bytes planted, of them left out at the front, and how many are planted
 BLOCK = 128  # tokens, of FlexAttention
@@ -294,10 +295,10 @@ def report(results: list[dict]) -> None:
 def by_settings(results: list[dict]) -> dict[str, list[dict]]:
     """Runs that differ in their seed alone, by the name of the first without its seed."""
     groups: dict[tuple, list[dict]] = {}
-    for result in sorted(results, key=lambda each: each["settings"]["seed"]):
+    for result in sorted(results, key=lambda each: (ARMS.index(each["settings"]["arm"]), each["settings"]["seed"])):
         key = tuple((name, value) for name, value in result["settings"].items() if name != "seed")
         groups.setdefault(key, []).append(result)
-    return {re.sub(r"-(s|lr)\d.*", "", group[0]["name"]): group for group in groups.values()}
+    return {re.sub(r"shuffled-|-(s|lr)\d.*", "", group[0]["name"]): group for group in groups.values()}
 
 
 def report_means(results: list[dict]) -> None:
@@ -329,7 +330,7 @@ def plot(results: list[dict], path: Path) -> None:
         rows = list(zip(*(each["rows"] for each in group), strict=True))
         seconds = [statistics.mean(row["seconds"] for row in at) for at in rows]
         at_steps = [[row["loss"] for row in at] for at in rows]
-        label = f"{name}, {len(group)} seeds"
+        label = f"{LABELS.get(name, name)}, {len(group)} seeds"
         (line,) = left.plot(seconds, list(map(statistics.mean, at_steps)), label=label)
         left.fill_between(
             seconds, list(map(min, at_steps)), list(map(max, at_steps)), color=line.get_color(), alpha=0.15, linewidth=0
@@ -344,11 +345,13 @@ def plot(results: list[dict], path: Path) -> None:
         right.fill_between(
             list(means), list(map(min, spread)), list(map(max, spread)), color=line.get_color(), alpha=0.15, linewidth=0
         )
+        right.set_xscale("log", base=2)
+        right.set_xticks(list(means), [f"{distance:,}" for distance in means])
     lowest = min(result["loss"] for result in results)
     left.set(
         xlabel="seconds of training", ylabel="dense held-out loss, nats a byte", ylim=(0.95 * lowest, lowest + 1.5)
     )
-    right.set(xlabel="bytes to the first appearance", ylabel="copy gain, nats a byte", xscale="log")
+    right.set(xlabel="bytes to the first appearance", ylabel="copy gain, nats a byte")
     for axis in (left, right):
         axis.grid(alpha=0.3)
     right.legend(fontsize="small")
