@@ -4,7 +4,8 @@
 // Shapes: query side [rows, Hq, ...], key side [rows, Hkv, ...], Hq a multiple of Hkv; a tensor of whole sequences has
 // `tokens` rows a head, one of their sub-sequences (_sub) `entries`. All views of one call share dtype and head_dim.
 // Scores are [rows, Hkv, tokens] float32 without gaps. Outputs come last; they are written whole and may not overlap
-// inputs. What is `added`, a local window's part (METHOD 5a), is added to a sum as its last term, before the one rounding.
+// inputs. What is `added`, a local window's part (METHOD 5a), is added to a sum as its last term, before the one
+// rounding.
 #pragma once
 
 #include "lighthouse/selection.h"

@@ -23,7 +23,8 @@ void check_pair(const char* argument, const ConstView& whole, const char* sub_ar
 
 // What is added to an output; all or none of a call's.
 void check_added(const char* argument, const ConstView& added, const ConstView& output, bool expected) {
-  require((added.data != nullptr) == expected, argument, " is missing or too much: all of a call's are needed, or none");
+  require((added.data != nullptr) == expected, argument,
+          " is missing or too much: all of a call's are needed, or none");
   if (!expected) return;
   check_view(argument, added, output);
   check_sizes(argument, added, output.batch(), output.heads(), output.tokens());

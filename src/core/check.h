@@ -36,9 +36,7 @@ inline std::array<Pair, 3> pairs_of(const GatherBackwardArgs& args) {
            {args.grad_key_sub, args.grad_key, args.added_key},
            {args.grad_value_sub, args.grad_value, args.added_value}}};
 }
-inline std::array<Pair, 1> pairs_of(const ScatterArgs& args) {
-  return {{{args.output_sub, args.output, args.added}}};
-}
+inline std::array<Pair, 1> pairs_of(const ScatterArgs& args) { return {{{args.output_sub, args.output, args.added}}}; }
 inline std::array<Pair, 1> pairs_of(const ScatterBackwardArgs& args) {
   return {{{args.grad_output, args.grad_output_sub}}};
 }

@@ -233,9 +233,9 @@ void for_each_choice(const AttentionArgs& args, const Body& body) {
 
 // METHOD 5a: one token of one query head, and the tokens that it sees.
 struct LocalRow {
-  int64_t query;       // the token's row in [rows, Hq, tokens]
-  int64_t first_key;   // the first seen token's row in [rows, Hkv, tokens]
-  Matrix weights;      // of the tokens from there on
+  int64_t query;      // the token's row in [rows, Hq, tokens]
+  int64_t first_key;  // the first seen token's row in [rows, Hkv, tokens]
+  Matrix weights;     // of the tokens from there on
   double scale;
 };
 

@@ -103,10 +103,8 @@ void attend_in_sub_sequences(AttentionState& state) {
                  .key_sub = state.key_sub,
                  .value_sub = state.value_sub},
       *state.executor);
-  state.inner.forward({.query = state.query_sub,
-                       .key = state.key_sub,
-                       .value = state.value_sub,
-                       .output = state.output_sub});
+  state.inner.forward(
+      {.query = state.query_sub, .key = state.key_sub, .value = state.value_sub, .output = state.output_sub});
 }
 
 }  // namespace

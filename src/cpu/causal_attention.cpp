@@ -71,9 +71,7 @@ void add_scaled(A* out, A factor, const A* row, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] += factor * row[i];
 }
 
-int64_t first_seen(int64_t token, int64_t window) {
-  return window > 0 ? std::max<int64_t>(0, token - window + 1) : 0;
-}
+int64_t first_seen(int64_t token, int64_t window) { return window > 0 ? std::max<int64_t>(0, token - window + 1) : 0; }
 
 // Weights of one query row over the keys from `first` up to it, and the log of their sum before normalisation.
 template <class A>

@@ -101,9 +101,8 @@ template <class Device>
 std::tuple<Tensor, Tensor, Tensor> gather_backward(Tensor grad_query_sub, Tensor grad_key_sub, Tensor grad_value_sub,
                                                    Tensor mask, Tensor prefix, std::vector<int64_t> windows,
                                                    std::vector<int64_t> query_order, std::vector<int64_t> key_order,
-                                                   std::vector<int64_t> value_order,
-                                                   std::optional<Tensor> added_query, std::optional<Tensor> added_key,
-                                                   std::optional<Tensor> added_value) {
+                                                   std::vector<int64_t> value_order, std::optional<Tensor> added_query,
+                                                   std::optional<Tensor> added_key, std::optional<Tensor> added_value) {
   const Device device(grad_query_sub);
   const View query_view = view_of("grad_query_sub", grad_query_sub),
              key_view = view_on(device, "grad_key_sub", grad_key_sub),

@@ -21,12 +21,11 @@ double* new_numbers(Tensor& tensor) { return static_cast<double*>(tensor.data_pt
 Sequences sequences_of(const Tensor& scores, const std::vector<int64_t>& windows, int64_t numerator,
                        int64_t denominator, bool cover_start, int64_t local_window) {
   require_choice_sizes("query_score", scores);
-  return Sequences::of_rows(
-      scores.size(0), scores.size(2),
-      {.pyramid = Pyramid::from_windows(windows),
-       .topk = topk_of(numerator, denominator),
-       .cover_start = cover_start,
-       .local_window = local_window});
+  return Sequences::of_rows(scores.size(0), scores.size(2),
+                            {.pyramid = Pyramid::from_windows(windows),
+                             .topk = topk_of(numerator, denominator),
+                             .cover_start = cover_start,
+                             .local_window = local_window});
 }
 
 const float* scores_of(const char* argument, const Tensor& scores) {

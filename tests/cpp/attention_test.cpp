@@ -106,11 +106,11 @@ Result plain(const Problem& problem, DType dtype, const Values& query, const Val
   const std::vector<float> zeros(static_cast<size_t>(problem.rows * problem.kv_heads * sequences.entries));
   const Result sub = oracle(dense, problem.shape(), pooled(query, problem.query_heads), pooled(key, problem.kv_heads),
                             pooled(value, problem.kv_heads), grad_sub, {zeros.data(), zeros.data()}, 0.0);
-  return {rounded(dtype, sum_of(plain_scatter(choice, problem.query_heads, dim, rounded(dtype, sub.output)),
-                                local.output)),
-          unpooled(sub.grad_query, problem.query_heads, local.grad_query),
-          unpooled(sub.grad_key, problem.kv_heads, local.grad_key),
-          unpooled(sub.grad_value, problem.kv_heads, local.grad_value)};
+  return {
+      rounded(dtype, sum_of(plain_scatter(choice, problem.query_heads, dim, rounded(dtype, sub.output)), local.output)),
+      unpooled(sub.grad_query, problem.query_heads, local.grad_query),
+      unpooled(sub.grad_key, problem.kv_heads, local.grad_key),
+      unpooled(sub.grad_value, problem.kv_heads, local.grad_value)};
 }
 
 class Attention : public testing::TestWithParam<Problem> {};

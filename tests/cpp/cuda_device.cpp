@@ -51,9 +51,9 @@ class Loan {
     return {in(a.query), in(a.key), in(a.value), in(a.selection), out(a.query_sub), out(a.key_sub), out(a.value_sub)};
   }
   GatherBackwardArgs lend(const GatherBackwardArgs& a) {
-    return {in(a.grad_query_sub),     in(a.grad_key_sub),     in(a.grad_value_sub),    in(a.selection),
-            out(a.grad_query),        out(a.grad_key),        out(a.grad_value),       maybe_in(a.added_query),
-            maybe_in(a.added_key),    maybe_in(a.added_value)};
+    return {in(a.grad_query_sub),  in(a.grad_key_sub),     in(a.grad_value_sub), in(a.selection),
+            out(a.grad_query),     out(a.grad_key),        out(a.grad_value),    maybe_in(a.added_query),
+            maybe_in(a.added_key), maybe_in(a.added_value)};
   }
   ScatterArgs lend(const ScatterArgs& a) {
     return {in(a.output_sub), in(a.selection), out(a.output), maybe_in(a.added)};

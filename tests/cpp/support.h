@@ -33,8 +33,7 @@ inline Pyramid pyramid(const std::vector<int64_t>& windows) { return Pyramid::fr
 inline Sequences sequences_of(int64_t rows, int64_t tokens, const Pyramid& pyramid, const TopK& topk,
                               bool cover_start = true, int64_t local_window = 0) {
   return Sequences::of_rows(
-      rows, tokens,
-      {.pyramid = pyramid, .topk = topk, .cover_start = cover_start, .local_window = local_window});
+      rows, tokens, {.pyramid = pyramid, .topk = topk, .cover_start = cover_start, .local_window = local_window});
 }
 
 enum class ScoreKind { random, few_values, all_equal, nan, infinite, signed_zeros, rising, all_nan };
