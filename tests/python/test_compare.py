@@ -1,4 +1,4 @@
-"""`lighthouse compare` and its functions: two seeds, gone on with, failed, refused."""
+"""`lighthouse compare` and its functions: three arms of two seeds, gone on with, failed, refused."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -19,7 +20,8 @@ from lighthouse.cli import main
 from lighthouse.export import plain_process
 from lighthouse.export.export import ExportFailed
 from lighthouse.export.plain import inference
-from lighthouse.report.comparison import checklist, passing, recovery
+from lighthouse.report import standings
+from lighthouse.report.checklist import checklist, passing, recovery
 from lighthouse.studies.compare import compare, compare_defaults, prepare_comparison
 from lighthouse.training import PretrainResult, Run, checkpoints
 from lighthouse.training import run as run_module
@@ -31,6 +33,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 compare_module = sys.modules["lighthouse.studies.compare"]
 
 SEEDS = [0, 1]
+ARMS = ["dense", "window", "lighthouse"]  # by default
 EVERY = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1, "eval_on_start": True}
 
 
@@ -69,8 +72,10 @@ def again(done, tmp_path, monkeypatch):
 def command(text, folder, *more) -> list[str]:
     """The same as arguments."""
     small = "--model nano --context 128 --held_out 2 --steps 5 --eval_steps 2 --logging_steps 1 --report_to none"
-    rest = "--pool_ratios 1/2 1/4 --select_topk 4 --share 0.6 --max_grad_norm 1.0 --use_cpu --disable_tqdm true"
-    every = "--save_strategy steps --save_steps 2 --save_total_limit 1 --eval_on_start true"
+    rest = "--pool_ratios 1/2 1/4 --select_topk 4 --local_window 16 --share 0.6 --max_grad_norm 1.0"
+    every = (
+        "--use_cpu --disable_tqdm true --save_strategy steps --save_steps 2 --save_total_limit 1 --eval_on_start true"
+    )
     return ["compare", *f"{small} {rest} {every}".split(), "--data", str(text), "--output_dir", str(folder), *more]
 
 
@@ -80,11 +85,14 @@ def command(text, folder, *more) -> list[str]:
 def test_the_folder(done):
     folder, found = done
     assert {path.name for path in folder.iterdir()} == {
-        *("seed-0", "seed-1", "model", "results.json", "report.html", "report.md", "loss-time.png", "loss-tokens.png")
+        *("seed-0", "seed-1", "model", "results.json", "report.html", "report.md"),
+        *("loss-time.png", "loss-steps.png", "loss-position.png"),
     }
     numbers = json.loads((folder / "results.json").read_text())
-    assert [pair["seed"] for pair in numbers["pairs"]] == SEEDS
-    assert [run["name"] for pair in numbers["pairs"] for run in pair["runs"]] == ["dense", "two-stage"] * 2
+    assert [seed["seed"] for seed in numbers["seeds"]] == SEEDS
+    assert [run["name"] for seed in numbers["seeds"] for run in seed["runs"]] == ARMS * 2 == numbers["arms"] * 2
+    assert [pair["arm"] for seed in numbers["seeds"] for pair in seed["pairs"]] == ARMS[1:] * 2
+    assert numbers["shipped"] == "lighthouse" and numbers["standings"]["said"] == standings.said(found)
     assert [check["what"].split(" on ")[0] for check in numbers["checklist"]] == [
         "Wrapper integrated",
         "Speed-up verified",
@@ -92,15 +100,37 @@ def test_the_folder(done):
         "Stripped and inference benchmarked",
         "Model card updated",
     ]
-    for pair in found.pairs:
-        stored = PretrainResult.load(folder / f"seed-{pair.seed}" / "two-stage" / "results.json")
-        assert stored == pair.two_stage and stored.settings["seed"] == pair.seed
+    for seed in found.seeds:
+        for arm, run in seed.runs.items():
+            stored = PretrainResult.load(folder / f"seed-{seed.seed}" / arm / "results.json")
+            assert replace(stored, name=arm) == run and stored.settings["seed"] == seed.seed
 
 
-def test_both_runs_of_a_seed_begin_alike_and_only_those(done):
-    first = [[run.held_out[0] for run in pair.runs] for pair in done[1].pairs]
-    assert all(point.step == 0 for pair in first for point in pair)
-    assert all(dense.loss == two_stage.loss for dense, two_stage in first) and first[0][0].loss != first[1][0].loss
+def test_all_runs_of_a_seed_begin_alike_and_only_those(done):
+    first = [[run.held_out[0] for run in seed.runs.values()] for seed in done[1].seeds]
+    assert all(point.step == 0 for seed in first for point in seed)
+    losses = [{point.loss for point in seed} for seed in first]
+    assert len(losses[0]) == len(losses[1]) == 1 and losses[0] != losses[1]
+    assert len({run.loss for run in done[1].seeds[0].runs.values()}) == len(ARMS)  # and end otherwise
+
+
+def test_what_differs_between_arms_is_attention_alone(done):
+    settings = {arm: run.settings for arm, run in done[1].seeds[0].runs.items()}
+    assert settings["window"]["select_topk"] == 0 and settings["window"]["local_window"] == 16
+    assert settings["lighthouse"]["select_topk"] == 4 and settings["lighthouse"]["local_window"] == 16
+    assert settings["dense"]["dense_only"] and settings["dense"]["lighthouse_steps"] == 0
+    assert settings["window"]["lighthouse_steps"] == settings["lighthouse"]["lighthouse_steps"] == 3
+    assert not [pair.differences for seed in done[1].seeds for pair in seed.pairs.values() if pair.differences]
+
+
+def test_each_model_is_evaluated_with_the_loss_of_its_run(done):
+    for seed in done[1].seeds:
+        assert list(seed.evaluations) == ARMS
+        for arm, found in seed.evaluations.items():
+            assert found.loss.loss == pytest.approx(seed.runs[arm].loss, rel=1e-5)
+            assert found.loss.stretches[-1].stop == 128 and found.copy is None  # of so short a context
+    numbers = json.loads((done[0] / "results.json").read_text())["seeds"][1]["evaluations"]["window"]
+    assert numbers == done[1].seeds[1].evaluations["window"].to_json()
 
 
 def test_the_stripped_model_is_plain(done):
@@ -110,11 +140,11 @@ def test_the_stripped_model_is_plain(done):
     assert (inference.exported.prompt, inference.new_tokens) == (96, 32) and inference.rounds == 2
     for speed in (inference.exported, inference.plain):
         assert speed.prefill_tokens_per_second > 0 and speed.decode_tokens_per_second > 0
-    best = min(found.pairs, key=lambda pair: pair.two_stage.loss)
+    best = min(found.pairs, key=lambda pair: pair.other.loss)
     assert found.stripped.seed == best.seed and found.stripped.failure is None
     model, source = (
         AutoModelForCausalLM.from_pretrained(place)
-        for place in (folder / "model", folder / f"seed-{best.seed}" / "two-stage" / "model")
+        for place in (folder / "model", folder / f"seed-{best.seed}" / "lighthouse" / "model")
     )
     for weight, expected in zip(model.parameters(), source.parameters(), strict=True):
         assert weight.equal(expected)
@@ -125,18 +155,22 @@ def test_the_stripped_model_is_plain(done):
 def test_the_page_says_what_was_found(done):
     folder, found = done
     text, markdown = (folder / "report.html").read_text(), (folder / "report.md").read_text()
-    assert not re.search(r'(src|href)="(?!data:)', text) and text.count("data:image/png") == 2
-    for pair in found.pairs:
+    assert not re.search(r'(src|href)="(?!data:)', text) and text.count("data:image/png") == 3
+    for pair in (pair for seed in found.seeds for pair in seed.pairs.values()):
         for part in (passing(pair), recovery(pair), *(f"{run.loss:.4f}" for run in pair.runs)):
             assert part in markdown, part
+    for line in standings.said(found):
+        assert line in markdown, line
     for check in checklist(found):
         assert f"- [{'x' if check.passed else ' '}] **{check.what}" in markdown and check.evidence in markdown
-    assert "2 of the two-stage run" in checklist(found)[1].evidence  # dense steps, which are too few to tell of time
-    assert "two-stage" in text and found.device in text
+    assert "2 of the lighthouse run" in checklist(found)[1].evidence  # dense steps, which are too few to tell of time
+    assert "on 48 entries in place of 128 tokens and a local window of 16" in checklist(found)[0].evidence
+    assert "a local window of 16 in place of 128 tokens in 4 of 4 layers" in markdown
+    assert all(f"<code>{arm}</code>" in text for arm in ARMS) and found.device in text
 
 
 def test_peak_memory_of_each_stage(done):
-    for run in (run for pair in done[1].pairs for run in pair.runs):
+    for run in (run for seed in done[1].seeds for run in seed.runs.values()):
         for stage in run.stages.values():
             assert stage.peak_memory is None or 2**20 < stage.peak_memory < 2**40
 
@@ -153,19 +187,50 @@ def test_an_export_that_fails_is_a_failed_check(done, tmp_path, monkeypatch, tex
     assert "by up to 0.25" in (folder / "report.html").read_text()
 
 
+def test_a_model_that_cannot_be_evaluated_is_said_so_and_the_rest_is_done(again, done, text, monkeypatch):
+    def fail(*args, **kwargs):
+        raise ValueError("the model's losses are not finite in torch.float32: it needs another dtype")
+
+    for path in again.glob("*/window/evaluation.json"):
+        path.unlink()
+    monkeypatch.setattr("lighthouse.studies.evaluated.evaluate", fail)
+    found = compare(options(text), training(again, **EVERY, resume=True), seeds=SEEDS)
+    said = "Seed 1, window: not evaluated, the model's losses are not finite in torch.float32: it needs another dtype."
+    assert said in found.not_evaluated and said in (again / "report.md").read_text()
+    assert [list(seed.evaluations) for seed in found.seeds] == [["dense", "lighthouse"]] * 2
+    assert found.seeds[0].evaluations["dense"] == done[1].seeds[0].evaluations["dense"]  # which were read
+
+
 # Going on
 
 
+def to_train(plan) -> list[bool]:
+    return [isinstance(planned.run, Run) for planned in plan.runs]
+
+
 def test_between_runs(again, done, text):
-    shutil.rmtree(again / "seed-1" / "two-stage")
+    shutil.rmtree(again / "seed-1" / "lighthouse")
     plan = prepare_comparison(options(text), training(again, **EVERY, resume=True), seeds=SEEDS)
-    assert [isinstance(run, Run) for run in plan.runs] == [False, False, False, True]
+    assert to_train(plan) == [False] * 5 + [True]
     said = []
     found = plan.run(said.append)
-    assert [line for line in said if "already finished" in line] == said[:3] and "seed 1, two-stage" in said[3]
-    for one, two in zip(found.pairs, done[1].pairs, strict=True):
-        assert one.baseline == two.baseline
-        assert [(p.step, p.loss) for p in one.two_stage.held_out] == [(p.step, p.loss) for p in two.two_stage.held_out]
+    assert [line for line in said if "already finished" in line] == said[:5] and "seed 1, lighthouse" in said[5]
+    for one, two in zip(found.seeds, done[1].seeds, strict=True):
+        assert [one.runs[arm] for arm in ARMS[:2]] == [two.runs[arm] for arm in ARMS[:2]]
+        its, before = (seed.runs["lighthouse"].held_out for seed in (one, two))
+        assert [(p.step, p.loss) for p in its] == [(p.step, p.loss) for p in before]
+        assert one.evaluations == two.evaluations
+
+
+def test_what_was_evaluated_is_read_and_what_was_evaluated_otherwise_is_not(again, done, text, monkeypatch):
+    evaluated, measured = sys.modules["lighthouse.studies.evaluated"], []
+    whole = evaluated.evaluate
+    monkeypatch.setattr(evaluated, "evaluate", lambda *args, **how: measured.append(1) or whole(*args, **how))
+    other = again / "seed-1" / "window" / "evaluation.json"
+    other.write_text(other.read_text().replace('"passages": 16', '"passages": 15'))
+    found = compare(options(text), training(again, **EVERY, resume=True), seeds=SEEDS)
+    assert len(measured) == 1 and [s.evaluations for s in found.seeds] == [s.evaluations for s in done[1].seeds]
+    assert '"passages": 16' in other.read_text()
 
 
 def test_within_a_run_by_the_command(done, tmp_path, monkeypatch, capsys, text):
@@ -183,12 +248,12 @@ def test_within_a_run_by_the_command(done, tmp_path, monkeypatch, capsys, text):
     assert main(command(text, folder, "--seed", "0")) == 130
     said = capsys.readouterr()
     assert f"comparison in {folder} is not finished. The same command with --resume" in said.err
-    assert "Traceback" not in said.err and "Run 2 of 2: seed 0, two-stage" in said.out
-    assert checkpoints.last_whole(folder / "seed-0" / "two-stage").name == "checkpoint-2"
+    assert "Traceback" not in said.err and "Run 2 of 3: seed 0, window" in said.out
+    assert checkpoints.last_whole(folder / "seed-0" / "window").name == "checkpoint-2"
     assert main(command(text, folder, "--seed", "0", "--resume", "--json", "-")) == 0
     numbers = json.loads(capsys.readouterr().out)
-    assert numbers == json.loads((folder / "results.json").read_text()) and len(calls) == 9 + 3
-    for stored, run in zip(numbers["pairs"][0]["runs"], done[1].pairs[0].runs, strict=True):
+    assert numbers == json.loads((folder / "results.json").read_text()) and len(calls) == 9 + 3 + 5
+    for stored, run in zip(numbers["seeds"][0]["runs"], done[1].seeds[0].runs.values(), strict=True):
         assert [p["loss"] for p in stored["held_out"]] == [p.loss for p in run.held_out]
 
 
@@ -201,10 +266,10 @@ def test_a_signal_in_the_last_step_of_a_run_ends_it_before_the_next(tmp_path, te
         return before(trainer, *args, **kwargs)
 
     monkeypatch.setattr(run_module.RunTrainer, "training_step", stopped)
-    with pytest.raises(Stopped, match="after run 1 of 2: seed 42, dense"):
+    with pytest.raises(Stopped, match="after run 1 of 3: seed 42, dense"):
         compare(options(text), training(tmp_path / "run"))
     assert (tmp_path / "run" / "seed-42" / "dense" / "results.json").is_file()
-    assert not (tmp_path / "run" / "seed-42" / "two-stage").exists()
+    assert not (tmp_path / "run" / "seed-42" / "window").exists()
 
 
 def test_of_several_processes_the_first_alone_reports_also_where_all_runs_are_finished(done, text, monkeypatch):
@@ -220,14 +285,41 @@ def test_a_run_that_was_killed_while_its_folder_was_marked_begins_again(tmp_path
     begun.mkdir(parents=True)
     (begun / "run.json.partial").write_text("{")
     plan = prepare_comparison(options(text), training(tmp_path / "run", resume=True))
-    assert all(isinstance(run, Run) for run in plan.runs)
+    assert to_train(plan) == [True] * 3
 
 
 def test_more_seeds_go_on_with_those_there(again, text):
     shutil.rmtree(again / "seed-1")
     plan = prepare_comparison(options(text), training(again, **EVERY, resume=True), seeds=[0, 7])
-    assert [isinstance(run, Run) for run in plan.runs] == [False, False, True, True]
+    assert to_train(plan) == [False] * 3 + [True] * 3
     assert not (again / "seed-7").exists()
+
+
+def test_an_arm_more_goes_on_with_those_there_and_two_are_enough(again, text):
+    """A report of two arms; the best of the other arms is shipped where there is no lighthouse."""
+    more = prepare_comparison(
+        options(text), training(again, **EVERY, resume=True), arms=["lighthouse", "published", "dense"], seeds=SEEDS
+    )
+    assert [planned.arm for planned in more.runs] == ["dense", "published", "lighthouse"] * 2
+    assert to_train(more) == [False, True, False] * 2
+    published = more.runs[1].run.settings()
+    assert (published["local_window"], published["dense_layers"], published["select_topk"]) == (0, 1, 4)
+    found = compare(options(text), training(again, **EVERY, resume=True), arms=["dense", "window"], seeds=SEEDS)
+    assert (found.arms, found.shipped) == (["dense", "window"], "window")
+    assert "on a local window of 16 in place of 128 tokens" in checklist(found)[0].evidence
+    assert "lighthouse run" not in (again / "report.md").read_text()
+
+
+def test_a_comparison_of_an_earlier_version_is_an_error_with_the_way_out_which_works(again, text):
+    """It had two arms, the second of which is now called by what it was."""
+    for seed in SEEDS:
+        (again / f"seed-{seed}" / "lighthouse").rename(again / f"seed-{seed}" / "two-stage")
+    again_options = training(again, **EVERY, resume=True)
+    with pytest.raises(FileExistsError, match="seed-0/two-stage is not an arm; rename it to published if"):
+        prepare_comparison(options(text), again_options, seeds=SEEDS)
+    for seed in SEEDS:
+        (again / f"seed-{seed}" / "two-stage").rename(again / f"seed-{seed}" / "lighthouse")
+    assert to_train(prepare_comparison(options(text), again_options, seeds=SEEDS)) == [False] * 6
 
 
 def test_the_default_folder(tmp_path):
@@ -253,22 +345,48 @@ REFUSED = [
     ("a_checkpoint", {}, {"resume_from_checkpoint": "x"}, "a comparison has several runs"),
     ("a_text_shorter_than_a_context", {"context": 8192}, {}, "holds 181 tokens, but 16,384 are needed"),
     ("a_missing_text", {"data": "/no/such/folder"}, {}, "'/no/such/folder' does not exist"),
+    (
+        "an_unknown_arm",
+        {},
+        {"arms": ["dense", "windows"]},
+        "arms='windows': one of dense, window, published, lighthouse",
+    ),
+    ("an_arm_like_another", {}, {"arms": ["dense", "windows"]}, "is needed; nearest: window"),
+    ("no_such_arm", {}, {"arms": ["dense", "xyz"]}, "lighthouse is needed"),
+    ("an_arm_twice", {}, {"arms": ["dense", "window", "window"]}, "arms='dense window window': each arm can be"),
+    ("no_baseline", {}, {"arms": ["window", "lighthouse"]}, "arms='window lighthouse': dense, the baseline, and at"),
+    ("one_arm", {}, {"arms": ["dense"]}, "arms='dense': dense, the baseline, and at least one other of window"),
+    ("no_window", {"local_window": 0}, {}, "the arm window of the comparison: local_window=0 leaves it nothing"),
+    (
+        "no_pyramid",
+        {"select_topk": 0},
+        {"arms": ["dense", "published"]},
+        "the arm published of the comparison: select_topk=0 leaves it nothing",
+    ),
+    ("two_arms_alike", {"select_topk": 0}, {}, "with select_topk=0, local_window=16 lighthouse is the same as window"),
+    ("a_window_over_all", {"local_window": 128}, {}, "the arm window of the comparison: context=128: local_window=128"),
 ]
 
 
 @pytest.mark.parametrize("change, how, message", [r[1:] for r in REFUSED], ids=[r[0] for r in REFUSED])
 def test_what_cannot_be_compared_is_refused(tmp_path, text, change, how, message):
     short = write_text(tmp_path / "short", files=2, words=20) if "context" in change else text
-    folder, seeds = tmp_path / "run", how.get("seeds")
-    how = {name: value for name, value in how.items() if name != "seeds"}
+    folder, own = tmp_path / "run", {name: how[name] for name in ("seeds", "arms") if name in how}
+    how = {name: value for name, value in how.items() if name not in own}
     with pytest.raises((ValueError, OSError)) as refused:
-        prepare_comparison(options(short, **change), training(folder, **how), seeds=seeds)
+        prepare_comparison(options(short, **change), training(folder, **how), **own)
     assert message in str(refused.value) and not folder.exists()
+
+
+@pytest.mark.parametrize("given, steps", [({"switch_step": 2}, 2), ({"switch_tokens": 128 * 4}, 4)], ids=str)
+def test_a_switch_by_step_or_tokens_is_of_the_arms_that_switch(tmp_path, text, given, steps):
+    plan = prepare_comparison(options(text, **given), training(tmp_path / "run"))
+    assert [planned.run.switch_step for planned in plan.runs] == [0, steps, steps]
 
 
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_run_in_the_folder_is_not_written_over(done, text, resume):
-    folder = done[0] / "seed-0" / "two-stage"
+    folder = done[0] / "seed-0" / "lighthouse"
     before = sorted(folder.rglob("*"))
     with pytest.raises(FileExistsError, match="holds something else, a run or its results: use another folder"):
         prepare_comparison(options(text), training(folder, **EVERY, resume=resume))
@@ -302,6 +420,7 @@ WRONG = [
     ("json", ["--json", "nowhere/x.json"], "json='nowhere/x.json': its folder does not exist"),
     ("no_config", ["--config", "no.yaml"], "config='no.yaml' does not exist"),
     ("dense_only", ["--dense_only"], "a comparison needs steps with Lighthouse"),
+    ("an_arm", ["--arms", "dense", "lighthose"], "arms='lighthose': one of dense, window, published, lighthouse"),
 ]
 
 
@@ -322,7 +441,17 @@ def test_the_help_has_examples_and_the_options_of_a_run(capsys):
         main(["compare", "--help"])
     text = capsys.readouterr().out
     assert stop.value.code == 0
-    for part in ("examples:", "--seeds", "--json", "--resume", "--share", "--max_steps, --steps", "--config"):
+    for part in (
+        "examples:",
+        "--arms ARM",
+        "(default: dense window lighthouse)",
+        "--seeds",
+        "--json",
+        "--resume",
+        "--share",
+        "--max_steps, --steps",
+        "--config",
+    ):
         assert part in text, part
 
 
@@ -330,8 +459,8 @@ def test_the_help_has_examples_and_the_options_of_a_run(capsys):
 
 
 def test_a_disk_full_at_the_end_leaves_nothing_half_written(small_disk, text, capsys):
-    """There is room for the two runs' models of 4 MB and not for the exported one."""
-    disk = small_disk(11.0)
+    """There is room for the three runs' models of 4 MB and not for the exported one."""
+    disk = small_disk(15.0)
     one = command(text, disk / "run", "--save_strategy", "no")
     assert main(one) == 1
     said = capsys.readouterr().err
@@ -339,7 +468,7 @@ def test_a_disk_full_at_the_end_leaves_nothing_half_written(small_disk, text, ca
     assert {path.name for path in (disk / "run").iterdir()} == {"seed-42"}
     small_disk(40.0)
     plan = prepare_comparison(options(text), training(disk / "run", eval_on_start=True, resume=True))
-    assert not any(isinstance(run, Run) for run in plan.runs)
+    assert to_train(plan) == [False] * 3
 
 
 def test_a_folder_that_cannot_be_written_to_is_refused(small_disk, text, capsys):

@@ -1,4 +1,7 @@
-"""What a comparison's report makes of numbers: the checklist, when the baseline's loss is passed, the recovery."""
+"""What a comparison's report makes of numbers: the checklist, when the baseline's loss is passed, the recovery.
+
+Here with two arms; `test_compare_standings.py` has more.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,9 @@ import pytest
 
 from lighthouse.export.export import Exported
 from lighthouse.export.plain import Inference, Speed
-from lighthouse.report.compared import Comparison, Pair, Recovery, Stripped, recovery_of
-from lighthouse.report.comparison import checklist, page, passing, recovery
+from lighthouse.report.checklist import checklist, passing, recovery
+from lighthouse.report.compared import Comparison, Pair, Recovery, Seed, Stripped, recovery_of
+from lighthouse.report.comparison import page
 from lighthouse.training import PretrainResult
 from lighthouse.training.result import HeldOut, Stage
 from training_runs import CHECKPOINTING
@@ -35,7 +39,7 @@ def run_named(name: str) -> PretrainResult:
 SPEED = Speed(96, 0.1, 0.01)
 EMPTY = Comparison(
     layers=4,
-    pairs=[Pair(seed, run_named("dense"), run_named("two-stage")) for seed in (0, 1)],
+    seeds=[Seed(seed, {arm: run_named(arm) for arm in ("dense", "lighthouse")}) for seed in (0, 1)],
     stripped=Stripped(
         seed=0,
         exported=Exported("model", "run", "LlamaForCausalLM", 10**6, "float32", None, 20, 12, 10**6, "the same", []),
@@ -46,16 +50,13 @@ EMPTY = Comparison(
 )
 
 
-def changed(found, two_stage=None, baseline=None, **stripped):
-    pairs = [
-        replace(
-            pair,
-            two_stage=replace(pair.two_stage, **two_stage or {}),
-            baseline=replace(pair.baseline, **baseline or {}),
-        )
-        for pair in found.pairs
+def changed(found, lighthouse=None, baseline=None, **stripped):
+    changes = {"dense": baseline or {}, "lighthouse": lighthouse or {}}
+    seeds = [
+        replace(seed, runs={arm: replace(run, **changes[arm]) for arm, run in seed.runs.items()})
+        for seed in found.seeds
     ]
-    return replace(found, pairs=pairs, stripped=replace(found.stripped, **stripped))
+    return replace(found, seeds=seeds, stripped=replace(found.stripped, **stripped))
 
 
 LOSSES = (6, 5, 5, 5, 4, 3.5)
@@ -80,7 +81,7 @@ def run_of(lighthouse=0, dense=20, seconds=(1.0, 2.0), losses=LOSSES, acted=None
     }
 
 
-def two_stage(**changes) -> dict:
+def two_stages(**changes) -> dict:
     return run_of(**{"lighthouse": 12, "dense": 8, **changes})
 
 
@@ -88,7 +89,7 @@ def baseline(**changes) -> dict:
     return run_of(**{"losses": (6, 5, 5, 5, 4, 4), **changes})
 
 
-FOUND = changed(EMPTY, two_stage(), baseline())
+FOUND = changed(EMPTY, two_stages(), baseline())
 CHECKS = ("integrated", "speed-up", "loss", "stripped", "card")
 FAILED, OPEN = False, None
 VERDICTS = [
@@ -99,7 +100,7 @@ VERDICTS = [
         {},
         {"seconds": (0, 8.0)},
         {"speed-up": OPEN},
-        {"speed-up": ("was busy", "16 tokens/s in the baseline", "at 64 in the two-stage run", "within 5%")},
+        {"speed-up": ("was busy", "16 tokens/s in the baseline", "at 64 in the lighthouse run", "within 5%")},
     ),
     (
         "a_slow_first_step",
@@ -141,7 +142,7 @@ VERDICTS = [
         {"versions": {"torch": "9.0"}},
         {"versions": {"torch": "8.0"}},
         {"speed-up": OPEN},
-        {"speed-up": ("different versions: the baseline torch 8.0, the two-stage run torch 9.0",)},
+        {"speed-up": ("different versions: the baseline torch 8.0, the lighthouse run torch 9.0",)},
     ),
     (
         "lighthouse_never_acted",
@@ -201,7 +202,7 @@ VERDICTS = [
         {},
         {"steps": 24},
         {"integrated": FAILED, "speed-up": OPEN, "loss": OPEN},
-        {"integrated": ("the baseline has 24 steps and the two-stage run 20",)},
+        {"integrated": ("the baseline has 24 steps and the lighthouse run 20",)},
     ),
 ]
 
@@ -217,7 +218,7 @@ def verdicts(found) -> dict:
 
 @pytest.mark.parametrize("ours, theirs, expected, parts", [v[1:] for v in VERDICTS], ids=[v[0] for v in VERDICTS])
 def test_a_line_is_ticked_failed_or_not_checked_with_its_numbers(ours, theirs, expected, parts):
-    found = changed(FOUND, two_stage=two_stage(**ours), baseline=baseline(**theirs))
+    found = changed(FOUND, lighthouse=two_stages(**ours), baseline=baseline(**theirs))
     found_verdicts, checks, its_page = verdicts(found)
     assert found_verdicts == expected
     text = its_page.markdown()
@@ -242,16 +243,16 @@ STRIPPED = [
 
 @pytest.mark.parametrize("changes, failed, part", [s[1:] for s in STRIPPED], ids=[s[0] for s in STRIPPED])
 def test_a_model_that_cannot_be_shipped_is_failed(changes, failed, part):
-    found, checks, _ = verdicts(changed(FOUND, two_stage=two_stage(), baseline=baseline(), **changes))
+    found, checks, _ = verdicts(changed(FOUND, lighthouse=two_stages(), baseline=baseline(), **changes))
     assert found == dict.fromkeys(failed, FAILED) and any(part in checks[name].evidence for name in failed)
 
 
 def test_times_that_do_not_compare_are_compared_nowhere():
-    found = changed(FOUND, two_stage=two_stage(), baseline=baseline(seconds=(0, 8.0)))
+    found = changed(FOUND, lighthouse=two_stages(), baseline=baseline(seconds=(0, 8.0)))
     text, sentence = page(found).markdown(), passing(found.pairs[0])
     assert "times as fast" not in text and "times as long" not in text
     assert sentence.endswith("These times are not comparable.") and "times as long" not in sentence
-    assert found.numbers()["pairs"][0]["control"]["why_not"].startswith("The machine was busy")
+    assert found.numbers()["seeds"][0]["pairs"][0]["control"]["why_not"].startswith("The machine was busy")
 
 
 def test_settings_in_which_the_runs_differ_are_named():
@@ -268,7 +269,7 @@ def test_settings_in_which_the_runs_differ_are_named():
 
 def test_several_processes_are_in_the_devices_name():
     settings = FOUND.settings | {"processes": 4}
-    found = changed(FOUND, two_stage={"settings": settings}, baseline={"settings": settings})
+    found = changed(FOUND, lighthouse={"settings": settings}, baseline={"settings": settings})
     assert found.device == f"4 processes on {found.pairs[0].baseline.device}"
 
 
@@ -295,11 +296,11 @@ def curve(*losses) -> list[HeldOut]:
     return [HeldOut(step, float(step), "dense", loss) for step, loss in enumerate(losses)]
 
 
-def pair(two_stage: list[float], baseline: list[float], switch_step: int = 2) -> Pair:
+def pair(lighthouse: list[float], baseline: list[float], switch_step: int = 2) -> Pair:
     """A second a step, and an evaluation behind each."""
     runs = [
         PretrainResult(name, "", 128, len(losses) - 1, switch, len(losses) - 1, {}, curve(*losses), {})
-        for name, switch, losses in (("dense", 0, baseline), ("two-stage", switch_step, two_stage))
+        for name, switch, losses in (("dense", 0, baseline), ("lighthouse", switch_step, lighthouse))
     ]
     runs = [replace(run, stages={"dense": Stage(run.steps, float(run.steps), 128 * run.steps)}) for run in runs]
     return Pair(0, *runs)
@@ -315,9 +316,9 @@ PASSES = [
 ]
 
 
-@pytest.mark.parametrize("two_stage, baseline, expected", [p[1:] for p in PASSES], ids=[p[0] for p in PASSES])
-def test_when_it_passes_the_baselines_final_loss(two_stage, baseline, expected):
-    found = pair(two_stage, baseline)
+@pytest.mark.parametrize("lighthouse, baseline, expected", [p[1:] for p in PASSES], ids=[p[0] for p in PASSES])
+def test_when_it_passes_the_baselines_final_loss(lighthouse, baseline, expected):
+    found = pair(lighthouse, baseline)
     assert found.passes == expected
     first = baseline.index(baseline[-1])  # not when it ended
     assert found.sooner == (None if expected is None else first / expected[1])
@@ -345,24 +346,24 @@ RECOVERS = [
 def test_the_best_losses_are_not_called_final():
     """With `load_best_model_at_end` the saved models, and so the compared losses, are the best checkpoints'."""
     best = {"settings": FOUND.settings | {"load_best_model_at_end": True}}
-    ours = two_stage(losses=(6, 5, 5, 5, 3.5, 4.5), model_step=16, **best)
+    ours = two_stages(losses=(6, 5, 5, 5, 3.5, 4.5), model_step=16, **best)
     theirs = baseline(losses=(6, 5, 5, 4, 4.6, 4.8), model_step=12, **best)
     found = changed(FOUND, ours, theirs, card_names=["the best loss"])
     check, text = checklist(found)[CHECKS.index("loss")], page(found).markdown()
     assert check.what == "Best held-out loss matches or improves the baseline" and check.passed
     for part in (
-        "losses of the best checkpoints, after step 12 of the baseline and 16 of the two-stage run",
+        "losses of the best checkpoints, after step 12 of the baseline and 16 of the lighthouse run",
         "the last ones are 4.5000 against 4.8000",
         "reaches the baseline's best loss 4.0000",
     ):
         assert part in check.evidence and part in text, part
-    assert "two-stage's best loss" in text and "final" not in text.lower()
-    assert {pair["compared_loss"] for pair in found.numbers()["pairs"]} == {"best"}
-    never = changed(FOUND, two_stage(losses=(6, 5, 5, 5, 4.5, 4.6), model_step=16, **best), theirs)
+    assert "best loss, seed 0" in text and "final" not in text.lower()
+    assert {pair["compared_loss"] for seed in found.numbers()["seeds"] for pair in seed["pairs"]} == {"best"}
+    never = changed(FOUND, two_stages(losses=(6, 5, 5, 5, 4.5, 4.6), model_step=16, **best), theirs)
     assert "its best is 4.5000, and it ends at 0:28" in passing(never.pairs[0])
 
 
 @pytest.mark.parametrize("losses, expected, part", [r[1:] for r in RECOVERS], ids=[r[0] for r in RECOVERS])
 def test_the_recovery_behind_the_switch(losses, expected, part):
     found = pair(losses, [6.0] * len(losses))
-    assert recovery_of(found.two_stage) == expected and part in recovery(found)
+    assert recovery_of(found.other) == expected and part in recovery(found)

@@ -29,7 +29,7 @@ def result(name, switch_step, seconds_per_step):
     return PretrainResult(name, f"/runs/{name}/model", 8192, steps, switch_step, steps, stages, points, {})
 
 
-RUNS = [result("dense", 0, (0, 8.0)), result("two-stage", 6, (2.0, 8.0))]
+RUNS = [result("dense", 0, (0, 8.0)), result("lighthouse", 6, (2.0, 8.0))]
 
 
 def printed(table, width=100) -> str:
@@ -40,7 +40,7 @@ def printed(table, width=100) -> str:
 
 def test_the_table_has_time_speed_of_each_stage_and_loss():
     text = printed(report.table(RUNS))
-    for part in ("dense", "two-stage", "1:20", "0:44 (1.82x as fast)", "4,096", "1,024", "2.5000", "(+0.0000)"):
+    for part in ("dense", "lighthouse", "1:20", "0:44 (1.82x as fast)", "4,096", "1,024", "2.5000", "(+0.0000)"):
         assert part in text
 
 
@@ -58,10 +58,10 @@ def test_when_a_loss_is_reached():
 
 
 def test_the_table_fits_eighty_columns():
-    assert "two-stage" in printed(report.table(RUNS), width=80)
+    assert "lighthouse" in printed(report.table(RUNS), width=80)
 
 
-@pytest.mark.parametrize("against", ["time", "tokens"])
+@pytest.mark.parametrize("against", ["time", "steps"])
 def test_the_picture_shows_each_curve(tmp_path, against):
     losses(RUNS, against).savefig(tmp_path / "both.png")
     losses(RUNS[:1], against).savefig(tmp_path / "one.png")

@@ -14,7 +14,7 @@ import lighthouse
 
 COMMANDS = {
     "pretrain": "pre-train a Llama from scratch, first with Lighthouse, then dense",
-    "compare": "train a baseline and a two-stage run, compare them, and check and time the model to ship",
+    "compare": "train dense, with a local window alone and with Lighthouse, compare, and check the model to ship",
     "plan": "show what a length and settings give: S, work, memory, estimated speed-up",
     "bench": "time a layer, or a training step, on this device, dense and with Lighthouse",
     "doctor": "check whether Lighthouse can train on this machine, and say how to fix what is wrong",

@@ -1,21 +1,23 @@
-"""What a comparison found: the baseline and the two-stage run of each seed, and the model that was stripped.
+"""What a comparison found: of each seed a run of each arm, what was measured of its model, and the stripped model.
 
-Everything is judged by the dense held-out loss. Training losses of the stage with Lighthouse are not comparable with
-dense ones, so none of them is used. And times are comparable only if the machine was equally fast in both runs: each
-run's dense steps show this, since they do the same work (`Control`).
+The baseline is the arm that is dense throughout. Everything is judged by the dense held-out loss. Training losses of
+the stage with Lighthouse are not comparable with dense ones, so none of them is used. And times are comparable only if
+the machine was equally fast in all runs: each run's dense steps show this, since they do the same work (`Control`).
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median
 
 from lighthouse.core.files import write_whole
-from lighthouse.core.method import Method
+from lighthouse.core.method import DEFAULT, Method
+from lighthouse.evaluation.results import Evaluation
 from lighthouse.export.export import Exported
 from lighthouse.export.plain import Inference
 from lighthouse.report.known import known
@@ -27,8 +29,11 @@ AGREE = 0.05  # dense steps of two runs on a quiet machine differ by less than t
 SLOW = 0.1  # the most of a run's time that may be in stretches slower than its own median, such as first steps
 LEAST_DENSE_STEPS = 8  # of each run: fewer do not show how fast the machine was
 
-# In which the two runs of a seed differ on purpose.
-OF_ONE_RUN = frozenset({"dense_only", "dense_layers"})
+# Dense throughout; the local window alone; the pyramid alone, as published; and both, or what was asked for.
+DENSE, WINDOW, PUBLISHED, LIGHTHOUSE = ARMS = ("dense", "window", "published", "lighthouse")
+
+# In which the runs of a seed differ on purpose.
+OF_ONE_ARM = frozenset({"dense_only", "dense_layers", "switch_step", "switch_tokens", *DEFAULT.values()})
 
 
 @dataclass(frozen=True)
@@ -69,20 +74,20 @@ def recovery_of(run: PretrainResult) -> Recovery | None:
 class Control:
     """Whether the times of a pair's two runs are comparable. The dense steps of both do the same work.
 
-    `baseline` and `two_stage` are their tokens per second in the median step, None where there are fewer than
+    `baseline` and `other` are their tokens per second in the median step, None where there are fewer than
     `LEAST_DENSE_STEPS`. `slow` is the part of each run's training time that went into stretches slower than its stages'
     own medians. `why_not` says why the times are not comparable, if so.
     """
 
     baseline: float | None
-    two_stage: float | None
+    other: float | None
     slow: tuple[float, float]
     why_not: str | None
 
     @property
     def difference(self) -> float:
         """By how much the faster run's dense steps were faster than the other's."""
-        rates = known(self.baseline), known(self.two_stage)
+        rates = known(self.baseline), known(self.other)
         return max(rates) / min(rates) - 1
 
 
@@ -103,66 +108,69 @@ def _slow(run: PretrainResult) -> float:
     return lost / run.seconds
 
 
-def control_of(baseline: PretrainResult, two_stage: PretrainResult) -> Control:
-    runs = (baseline, two_stage)
+def control_of(baseline: PretrainResult, other: PretrainResult) -> Control:
+    runs, name = (baseline, other), other.name
     dense = [step_seconds(run, run.switch_step, run.steps) for run in runs]
     enough = min(map(len, dense)) >= LEAST_DENSE_STEPS
-    tokens = two_stage.settings.get("tokens_per_step", two_stage.context)
-    ours, theirs = (tokens / median(steps) if enough else None for steps in dense)
-    found = Control(ours, theirs, (_slow(baseline), _slow(two_stage)), why_not=None)
+    tokens = other.settings.get("tokens_per_step", other.context)
+    rates = [tokens / median(steps) if enough else None for steps in dense]
+    found = Control(rates[0], rates[1], (_slow(baseline), _slow(other)), why_not=None)
     why_not = None
-    if baseline.device != two_stage.device:
-        why_not = (
-            f"The runs were not on the same device: {baseline.device or 'unknown'}, {two_stage.device or 'unknown'}."
-        )
-    elif baseline.versions != two_stage.versions:
-        named = sorted(baseline.versions.keys() | two_stage.versions.keys())
-        which = [name for name in named if baseline.versions.get(name) != two_stage.versions.get(name)]
+    if baseline.device != other.device:
+        why_not = f"The runs were not on the same device: {baseline.device or 'unknown'}, {other.device or 'unknown'}."
+    elif baseline.versions != other.versions:
+        named = sorted(baseline.versions.keys() | other.versions.keys())
+        which = [name for name in named if baseline.versions.get(name) != other.versions.get(name)]
         of_each = [", ".join(f"{name} {run.versions.get(name, 'unknown')}" for name in which) for run in runs]
-        why_not = f"The runs had different versions: the baseline {of_each[0]}, the two-stage run {of_each[1]}."
+        why_not = f"The runs had different versions: the baseline {of_each[0]}, the {name} run {of_each[1]}."
     elif not enough:
         why_not = (
             f"It is not known whether the machine was equally fast in both runs: this needs {LEAST_DENSE_STEPS} dense "
-            f"steps of each, and {len(dense[0]):,} of the baseline and {len(dense[1]):,} of the two-stage run were "
+            f"steps of each, and {len(dense[0]):,} of the baseline and {len(dense[1]):,} of the {name} run were "
             "measured."
         )
     elif found.difference > AGREE:
         why_not = (
-            f"The machine was busy: dense steps, the same work in both runs, ran at {ours:,.0f} tokens/s in "
-            f"the baseline and at {theirs:,.0f} in the two-stage run; they must agree within {AGREE:.0%}."
+            f"The machine was busy: dense steps, the same work in both runs, ran at {rates[0]:,.0f} tokens/s in "
+            f"the baseline and at {rates[1]:,.0f} in the {name} run; they must agree within {AGREE:.0%}."
         )
     elif max(found.slow) > SLOW:
         why_not = (
             f"The machine was busy: {found.slow[0]:.0%} of the baseline's time and {found.slow[1]:.0%} of the "
-            f"two-stage run's went into stretches slower than the run's own median; at most {SLOW:.0%} may."
+            f"{name} run's went into stretches slower than the run's own median; at most {SLOW:.0%} may."
         )
     return replace(found, why_not=why_not)
 
 
+def which_loss(*runs: PretrainResult) -> str:
+    """Which loss of runs is compared, that of the model each saved: "final", or "best" of its checkpoints."""
+    return "best" if any(run.settings.get("load_best_model_at_end") for run in runs) else "final"
+
+
 @dataclass(frozen=True)
 class Pair:
-    """The two runs of a seed: same first weights, text, order of it, steps and schedule."""
+    """The baseline and the run of another arm, of one seed."""
 
     seed: int
     baseline: PretrainResult
-    two_stage: PretrainResult
+    other: PretrainResult
 
     @property
     def runs(self) -> list[PretrainResult]:
-        return [self.baseline, self.two_stage]
+        return [self.baseline, self.other]
 
     @cached_property
     def control(self) -> Control:
-        return control_of(self.baseline, self.two_stage)
+        return control_of(self.baseline, self.other)
 
     @cached_property
     def differences(self) -> list[str]:
         """In what the two runs differ besides attention; empty if in nothing."""
-        baseline, two_stage = self.runs
-        # What the baseline "was" the two-stage run "is".
-        found = differences(baseline.settings, two_stage.settings, FREE_BETWEEN_RUNS | OF_ONE_RUN)
-        if baseline.steps != two_stage.steps:
-            found.append(f"the baseline has {baseline.steps:,} steps and the two-stage run {two_stage.steps:,}")
+        baseline, other = self.runs
+        # What the baseline "was" the other run "is".
+        found = differences(baseline.settings, other.settings, FREE_BETWEEN_RUNS | OF_ONE_ARM)
+        if baseline.steps != other.steps:
+            found.append(f"the baseline has {baseline.steps:,} steps and the {other.name} run {other.steps:,}")
         first = [point.loss for run in self.runs for point in run.held_out[:1] if point.step == 0]
         if len(first) == 2 and first[0] != first[1]:
             found.append(f"the loss before the first step is {first[0]:.4f} and {first[1]:.4f}")
@@ -172,37 +180,37 @@ class Pair:
 
     @property
     def which(self) -> str:
-        """Which loss of a run is compared, that of the model it saved: "final", or "best" of its checkpoints."""
-        return "best" if any(run.settings.get("load_best_model_at_end") for run in self.runs) else "final"
+        """Which loss of the runs is compared (`which_loss`)."""
+        return which_loss(*self.runs)
 
     @property
     def left_dense(self) -> int:
-        """Steps of the two-stage run that were planned for Lighthouse but in which it did not act."""
-        lighthouse = self.two_stage.lighthouse
-        return self.two_stage.switch_step - (lighthouse.steps if lighthouse else 0)
+        """Steps of the other run that were planned for Lighthouse but in which it did not act."""
+        lighthouse = self.other.lighthouse
+        return self.other.switch_step - (lighthouse.steps if lighthouse else 0)
 
     @property
     def times_as_fast(self) -> float:
         """Of the whole training. Meaningful only if `control` says that the times are comparable."""
-        return self.baseline.seconds / self.two_stage.seconds
+        return self.baseline.seconds / self.other.seconds
 
     @property
     def stage_times_as_fast(self) -> float | None:
         """Of the stage with Lighthouse, by tokens per second; None where no step was of one of the two."""
-        lighthouse, dense = self.two_stage.lighthouse, self.baseline.dense
+        lighthouse, dense = self.other.lighthouse, self.baseline.dense
         if lighthouse is None or dense is None:
             return None
         return lighthouse.tokens_per_second / dense.tokens_per_second
 
     @property
     def loss_difference(self) -> float:
-        """Of the dense held-out loss of the saved models (`which`), two-stage less baseline."""
-        return known(self.two_stage.loss) - known(self.baseline.loss)
+        """Of the dense held-out loss of the saved models (`which`), the other's less the baseline's."""
+        return known(self.other.loss) - known(self.baseline.loss)
 
     @cached_property
     def passes(self) -> tuple[float, float] | None:
-        """Steps and training seconds at which the two-stage run has the baseline's loss; None if it never has."""
-        return self.two_stage.reaches(known(self.baseline.loss))
+        """Steps and training seconds at which the other run has the baseline's loss; None if it never has."""
+        return self.other.reaches(known(self.baseline.loss))
 
     @cached_property
     def baseline_passes(self) -> tuple[float, float]:
@@ -216,12 +224,41 @@ class Pair:
 
     @cached_property
     def recovery(self) -> Recovery | None:
-        return recovery_of(self.two_stage)
+        return recovery_of(self.other)
 
     @property
     def baseline_then(self) -> float | None:
-        """The baseline's last measured loss within the time of the whole two-stage run."""
-        return self.baseline.loss_at(self.two_stage.seconds)
+        """The baseline's last measured loss within the time of the whole other run."""
+        return self.baseline.loss_at(self.other.seconds)
+
+
+@dataclass(frozen=True)
+class Seed:
+    """The runs of a seed by arm, the baseline first: same first weights, text, order of it, steps and schedule.
+
+    A run's name is its arm. `evaluations` are of the saved models, by arm; one that could not be made is missing.
+    """
+
+    seed: int
+    runs: dict[str, PretrainResult]
+    evaluations: dict[str, Evaluation] = field(default_factory=dict)
+
+    @cached_property
+    def pairs(self) -> dict[str, Pair]:
+        """The baseline beside each other arm."""
+        baseline = self.runs[DENSE]
+        return {arm: Pair(self.seed, baseline, run) for arm, run in self.runs.items() if arm != DENSE}
+
+
+def mean_loss(seeds: Sequence[Seed], arm: str) -> float:
+    """Dense held-out loss of the models of an arm, over the seeds."""
+    return mean(known(seed.runs[arm].loss) for seed in seeds)
+
+
+def arm_to_ship(seeds: Sequence[Seed]) -> str:
+    """The arm whose best model is exported, and which the checklist is about: not the dense one."""
+    others = list(seeds[0].pairs)
+    return LIGHTHOUSE if LIGHTHOUSE in others else min(others, key=lambda arm: mean_loss(seeds, arm))
 
 
 @dataclass(frozen=True)
@@ -238,16 +275,39 @@ class Stripped:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The whole comparison. `layers` are the model's."""
+    """The whole comparison. `layers` are the model's; `not_evaluated` are sentences about models that could not be."""
 
     layers: int
-    pairs: list[Pair]
+    seeds: list[Seed]
     stripped: Stripped
+    not_evaluated: list[str] = field(default_factory=list)
+
+    @property
+    def arms(self) -> list[str]:
+        """The baseline first."""
+        return list(self.seeds[0].runs)
+
+    @property
+    def shipped(self) -> str:
+        return arm_to_ship(self.seeds)
+
+    @property
+    def pairs(self) -> list[Pair]:
+        """Of each seed, the baseline and the arm that is shipped."""
+        return self.pairs_of(self.shipped)
+
+    def pairs_of(self, arm: str) -> list[Pair]:
+        return [seed.pairs[arm] for seed in self.seeds]
+
+    @property
+    def which(self) -> str:
+        """Which loss of the runs is compared (`Pair.which`)."""
+        return self.pairs[0].which
 
     @property
     def devices(self) -> list[str]:
         """Those of the runs, each once, by names a person knows; how many processes there were, where several."""
-        return list(dict.fromkeys(_device(run) for pair in self.pairs for run in pair.runs))
+        return list(dict.fromkeys(_device(run) for seed in self.seeds for run in seed.runs.values()))
 
     @property
     def device(self) -> str:
@@ -255,38 +315,39 @@ class Comparison:
 
     @property
     def settings(self) -> dict:
-        """Of the first two-stage run; the others' differ in the seed and the folder."""
-        return self.pairs[0].two_stage.settings
+        """Of the first run that is shipped; those of other seeds differ in the seed and the folder."""
+        return self.pairs[0].other.settings
 
-    @property
-    def method(self) -> Method:
-        """Of the two-stage runs."""
-        return Method.of(self.settings)
+    def method(self, arm: str) -> Method:
+        return Method.of(self.seeds[0].runs[arm].settings)
 
-    def mean_loss(self, which: str) -> float:
-        """Dense held-out loss of the models of the "baseline" or "two_stage" runs, over the seeds."""
-        return mean(known(getattr(pair, which).loss) for pair in self.pairs)
+    def losses(self, arm: str) -> list[float]:
+        """Dense held-out loss of an arm's models, one of each seed."""
+        return [known(seed.runs[arm].loss) for seed in self.seeds]
+
+    def mean_loss(self, arm: str) -> float:
+        return mean_loss(self.seeds, arm)
 
     def numbers(self) -> dict:
-        """As JSON takes them; the checklist is the report's."""
-        pairs = [
+        """As JSON takes them; the checklist and the standings are the report's."""
+        seeds = [
             {
-                "seed": pair.seed,
-                "control": asdict(pair.control),
-                "differences": pair.differences,
-                "times_as_fast": pair.times_as_fast,
-                "stage_times_as_fast": pair.stage_times_as_fast,
-                "compared_loss": pair.which,
-                "loss_difference": pair.loss_difference,
-                "passes": None if pair.passes is None else dict(zip(("step", "seconds"), pair.passes, strict=True)),
-                "sooner": pair.sooner,
-                "recovery": None if pair.recovery is None else asdict(pair.recovery),
-                "device_hours": {run.name: run.device_hours for run in pair.runs},
-                "runs": [run.numbers() for run in pair.runs],
+                "seed": seed.seed,
+                "runs": [run.numbers() for run in seed.runs.values()],
+                "pairs": [_numbers_of(pair) for pair in seed.pairs.values()],
+                "evaluations": {arm: found.to_json() for arm, found in seed.evaluations.items()},
             }
-            for pair in self.pairs
+            for seed in self.seeds
         ]
-        return {"device": self.device, "versions": versions(), "pairs": pairs, "stripped": asdict(self.stripped)}
+        return {
+            "device": self.device,
+            "versions": versions(),
+            "arms": self.arms,
+            "shipped": self.shipped,
+            "seeds": seeds,
+            "not_evaluated": self.not_evaluated,
+            "stripped": asdict(self.stripped),
+        }
 
     def save(self, path: str | Path, **more) -> None:
         write_whole(Path(path), json.dumps(self.numbers() | more, indent=2) + "\n")
@@ -298,3 +359,19 @@ def _device(run: PretrainResult) -> str:
     if processes > 1:
         return f"{processes} processes on {run.device}"
     return run.device if devices == 1 else f"{devices} devices of {run.device}"
+
+
+def _numbers_of(pair: Pair) -> dict:
+    return {
+        "arm": pair.other.name,
+        "control": asdict(pair.control),
+        "differences": pair.differences,
+        "times_as_fast": pair.times_as_fast,
+        "stage_times_as_fast": pair.stage_times_as_fast,
+        "compared_loss": pair.which,
+        "loss_difference": pair.loss_difference,
+        "passes": None if pair.passes is None else dict(zip(("step", "seconds"), pair.passes, strict=True)),
+        "sooner": pair.sooner,
+        "recovery": None if pair.recovery is None else asdict(pair.recovery),
+        "device_hours": {run.name: run.device_hours for run in pair.runs},
+    }

@@ -1,8 +1,9 @@
-"""Dense held-out loss against training time or tokens, one curve a run, the switch to dense marked."""
+"""Dense held-out loss against training time or steps, one curve a run, the switch to dense marked."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import cycle
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -15,27 +16,31 @@ from lighthouse.report.table import minutes
 from lighthouse.training.result import HeldOut, PretrainResult
 
 COLOURS = ("#6b7280", "#d97706", "#2563eb", "#059669", "#9333ea")
-OF_RUN = {"dense": COLOURS[0], "two-stage": COLOURS[1]}
 # Seconds, as clocks have them.
 TICKS = (1, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14_400, 43_200, 86_400)
 SHOWN_ABOVE = 1.0  # nats above the lowest loss: what is higher, at the very start, would flatten all the rest
+DASHED = (0, (4, 2))
 ABOVE_SWITCH = 0.3  # nats that are shown above the loss at the switch, however high that is
 
-Place = Callable[[PretrainResult, HeldOut], float]  # along the axis
+Place = Callable[[HeldOut], float]  # along the axis
 
 
 def losses(runs: Sequence[PretrainResult], against: str) -> Figure:
-    """A picture of `PretrainResult`s, `against` "time" or "tokens". Runs of one name, of several seeds, look alike.
+    """A picture of `PretrainResult`s, `against` "time" or "steps". Runs of one name, of several seeds, look alike.
 
-    A dotted line goes through the first run's final loss: the others pass it or they do not.
+    The stage with Lighthouse is dashed, and a diamond marks the switch. A dotted line goes through the first run's
+    final loss: the others pass it or they do not.
     """
     figure = new_figure()
     axes = figure.add_subplot()
-    place: Place = {"time": lambda run, point: point.seconds, "tokens": lambda run, point: _tokens(run, point)}[against]
+    places: dict[str, Place] = {"time": lambda point: point.seconds, "steps": lambda point: point.step}
+    colours = dict(zip(dict.fromkeys(run.name for run in runs), cycle(COLOURS), strict=False))
     named = set()
     for run in runs:
-        _curve(axes, run, place, label=run.name not in named)
+        _curve(axes, run, places[against], colours[run.name], label=run.name not in named)
         named.add(run.name)
+    if any(_first_stage(run) for run in runs):
+        axes.plot([], [], color="black", ls=DASHED, marker="D", markersize=5, label="with Lighthouse, and the switch")
     lowest = min(point.loss for run in runs for point in run.held_out)
     highest = max(point.loss for run in runs for point in run.held_out)
     switch = [p.loss for run in runs for p in run.held_out if 0 < p.step == run.switch_step]
@@ -43,7 +48,7 @@ def losses(runs: Sequence[PretrainResult], against: str) -> Figure:
     axes.set_ylim(lowest - 0.06 * (top - lowest), top + 0.04 * (top - lowest))
     axes.set_xlim(left=0)
     if len(runs) > 1:
-        axes.axhline(known(runs[0].loss), color=OF_RUN[runs[0].name], linewidth=0.9, linestyle=":")
+        axes.axhline(known(runs[0].loss), color=colours[runs[0].name], linewidth=0.9, linestyle=":")
     if against == "time":
         longest = max(point.seconds for run in runs for point in run.held_out)
         axes.xaxis.set_major_locator(MultipleLocator(next((s for s in TICKS if longest <= 7 * s), longest / 7)))
@@ -51,8 +56,8 @@ def losses(runs: Sequence[PretrainResult], against: str) -> Figure:
         axes.set_xlabel("training time, minutes:seconds, without evaluation")
     else:
         axes.xaxis.set_major_locator(MaxNLocator(6))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: short(tokens)))
-        axes.set_xlabel("tokens trained on")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda steps, _: f"{steps:,.0f}"))
+        axes.set_xlabel("steps")
     axes.set_ylabel("dense held-out loss, nats per token")
     make_plain(axes)
     axes.legend(frameon=False, loc="upper right")
@@ -67,29 +72,19 @@ def make_plain(axes: Axes) -> None:
         axes.spines[side].set_visible(False)
 
 
-def short(number: float) -> str:
-    """983040 is 983k, 1966080 is 1.97M."""
-    for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= unit:
-            return f"{number / unit:.3g}{name}"
-    return f"{number:.3g}"
+def _first_stage(run: PretrainResult) -> int:
+    """How many evaluations were made with Lighthouse on, up to the switch; 0 where it was planned and never acted."""
+    acted = run.switch_step and run.lighthouse is not None
+    return sum(point.step <= run.switch_step for point in run.held_out) if acted else 0
 
 
-def _tokens(run: PretrainResult, point: HeldOut) -> float:
-    return point.step * sum(stage.tokens for stage in run.stages.values()) / run.steps
-
-
-def _curve(axes: Axes, run: PretrainResult, place: Place, label: bool) -> None:
-    colour = OF_RUN[run.name]
-    points = [(place(run, point), point.loss) for point in run.held_out]
-    acted = run.switch_step and run.lighthouse is not None  # planned and done
-    with_it = sum(point.step <= run.switch_step for point in run.held_out) if acted else 0
-    first = points[:with_it]
+def _curve(axes: Axes, run: PretrainResult, place: Place, colour: str, label: bool) -> None:
+    points = [(place(point), point.loss) for point in run.held_out]
+    first = points[: _first_stage(run)]
     second = points[len(first) - 1 :] if first else points  # joined where the stage changes
     style: dict[str, Any] = {"color": colour, "marker": "o", "markersize": 3.5}
-    labels: list[str | None] = ["two-stage, Lighthouse", "switch to dense", "two-stage, dense" if first else run.name]
-    labels = labels if label else [None, None, None]
     if first:
-        axes.plot(*zip(*first, strict=True), **style, ls=(0, (4, 2)), label=labels[0])
-        axes.plot(*first[-1], color=colour, marker="D", markersize=7, ls="", label=labels[1])
-    axes.plot(*zip(*second, strict=True), **style, markevery=slice(1 if first else 0, None), label=labels[2])
+        axes.plot(*zip(*first, strict=True), **style, ls=DASHED)
+        axes.plot(*first[-1], color=colour, marker="D", markersize=7, ls="")
+    every = slice(1 if first else 0, None)
+    axes.plot(*zip(*second, strict=True), **style, markevery=every, label=run.name if label else None)

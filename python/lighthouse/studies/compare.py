@@ -1,12 +1,12 @@
-"""The baseline and the two-stage run of one or several seeds, one after the other, and the model to ship.
+"""The arms of a comparison, for one or several seeds, one run after the other; and the model to ship.
 
     from lighthouse.studies.compare import compare, compare_defaults
 
     comparison = compare(PretrainOptions(data="books"), TrainingOptions(output_dir="runs/compare", max_steps=500))
 
-Both runs of a seed have the same first weights, text, order of it, steps and schedule: they differ in the attention
-alone. Each is a whole run of `lighthouse pretrain` in its own folder, `seed-0/dense` and `seed-0/two-stage`, and is
-resumed like one; the report is made when all are finished.
+All runs of a seed have the same first weights, text, order of it, steps and schedule: they differ in the attention
+alone (`arms`). Each is a whole run of `lighthouse pretrain` in its own folder, `seed-0/dense`, `seed-0/window` and so
+on, and is resumed like one. When all are finished, each model is evaluated, one is exported, and the report is made.
 """
 
 from __future__ import annotations
@@ -29,9 +29,13 @@ from lighthouse.core.method import Method
 from lighthouse.export.card import settings_shown
 from lighthouse.export.export import ExportFailed, NoSpace, export
 from lighthouse.export.plain import NEW_TOKENS, PlainProcessFailed, inference
-from lighthouse.report import comparison as report
-from lighthouse.report.compared import Comparison, Pair, Stripped
+from lighthouse.report import standings
+from lighthouse.report.checklist import checklist
+from lighthouse.report.compared import Comparison, Seed, Stripped, arm_to_ship, which_loss
+from lighthouse.report.comparison import page
 from lighthouse.report.known import known
+from lighthouse.studies.arms import DEFAULT_ARMS, checked, options_of
+from lighthouse.studies.evaluated import NotEvaluated, evaluate_run
 from lighthouse.text.data import Corpus, find_corpus, key_of
 from lighthouse.text.tokenizer import load_tokenizer
 from lighthouse.training.callbacks import StopOnSignal
@@ -42,7 +46,7 @@ from lighthouse.training.result import RESULTS, DiskFull, PretrainResult, Stoppe
 from lighthouse.training.resume import MODEL, SETTINGS, check_same
 from lighthouse.training.run import Run, prepare
 
-DENSE, TWO_STAGE = "dense", "two-stage"
+OLD_ARM = "two-stage"  # of comparisons that had two arms
 
 HOW_TO_GO_ON = "The same command with --resume continues from there."
 
@@ -68,49 +72,55 @@ def compare(
     options: PretrainOptions | None = None,
     training: TrainingOptions | None = None,
     *,
+    arms: Sequence[str] = DEFAULT_ARMS,
     seeds: Sequence[int] | None = None,
     say: Callable[[str], None] = lambda message: None,
 ) -> Comparison | None:
-    """Trains each seed dense and in two stages, strips and exports a model, and writes the report.
+    """Trains each arm with each seed, evaluates the models, strips and exports one, and writes the report.
 
     Args:
         options, training: as for `pretrain`. `training.output_dir` is the folder of all runs; with `training.resume`
             finished runs in it are read, and an interrupted one continues.
+        arms: "dense", the baseline, and at least one of "window", "published" and "lighthouse" (`studies.arms`).
         seeds: of the weights and of the order of the text; by default only `training.seed`.
         say: called with a line for each part of the work.
 
     Returns:
         The results; None in all processes but the first. The folder then has `report.html`, `report.md` with its
-        pictures, `results.json`, and the exported model of the best two-stage run in `model`.
+        pictures, `results.json`, and in `model` the exported model of the lighthouse run with the lowest loss, or
+        without that arm, of the other arm with the lowest loss.
 
     Raises:
         ValueError, FileNotFoundError, FileExistsError: before any work, as `prepare` does, and for options with which
             nothing can be compared.
         RunFailed: as `Run.train` does; a full disk at the end too.
     """
-    return prepare_comparison(options, training, seeds=seeds).run(say)
+    return prepare_comparison(options, training, arms=arms, seeds=seeds).run(say)
 
 
 def prepare_comparison(
     options: PretrainOptions | None = None,
     training: TrainingOptions | None = None,
     *,
+    arms: Sequence[str] = DEFAULT_ARMS,
     seeds: Sequence[int] | None = None,
 ) -> Plan:
     """Checks all runs of a comparison and does no work yet; the arguments are those of `compare`."""
     options, training = options or PretrainOptions(), training or TrainingOptions()
     seeds = [training.seed] if seeds is None else list(seeds)
+    arms = checked(arms)
     _check(options, training, seeds)
+    its = options_of(options, arms)
     folder = Path(known(training.output_dir))
     _check_folder(folder, training.resume)
-    runs: list[Run | PretrainResult] = []
+    runs: list[PlannedRun] = []
     corpus: Corpus | None = None
     for seed in seeds:
-        for name in (DENSE, TWO_STAGE):
-            its = replace(options, dense_only=name == DENSE)
-            run, corpus = _prepare_one(its, training, folder / f"seed-{seed}" / name, seed, corpus)
-            runs.append(run)
-    return Plan(folder, seeds, runs, training.process_index == 0)
+        for arm in arms:
+            place = folder / f"seed-{seed}" / arm
+            run, corpus = _prepare_one(its[arm], training, place, seed, corpus)
+            runs.append(PlannedRun(seed, arm, place, run, corpus))
+    return Plan(folder, runs, training)
 
 
 def _check(options: PretrainOptions, training: TrainingOptions, seeds: list[int]) -> None:
@@ -145,6 +155,12 @@ def _check_folder(folder: Path, resume: bool) -> None:
         raise FileExistsError(
             f"output_dir={str(folder)!r} holds a comparison already: use another folder with --output_dir, continue "
             "it with --resume, or delete the folder"
+        )
+    older = [path for path in there if (path / OLD_ARM).exists()]
+    if older:
+        raise FileExistsError(
+            f"output_dir={str(folder)!r} is of an earlier version: its {older[0].name}/{OLD_ARM} is not an arm; rename "
+            "it to published if it trained without a local window, else to lighthouse, or use another folder"
         )
     if resume and not there:
         raise FileNotFoundError(f"output_dir={str(folder)!r} holds no comparison to resume: start it without --resume")
@@ -191,62 +207,94 @@ def _prepare_one(
 
 
 @dataclass(frozen=True)
+class PlannedRun:
+    """A run that is to be trained, or the result of one that is finished; and its text."""
+
+    seed: int
+    arm: str
+    folder: Path
+    run: Run | PretrainResult
+    corpus: Corpus
+
+
+@dataclass(frozen=True)
 class Plan:
-    """A checked comparison: each seed's dense and two-stage run, or the result of one that is finished."""
+    """A checked comparison: the runs of each seed, arm by arm."""
 
     folder: Path
-    seeds: list[int]
-    runs: list[Run | PretrainResult]
-    first_process: bool  # which makes the report
+    runs: list[PlannedRun]
+    training: TrainingOptions
 
     def run(self, say: Callable[[str], None] = lambda message: None) -> Comparison | None:
         """Does the work that is not done yet. Returns and raises as `compare` does."""
-        results, stop = [], StopOnSignal()
-        for number, run in enumerate(self.runs):
-            seed, kind = self.seeds[number // 2], (DENSE, TWO_STAGE)[number % 2]
-            name = f"Run {number + 1} of {len(self.runs)}: seed {seed}, {kind}"
+        stop = StopOnSignal()
+        found: dict[int, Seed] = {}
+        for number, planned in enumerate(self.runs, 1):
+            run, name = planned.run, f"Run {number} of {len(self.runs)}: seed {planned.seed}, {planned.arm}"
             if isinstance(run, PretrainResult):
                 say(f"{name}: already finished, with {run.loss:.4f}.")
-                results.append(run)
-                continue
-            say(name)
-            _give_back_memory()
-            results.append(run.train(stop=stop))
-            if stop.received is not None:  # in the last step of a run, which it let end
-                raise Stopped(f"Stopped by a signal after {name.lower()}.")
-        if not self.first_process:
+                result = run
+            else:
+                say(name)
+                _give_back_memory()
+                result = run.train(stop=stop)
+                if stop.received is not None:  # in the last step of a run, which it let end
+                    raise Stopped(f"Stopped by a signal after {name.lower()}.")
+            seed = found.setdefault(planned.seed, Seed(planned.seed, {}))
+            seed.runs[planned.arm] = replace(result, name=planned.arm)
+        if self.training.process_index > 0:  # the first makes the report
             return None
-        pairs = [Pair(*each) for each in zip(self.seeds, results[::2], results[1::2], strict=True)]
         with _full_disk_is_said(self.folder):
-            return self._finish(pairs, say)
+            return self._finish(list(found.values()), say)
 
-    def _finish(self, pairs: list[Pair], say: Callable[[str], None]) -> Comparison:
+    def _finish(self, seeds: list[Seed], say: Callable[[str], None]) -> Comparison:
+        not_evaluated = self._evaluate({seed.seed: seed for seed in seeds}, say)
         say("Exporting the plain model and timing it against one built by Transformers alone ...")
         _give_back_memory()
-        best = min(pairs, key=lambda pair: known(pair.two_stage.loss))
-        run_folder = self.folder / f"seed-{best.seed}" / TWO_STAGE
+        arm = arm_to_ship(seeds)
+        best = min(seeds, key=lambda seed: known(seed.runs[arm].loss))
+        run_folder = self.folder / f"seed-{best.seed}" / arm
         config = json.loads((run_folder / MODEL / "config.json").read_text(encoding="utf-8"))
         found = Comparison(
             layers=config["num_hidden_layers"],
-            pairs=pairs,
-            stripped=strip(best, run_folder, self.folder / MODEL),
+            seeds=seeds,
+            stripped=strip(best.seed, best.runs[arm], run_folder, self.folder / MODEL),
+            not_evaluated=not_evaluated,
         )
-        checks = report.checklist(found)
-        for name, content in report.page(found, checks).files().items():
+        checks = checklist(found)
+        for name, content in page(found, checks).files().items():
             write_whole(self.folder / name, content)
-        found.save(self.folder / RESULTS, checklist=[asdict(check) for check in checks])
+        found.save(
+            self.folder / RESULTS,
+            standings=standings.numbers(found),
+            checklist=[asdict(check) for check in checks],
+        )
         return found
 
+    def _evaluate(self, seeds: dict[int, Seed], say: Callable[[str], None]) -> list[str]:
+        """Evaluates each model, or reads what was found before; returns sentences about those that could not be."""
+        say("Evaluating each model, with dense attention: loss by position, copies by distance ...")
+        why_not = []
+        for planned in self.runs:
+            _give_back_memory()
+            seed = seeds[planned.seed]
+            try:
+                seed.evaluations[planned.arm] = evaluate_run(
+                    planned.folder, seed.runs[planned.arm], planned.corpus, self.training
+                )
+            except NotEvaluated as error:
+                why_not.append(f"Seed {planned.seed}, {planned.arm}: not evaluated, {error}.")
+        return why_not
 
-def strip(pair: Pair, run_folder: Path, folder: Path) -> Stripped:
-    """Exports the model of a pair's two-stage run, and times it beside a plain one. Raises `NoSpace`."""
-    run = pair.two_stage
+
+def strip(seed: int, run: PretrainResult, run_folder: Path, folder: Path) -> Stripped:
+    """Exports the model of a run, and times it beside a plain one. Raises `NoSpace`."""
     try:
         exported = export(run_folder, folder, force=True)
     except NoSpace:
         raise
     except ExportFailed as error:
-        return Stripped(pair.seed, None, None, [], [], f"not exported: {error}")
+        return Stripped(seed, None, None, [], [], f"not exported: {error}")
     card = (folder / "README.md").read_text(encoding="utf-8")
     wanted = {
         "the modification of training": "modification of training only",
@@ -255,7 +303,7 @@ def strip(pair: Pair, run_folder: Path, folder: Path) -> Stripped:
             f"| {name} | {value} |"
             for name, value in settings_shown(Method.of(run.settings), run.settings["dense_layers"])
         ),
-        f"the {pair.which} loss {run.loss:.4f}": f"| {run.model_step:,} | {run.loss:.4f} |",
+        f"the {which_loss(run)} loss {run.loss:.4f}": f"| {run.model_step:,} | {run.loss:.4f} |",
     }
     names = [name for name, text in wanted.items() if text in card]
     lacks = [name for name in wanted if name not in names]
@@ -269,8 +317,8 @@ def strip(pair: Pair, run_folder: Path, folder: Path) -> Stripped:
             dtype="bfloat16" if run.settings["bf16"] else "float32",
         )
     except PlainProcessFailed as error:
-        return Stripped(pair.seed, exported, None, names, lacks, f"inference: {error}")
-    return Stripped(pair.seed, exported, speed, names, lacks)
+        return Stripped(seed, exported, None, names, lacks, f"inference: {error}")
+    return Stripped(seed, exported, speed, names, lacks)
 
 
 @contextmanager
