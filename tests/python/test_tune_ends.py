@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo as dynamo
 from optuna.distributions import IntDistribution
 from optuna.trial import TrialState, create_trial
 
@@ -180,6 +181,16 @@ def test_equal_time(text, tmp_path, monkeypatch):
     assert len(unequal) == 3 and after.best is None and not (tmp_path / "best.yaml").exists()
     assert "became slower than when they were timed" in unequal[-1].why and unequal[-1].loss is None
     assert "No trial is comparable" in (tmp_path / "report.md").read_text()
+
+
+def test_each_trial_may_compile_its_own_layers(text, tmp_path, monkeypatch):
+    """The first has three: in training with Lighthouse and without, and in evaluation. One more would be refused."""
+    plain = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: plain(self, **how, backend="eager"))
+    with dynamo.config.patch(recompile_limit=3):
+        result = study_of(text, tmp_path, GRID | {"trials": 2}, compile_layers=True).run(quiet)
+    torch.compiler.reset()
+    assert len(result.of("complete")) == 2
 
 
 def test_seconds_too_few_for_the_given_switch_end_the_study_before_a_trial(text, tmp_path):

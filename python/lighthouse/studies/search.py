@@ -49,7 +49,7 @@ class Setting:
         texts, usual = self.method.texts(), DEFAULT.texts()
         ratios, parents = texts.pop("pool_ratios"), texts.pop("select_topk")
         chosen = [ratios, f"k {parents}"] if self.method.chooses else ["window alone"]
-        others = [f"{name} {text}" for name, text in texts.items() if text != usual[name]]
+        others = [f"{name} {text}" for name, text in texts.items() if name in RANGES or text != usual[name]]
         others += [] if self.share is None else [f"share {self.share:g}"]
         return "  ".join([*chosen, *others, f"rate {self.learning_rate:.3g}", f"batch {self.batch}"])
 

@@ -314,6 +314,8 @@ class Study:
         trial, setting = claimed.trial, claimed.setting
         what, folder = f"trial {trial.number}: {setting}", self.files.log(trial.number).with_suffix("")
         state, end, why, judge = TrialState.FAIL, FAILED, None, None
+        if self.options.compile_layers or self.training.torch_compile:
+            torch.compiler.reset()  # PyTorch compiles a layer for eight cases at most, and refuses the next
         try:
             with output_into(claimed.log):
                 options, training = with_values(self.options, self.training, self.space.values(setting))
