@@ -18,9 +18,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, Lla
 
 from lighthouse.cli import main
 from lighthouse.core.method import Method
+from lighthouse.export import card as card_of
 from lighthouse.export import plain_process
 from lighthouse.export import source as source_module
-from lighthouse.export.card import history_of_checkpoint
+from lighthouse.export.card import History, history_of_checkpoint
 from lighthouse.export.export import ExportFailed, export
 from lighthouse.huggingface import LighthouseCallback, state
 from lighthouse.training import pretrain
@@ -95,6 +96,23 @@ def test_a_finished_run_by_the_command(run, tmp_path, capsys):
     for part in (*rows, *stages, *settings, "2605.06554", "bit for bit"):
         assert part in card.text, part
     assert "Warning" not in card.text
+    said = " ".join(card.text.split())
+    assert "beside that each token attends exactly to the last 16 tokens, and both outputs are summed" in said
+    assert "except the dense layers" not in said
+
+
+SAID_OF_THE_METHOD = [
+    ("published", Method(), 1, ["except the dense layers at each end", "into a pyramid"], ["exactly"]),
+    ("both", Method(local_window=256), 0, ["into a pyramid", "exactly to the last 256 tokens"], ["except the dense"]),
+    ("window", Method(select_topk=0, local_window=2048), 0, ["exactly to the last 2,048 tokens"], ["pyramid"]),
+    ("layers_not_known", Method(), None, ["except the dense layers at each end"], ["exactly"]),
+]
+
+
+@pytest.mark.parametrize("method, dense, there, not_there", [s[1:] for s in SAID_OF_THE_METHOD])
+def test_what_a_card_says_of_the_method(method, dense, there, not_there):
+    said = " ".join(card_of._method("LlamaModel", History(method=method, dense_layers=dense)).split())
+    assert all(part in said for part in there) and not any(part in said for part in not_there)
 
 
 def test_a_trainers_checkpoint_before_the_switch(plain_side_here, tmp_path, caplog):

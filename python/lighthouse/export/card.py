@@ -32,10 +32,13 @@ Peng, Ghosh, Quesnelle: *Long Context Pre-Training with Lighthouse Attention*,
 [arXiv:2605.06554](https://arxiv.org/abs/2605.06554)."""
 
 METHOD = """\
-For part of its training, the layers used Lighthouse attention, except the dense layers at each end: queries, keys and
-values are averaged over windows into a pyramid, a small part of its entries is chosen, and causal attention runs only
-on these. This was a modification of training only. Nothing of it is in this folder: parameters, their names and the
-code that runs them are those of a plain {model_class}, with dense attention."""
+For part of its training, the layers used Lighthouse attention{but}: {what}. This was a modification of training only.
+Nothing of it is in this folder: parameters, their names and the code that runs them are those of a plain {model_class},
+with dense attention."""
+PYRAMID = """\
+queries, keys and values are averaged over windows into a pyramid, a small part of its entries is chosen, and causal
+attention runs only on these"""
+WINDOW = "each token attends exactly to the last {window:,} tokens"
 
 
 @dataclass
@@ -319,11 +322,23 @@ def _training(exported, history: History) -> list[str]:
         rows = settings_shown(history.method, history.dense_layers)
         if history.context is not None:
             rows.append(("tokens in a sequence", f"{history.context:,}"))
-        parts = [METHOD.format(model_class=exported.model_class), _table(("setting", "value"), rows)]
+        parts = [_method(exported.model_class, history), _table(("setting", "value"), rows)]
     parts += _stages(history)
     if not parts:
         parts.append("How it was trained is not recorded.")
     return parts
+
+
+def _method(model_class: str, history: History) -> str:
+    """What the attention of the first stage was."""
+    method = history.method
+    assert method is not None
+    window = WINDOW.format(window=method.local_window)
+    what = PYRAMID if method.chooses else window
+    if method.chooses and method.local_window:
+        what += f"; beside that {window}, and both outputs are summed"
+    but = ", except the dense layers at each end" if history.dense_layers != 0 else ""
+    return METHOD.format(model_class=model_class, what=what, but=but)
 
 
 def _stages(history: History) -> list[str]:
