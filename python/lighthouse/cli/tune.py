@@ -24,8 +24,8 @@ EXAMPLE = """\
 examples:
   lighthouse tune --model nano --context 2048 --steps 40 --trials 6 --output_dir runs/tune
   lighthouse tune --config runs/tune/study.yaml --resume            continues it, also from another terminal
-  lighthouse tune --model nano --context 2048 --steps 40 --sampler grid --judge tokens --fixed learning_rate batch \\
-      --levels 3 --level_ratio 1/8 1/2 --topk 16 64 --output_dir runs/grid
+  lighthouse tune --model nano --context 2048 --steps 40 --sampler grid --judge tokens --output_dir runs/grid \\
+      --fixed learning_rate batch share --levels 3 --level_ratio 1/8 1/2 --topk 16 64 --local_windows 0 256
   lighthouse pretrain --config runs/tune/best.yaml --steps 200 --output_dir runs/tuned
 """
 
