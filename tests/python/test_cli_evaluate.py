@@ -169,6 +169,7 @@ def test_an_interrupted_evaluation_goes_on(run, here, monkeypatch, capsys):
     with monkeypatch.context() as patched:
         patched.setattr(module, "copy_loss", interrupted)
         assert evaluate(run) == 130
+    assert "the same command continues" in capsys.readouterr().err
     assert numbers()["evaluation"]["loss"] and not numbers()["evaluation"]["copy"]
     assert not Path("evaluated/loss.png").exists()
     measured, measure = [], module._measure

@@ -61,6 +61,9 @@ def main(arguments: Sequence[str]) -> int:
             file=sys.stderr,
         )
         return 1
+    except KeyboardInterrupt:
+        print("The evaluation is not finished; the same command continues with the next part.", file=sys.stderr)
+        raise
     found = kept.evaluation()
     try:
         paths = []
@@ -79,7 +82,7 @@ def main(arguments: Sequence[str]) -> int:
 def _measured(options: argparse.Namespace, command: str) -> Kept:
     """All that was asked for, measured or found in the folder. Raises if options, model or text do not fit."""
     device = chosen_device(options)
-    check_folders(options, "json", "output_dir")
+    check_folders(options, "json")
     settings = EvaluationSettings(
         **{field.name: getattr(options, field.name) for field in fields(EvaluationSettings) if field.name != "parts"},
         parts=tuple(options.parts),

@@ -91,8 +91,10 @@ def find_model(name: str, place: str | Path, tokenizer: str | None = None) -> Fo
     try:
         config = AutoConfig.from_pretrained(place, local_files_only=folder.is_dir()).get_text_config()
     except Exception as error:  # OSError, and what a configuration raises of its own
-        what = f"is not a model of Transformers: {str(error).splitlines()[0]}"
-        raise ValueError(f"model={name!r} {what}; a folder with a config.json, a run, or a name is needed") from error
+        why = str(error).splitlines()[0].rstrip(".")
+        raise ValueError(
+            f"model={name!r} cannot be read: {why}; a folder with a config.json, a run, or a name is needed"
+        ) from error
     run = _run_around(folder) if folder.is_dir() else None
     if tokenizer is None:
         beside = not folder.is_dir() or any((folder / file).is_file() for file in TOKENIZER_FILES)

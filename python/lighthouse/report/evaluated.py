@@ -65,7 +65,6 @@ def copy_figure(evaluations: Mapping[str, Evaluation]) -> Figure:
     axes = figure.add_subplot()
     colours = _colours(evaluations)
     distances: set[int] = set()
-    chance = 0.0
     for name, found in evaluations.items():
         if found.copy is None:
             continue
@@ -73,9 +72,9 @@ def copy_figure(evaluations: Mapping[str, Evaluation]) -> Figure:
         x = [each.distance for each in at]
         _line(axes, name, x, [each.gain for each in at], [each.error for each in at], colours[name])
         distances |= set(x)
-        chance = max(chance, found.copy.chance)
+        if len(evaluations) == 1:
+            _level(axes, sum(each.first for each in at) / len(at), "a perfect copy", "#6b7280")
     _level(axes, GAIN_NEEDED, "copies above this line", "#b91c1c")
-    _level(axes, chance, "a perfect copy", "#6b7280")
     axes.set_xscale("log", base=2)
     axes.set_xticks(sorted(distances), [_tokens(distance) for distance in sorted(distances)])
     axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
