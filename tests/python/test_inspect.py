@@ -19,7 +19,7 @@ from cases import rand_qkv
 from lighthouse import LighthouseWrapper
 from lighthouse.cli import inspect as inspect_module
 from lighthouse.cli import main
-from lighthouse.huggingface.inspection import Choices, choices_in, choices_of
+from lighthouse.huggingface.inspection import Choices, choices_in, choices_of, stretches
 from lighthouse.report import choice
 from lighthouse.training.model import new_model
 from small_llama import MODELS, SETTINGS, ids, plain, wrapped
@@ -94,6 +94,18 @@ def test_shares_and_overlap():
     assert numbers["kept_share"] == {"3": 0.5, "5": 0.25}
     assert numbers["kept_by_every_head_share"] == 0 and numbers["kept_by_no_head_share"] == 2 / 8
     assert numbers["overlap_between_heads_of_a_layer"] == pytest.approx((1 + 0) / 2)
+
+
+def test_a_place_in_a_picture_is_its_place_in_the_text():
+    """The kept token stands at three quarters of the text, whatever the lengths of the stretches."""
+    for tokens, count in ((2048, 1600), (100, 64), (64, 64), (9, 4)):
+        levels = np.ones((1, 1, tokens), dtype=np.uint8)
+        levels[0, 0, 3 * tokens // 4] = 0
+        share = Choices(levels, (0,), (1, 4), 6).kept_share(count)[0]
+        starts = stretches(tokens, count)
+        assert share.shape == (count,) and np.flatnonzero(share).tolist() == [3 * count // 4]
+        assert share.max() == 1 / np.diff(starts, append=tokens)[3 * count // 4]
+        assert (np.flatnonzero(np.minimum.reduceat(levels[0, 0], starts) == 0) == 3 * count // 4).all()
 
 
 def test_one_head_has_no_other_to_overlap_with():
