@@ -22,8 +22,10 @@ from lighthouse.export.export import ExportFailed
 from lighthouse.export.plain import inference
 from lighthouse.report import standings
 from lighthouse.report.checklist import checklist, passing, recovery
+from lighthouse.report.compared import ARMS as ARMS_THERE_ARE
+from lighthouse.studies.arms import options_of
 from lighthouse.studies.compare import compare, compare_defaults, prepare_comparison
-from lighthouse.training import PretrainResult, Run, checkpoints
+from lighthouse.training import PretrainOptions, PretrainResult, Run, checkpoints
 from lighthouse.training import run as run_module
 from lighthouse.training.result import Stopped
 from training_runs import CHECKPOINTING, options, training, write_text
@@ -72,7 +74,7 @@ def again(done, tmp_path, monkeypatch):
 def command(text, folder, *more) -> list[str]:
     """The same as arguments."""
     small = "--model nano --context 128 --held_out 2 --steps 5 --eval_steps 2 --logging_steps 1 --report_to none"
-    rest = "--pool_ratios 1/2 1/4 --select_topk 4 --local_window 16 --share 0.6 --max_grad_norm 1.0"
+    rest = "--pool_ratios 1/2 1/4 --select_topk 4 --local_window 16 --dense_layers 0 --share 0.6 --max_grad_norm 1.0"
     every = (
         "--use_cpu --disable_tqdm true --save_strategy steps --save_steps 2 --save_total_limit 1 --eval_on_start true"
     )
@@ -329,6 +331,21 @@ def test_the_default_folder(tmp_path):
             (tmp_path / name).mkdir()
         assert compare_defaults(base)["output_dir"] == str(tmp_path / free)
         assert compare_defaults(base, resume=True)["output_dir"] == str(tmp_path / latest)
+
+
+def test_what_the_arms_of_the_small_case_are():
+    """The recommended settings, with one dense layer at each end in the arms that have a pyramid."""
+    small = {
+        name: value for name, value in compare_defaults("x").items() if name in ("model", "context", "dense_layers")
+    }
+    arms = options_of(PretrainOptions(**small), ARMS_THERE_ARE)
+    assert {arm: (its.select_topk, its.local_window, its.dense_layers) for arm, its in arms.items()} == {
+        "dense": (1 / 64, 256, 1),
+        "window": (0, 256, 0),
+        "published": (1 / 64, 0, 1),
+        "lighthouse": (1 / 64, 256, 1),
+    }
+    assert [arm for arm, its in arms.items() if its.dense_only] == ["dense"]
 
 
 # What is refused, before any work

@@ -97,7 +97,13 @@ def _loss_part(result: Page, found: Comparison) -> None:
         ),
         (f"at equal time{over}", [_number(at_time.get(arm), ".4f") for arm in found.arms]),
     ]
-    _table(result, found.arms, rows, "At equal time: interpolated linearly between two evaluations.")
+    _table(
+        result,
+        found.arms,
+        rows,
+        f"Dense held-out loss, nats per token; the baseline is {DENSE}."
+        + (" At equal time: interpolated linearly between two evaluations." if at_time else ""),
+    )
     for pair in _all_pairs(found):
         result.text(passing(pair))
     rows = []

@@ -28,8 +28,8 @@ Place = Callable[[HeldOut], float]  # along the axis
 def losses(runs: Sequence[PretrainResult], against: str) -> Figure:
     """A picture of `PretrainResult`s, `against` "time" or "steps". Runs of one name, of several seeds, look alike.
 
-    The stage with Lighthouse is dashed, and a diamond marks the switch. A dotted line goes through the first run's
-    final loss: the others pass it or they do not.
+    The first stage of a run that is not dense throughout is dashed, and a diamond marks the switch. A dotted line goes
+    through the first run's final loss: the others pass it or they do not.
     """
     figure = new_figure()
     axes = figure.add_subplot()
@@ -40,7 +40,7 @@ def losses(runs: Sequence[PretrainResult], against: str) -> Figure:
         _curve(axes, run, places[against], colours[run.name], label=run.name not in named)
         named.add(run.name)
     if any(_first_stage(run) for run in runs):
-        axes.plot([], [], color="black", ls=DASHED, marker="D", markersize=5, label="with Lighthouse, and the switch")
+        axes.plot([], [], color="black", ls=DASHED, marker="D", markersize=5, label="first stage, and the switch")
     lowest = min(point.loss for run in runs for point in run.held_out)
     highest = max(point.loss for run in runs for point in run.held_out)
     switch = [p.loss for run in runs for p in run.held_out if 0 < p.step == run.switch_step]

@@ -186,8 +186,8 @@ def said(found: Comparison) -> list[str]:
 
 
 def _equal_time_said(found: EqualTime) -> str:
-    times = sorted({minutes(seconds) for seconds in found.seconds}, key=lambda time: (len(time), time))
-    span = times[0] if len(times) == 1 else f"{times[0]} to {times[-1]}, by seed"
+    first, last = minutes(min(found.seconds)), minutes(max(found.seconds))
+    span = first if first == last else f"{first} to {last}, by seed,"
     names = " or ".join(dict.fromkeys(found.shortest))
     head = f"At equal time, the {span} of the shortest run ({names})"
     if found.standing is None:
