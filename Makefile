@@ -24,7 +24,7 @@ help:
 	@echo 'make test      build everything, run the C++ and the Python tests'
 	@echo 'make test-long the Python tests that are long and rare (marked slow); make test-all: both'
 	@echo 'make gpu-test  everything that needs a GPU, on one, into gpu-test.json (8 minutes at most after the build)'
-	@echo 'make demo      lighthouse compare: a small model trained dense and in two stages, and a report (3 to 7 minutes)'
+	@echo 'make demo      lighthouse compare: a small model trained dense, with a window and with Lighthouse (5 minutes)'
 	@echo 'make bench     time the C++ functions and one attention layer against dense attention'
 	@echo 'make lint      clang-format, clang-tidy, ruff, mypy'
 	@echo 'make sanitize  C++ tests under Address-, UndefinedBehavior- and ThreadSanitizer'

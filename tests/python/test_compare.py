@@ -230,7 +230,11 @@ def test_what_was_evaluated_is_read_and_what_was_evaluated_otherwise_is_not(agai
     monkeypatch.setattr(evaluated, "evaluate", lambda *args, **how: measured.append(1) or whole(*args, **how))
     other = again / "seed-1" / "window" / "evaluation.json"
     other.write_text(other.read_text().replace('"passages": 16', '"passages": 15'))
-    found = compare(options(text), training(again, **EVERY, resume=True), seeds=SEEDS)
+    said = []
+    found = compare(options(text), training(again, **EVERY, resume=True), seeds=SEEDS, say=said.append)
+    assert [line for line in said if line.startswith("Evaluating")] == [
+        "Evaluating seed 1, window: loss by position, copies by distance ..."
+    ]
     assert len(measured) == 1 and [s.evaluations for s in found.seeds] == [s.evaluations for s in done[1].seeds]
     assert '"passages": 16' in other.read_text()
 

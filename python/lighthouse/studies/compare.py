@@ -20,6 +20,7 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -54,8 +55,8 @@ HOW_TO_GO_ON = "The same command with --resume continues from there."
 def compare_defaults(folder: str | Path = "runs/compare", *, resume: bool = False) -> dict:
     """Options, by name, of a comparison that two processor cores finish in minutes.
 
-    So few steps are too few for Lighthouse in all four layers (docs/compare.md): two stay dense. The output folder is
-    the first of `folder`, `folder-2`, ... that does not exist; to resume, the last that does.
+    With Lighthouse in all of its four layers so short a run ended higher (docs/compare.md): two stay dense. The output
+    folder is the first of `folder`, `folder-2`, ... that does not exist; to resume, the last that does.
     """
     return {
         "model": "nano",
@@ -277,15 +278,15 @@ class Plan:
         """Evaluates each model, or reads what was found before; returns sentences about those that could not be."""
         why_not = []
         for planned in self.runs:
-            say(f"Evaluating seed {planned.seed}, {planned.arm}: loss by position, copies by distance ...")
+            seed, name = seeds[planned.seed], f"seed {planned.seed}, {planned.arm}"
+            begins = partial(say, f"Evaluating {name}: loss by position, copies by distance ...")
             _give_back_memory()
-            seed = seeds[planned.seed]
             try:
                 seed.evaluations[planned.arm] = evaluate_run(
-                    planned.folder, seed.runs[planned.arm], planned.corpus, self.training
+                    planned.folder, seed.runs[planned.arm], planned.corpus, self.training, begins
                 )
             except NotEvaluated as error:
-                why_not.append(f"Seed {planned.seed}, {planned.arm}: not evaluated, {error}.")
+                why_not.append(f"{name.capitalize()}: not evaluated, {error}.")
         return why_not
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,13 @@ class NotEvaluated(Exception):
     """Why a model was not evaluated, as the end of a sentence."""
 
 
-def evaluate_run(folder: Path, run: PretrainResult, corpus: Corpus, training: TrainingOptions) -> Evaluation:
+def evaluate_run(
+    folder: Path, run: PretrainResult, corpus: Corpus, training: TrainingOptions, begins: Callable[[], None]
+) -> Evaluation:
     """Measures the model of a finished run in `folder`, with dense attention in the precision of training.
 
-    Parts for which the context is too short are left out; what was measured before is read.
+    Parts for which the context is too short are left out; what was measured before is read. `begins` is called if there
+    is something left to measure.
 
     Raises:
         NotEvaluated: its losses are not finite on random passages, or the device has too little memory.
@@ -48,6 +52,7 @@ def evaluate_run(folder: Path, run: PretrainResult, corpus: Corpus, training: Tr
     )
     if all(part in kept.parts for part in settings.parts):
         return kept.evaluation()
+    begins()
     model: Any = AutoModelForCausalLM.from_pretrained(folder / MODEL, local_files_only=True)
     precision = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None
     try:
