@@ -316,16 +316,17 @@ def test_an_arm_more_goes_on_with_those_there_and_two_are_enough(again, text):
     assert "lighthouse run" not in (again / "report.md").read_text()
 
 
-def test_a_comparison_of_an_earlier_version_is_an_error_with_the_way_out_which_works(again, text):
-    """It had two arms, the second of which is now called by what it was."""
-    for seed in SEEDS:
-        (again / f"seed-{seed}" / "lighthouse").rename(again / f"seed-{seed}" / "two-stage")
-    again_options = training(again, **EVERY, resume=True)
-    with pytest.raises(FileExistsError, match="seed-0/two-stage is not an arm; rename it to published if"):
-        prepare_comparison(options(text), again_options, seeds=SEEDS)
-    for seed in SEEDS:
-        (again / f"seed-{seed}" / "two-stage").rename(again / f"seed-{seed}" / "lighthouse")
-    assert to_train(prepare_comparison(options(text), again_options, seeds=SEEDS)) == [False] * 6
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_comparison_of_an_earlier_version_is_refused(again, text, resume):
+    """It had two arms, of which the second was called two-stage."""
+    (again / "seed-1" / "lighthouse").rename(again / "seed-1" / "two-stage")
+    before = sorted(again.rglob("*"))
+    message = (
+        "of an earlier version, with seed-1/two-stage, which is not an arm: use another" if resume else "already: use"
+    )
+    with pytest.raises(FileExistsError, match=message):
+        prepare_comparison(options(text), training(again, **EVERY, resume=resume), seeds=SEEDS)
+    assert sorted(again.rglob("*")) == before
 
 
 def test_the_default_folder(tmp_path):
