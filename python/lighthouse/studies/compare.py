@@ -162,8 +162,8 @@ def _check_folder(folder: Path, resume: bool) -> None:
     older = [path for path in there if (path / OLD_ARM).exists()]
     if older:
         raise FileExistsError(
-            f"output_dir={str(folder)!r} holds a comparison of an earlier version, with {older[0].name}/{OLD_ARM}, which "
-            "is not an arm: use another folder with --output_dir"
+            f"output_dir={str(folder)!r} holds a comparison of an earlier version, with {older[0].name}/{OLD_ARM}, "
+            "which is not an arm: use another folder with --output_dir"
         )
     if resume and not there:
         raise FileNotFoundError(f"output_dir={str(folder)!r} holds no comparison to resume: start it without --resume")
