@@ -13,6 +13,8 @@ from chains import ALLOWED, error, forward_backward, leaves, like, poison
 from lighthouse.core import inputs as core_inputs
 from lighthouse.core import local
 from lighthouse.core.local import BLOCKS, FLASH, kernel_for
+from lighthouse.core.method import Method
+from lighthouse.core.settings import LighthouseSettings
 
 NOTHING = (0, 0)  # select_topk=0
 
@@ -158,6 +160,16 @@ def test_autocast_casts_as_for_the_pyramid():
     assert torch.equal(found, lighthouse.attention(*narrow, local_window=50))
 
 
+def test_a_backward_under_autocast_is_not_narrowed():
+    inputs = leaves(torch.device("cpu"), 200, dtype=torch.float32)
+    output = lighthouse.attention(*inputs, local_window=50, select_topk=0)
+    grad = like(output)
+    plainly = torch.autograd.grad(output, inputs, grad, retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under = torch.autograd.grad(output, inputs, grad)
+    assert all(torch.equal(a, b) for a, b in zip(plainly, under, strict=True))
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("topk", [1 / 8, 0])
 def test_compiled_in_one_graph(topk, dynamic):
@@ -217,6 +229,24 @@ REFUSED = {
         "local_window=5: this inner attention has no keyword window",
     ),
 }
+
+
+class OldModule(torch.nn.Module):
+    def forward(self, query, key, value, *, scale, dropout_p, layout):
+        return query
+
+
+REFUSED["a module without a window"] = (
+    {"local_window": 5, "inner": OldModule()},
+    ValueError,
+    "local_window=5: this inner attention has no keyword window",
+)
+
+
+def test_a_wrapper_refuses_such_an_inner_before_the_first_step():
+    with pytest.raises(ValueError, match="this inner attention has no keyword window"):
+        LighthouseSettings(inner=OldModule())
+    LighthouseSettings(Method(), inner=OldModule())
 
 
 @pytest.mark.parametrize("name", REFUSED)

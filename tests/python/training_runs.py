@@ -74,13 +74,13 @@ def training(folder: Path, **changes) -> TrainingOptions:
 def watch(monkeypatch) -> list[tuple[int, bool]]:
     """A list to which each step of a run adds itself: (the step, whether a layer chose a sub-sequence in it)."""
     steps, calls = [], []
-    choose = attention.choose
+    choose = attention.choose_and_gather
 
     def counted(*args, **kwargs):
         calls.append(1)
         return choose(*args, **kwargs)
 
-    monkeypatch.setattr(attention, "choose", counted)
+    monkeypatch.setattr(attention, "choose_and_gather", counted)
 
     class Watch(TrainerCallback):
         def on_step_end(self, args, state, control, model=None, **kwargs):

@@ -85,7 +85,7 @@ def attention(
         scale: of the logits, a number above 0; None is 1/sqrt(D).
         scores: the caller's own scores instead of the norms: for queries and for keys, each `[B, Hkv, N]` float32. They
             get no gradient.
-        dropout_p: passed on to the inner attention.
+        dropout_p: passed on to the inner attention, and of the local window's weights.
         inner: the attention of the sub-sequence, `inner(query, key, value, *, scale, dropout_p, layout)`, whose output
             is like its query and has a gradient; PyTorch's `scaled_dot_product_attention` by default. With a local
             window it is called for that too, on query, key and value, with `window=local_window`: each row then sees

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import logging
 import math
@@ -170,7 +169,7 @@ def say_if_local_window_covers_all(local_window: int, tokens) -> None:
         _said_of_local_window.append(local_window)
         logger.warning(
             "Lighthouse: local_window=%d covers all %d tokens: its part of the sum is dense attention, which costs as "
-            "much (logged once)",
+            "much or, on a CPU, several times as much (logged once)",
             local_window,
             tokens,
         )
@@ -179,19 +178,23 @@ def say_if_local_window_covers_all(local_window: int, tokens) -> None:
 _said_of_local_window: list[int] = []
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def takes_window(inner: Callable) -> bool:
     """Whether an inner attention of the user's has the keyword `window`."""
     try:
-        parameters = inspect.signature(inner).parameters.values()
-    except (TypeError, ValueError):  # a function without one that Python can see
+        parameters = inspect.signature(getattr(inner, "forward", inner)).parameters.values()
+    except (TypeError, ValueError):  # a function without a signature that Python can see
         return True
     return any(each.name == "window" or each.kind == each.VAR_KEYWORD for each in parameters)
 
 
-@torch.compiler.assume_constant_result
-def _takes_window(inner: Callable) -> bool:
-    return takes_window(inner)
+def check_takes_window(inner: Callable | None, local_window: int) -> None:
+    """Raises ValueError if an inner attention of the user's does not know of local windows, and there is one."""
+    if inner is not None and local_window and not takes_window(inner):
+        raise ValueError(
+            f"local_window={local_window}: this inner attention has no keyword window, the number of rows that each "
+            "row sees: add it (window=None for the sub-sequence), or use local_window=0 or inner=None"
+        )
 
 
 def check_options(scale: float | None, dropout_p: float, inner: Callable | None, local_window: int = 0) -> None:
@@ -212,11 +215,7 @@ def check_options(scale: float | None, dropout_p: float, inner: Callable | None,
             f"inner={inner!r}: a function inner(query, key, value, *, scale, dropout_p, layout) is needed, or None for "
             "PyTorch's attention"
         )
-    if inner is not None and local_window and not _takes_window(inner):
-        raise ValueError(
-            f"local_window={local_window}: this inner attention has no keyword window, the number of rows that each "
-            "row sees: add it (window=None for the sub-sequence), or use local_window=0 or inner=None"
-        )
+    check_takes_window(inner, local_window)
 
 
 def check_inner_output(output: Tensor, query: Tensor) -> Tensor:

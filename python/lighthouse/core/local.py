@@ -11,6 +11,7 @@ order that differs from run to run, or with `torch.use_deterministic_algorithms(
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any, NamedTuple
 
@@ -18,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.backends import cuda as backends
+
+logger = logging.getLogger("lighthouse")
 
 _ATEN = torch.ops.aten
 
@@ -33,8 +36,10 @@ FLASH_HEAD_DIM = 256  # the longest that FlashAttention takes
 def kernel_for(query: Tensor) -> str:
     """The kernel for `query` `[B, Hq, N, D]`, from its device, dtype and head dimension, and what the user allows."""
     half = query.dtype in (torch.bfloat16, torch.float16)
-    if query.is_cuda and half and query.shape[3] <= FLASH_HEAD_DIM and _flash_allowed(query.device):
-        return FLASH
+    if query.is_cuda and half:
+        if _flash_allowed(query.device, query.shape[3]):
+            return FLASH
+        _say_that_it_is_slower(query.shape[3])
     return BLOCKS
 
 
@@ -52,8 +57,27 @@ class Local(NamedTuple):
 
 
 @torch.compiler.assume_constant_result
-def _flash_allowed(device: torch.device) -> bool:
-    return backends.flash_sdp_enabled() and torch.cuda.get_device_capability(device) >= (8, 0)
+def _flash_allowed(device: torch.device, head_dim: int) -> bool:
+    capability = torch.cuda.get_device_capability(device)
+    # Where a multiprocessor has less shared memory its gradient ends at 192.
+    most = FLASH_HEAD_DIM if capability in ((8, 0), (9, 0), (10, 0), (10, 3)) else 192
+    return backends.flash_sdp_enabled() and capability >= (8, 0) and head_dim <= most
+
+
+@torch.compiler.assume_constant_result
+def _say_that_it_is_slower(head_dim: int) -> None:
+    """Once, while tracing too."""
+    if not _said:
+        _said.append(head_dim)
+        logger.warning(
+            "Lighthouse: FlashAttention cannot be used for a local window here (it is switched off, head_dim %d is too "
+            "long for this GPU, or the GPU is older than compute capability 8.0): matrix products compute it, which is "
+            "slower (logged once)",
+            head_dim,
+        )
+
+
+_said: list[int] = []
 
 
 class Saved(NamedTuple):
@@ -79,7 +103,7 @@ class _Flash:
         output, *saved, _ = _ATEN._flash_attention_forward(
             *tensors, None, None, tokens, tokens, dropout_p, True, False, **options
         )
-        return output.transpose(1, 2), *saved
+        return output.contiguous().transpose(1, 2), *saved
 
     @classmethod
     def backward(cls, grad, query, key, value, output, saved, window, scale, dropout_p):
@@ -88,7 +112,7 @@ class _Flash:
         grads = _ATEN._flash_attention_backward(
             *tensors, saved.logsumexp, None, None, tokens, tokens, dropout_p, True, saved.seed, saved.offset, **options
         )
-        return tuple(each.transpose(1, 2) for each in grads)
+        return tuple(each.contiguous().transpose(1, 2) for each in grads)
 
 
 class _Chunk:
@@ -198,14 +222,13 @@ class _Blocks:
         logsumexp = query.new_empty(query.shape[:3], dtype=_wide_dtype(query))
         seed = torch.randint(2**62, (1,)) if dropout_p else torch.empty(0, dtype=torch.int64, device=query.device)
         random = _random(seed, query.device)
-        with torch.autocast(query.device.type, enabled=False):
-            for batch, head, heads, chunk in cls._chunks(query, key, window):
-                rows, at = chunk.queries(query[batch, heads]), (batch, heads, slice(chunk.first, chunk.last))
-                keys, values = chunk.keys(key[batch, head]), chunk.keys(value[batch, head])
-                kept = _kept(rows, keys, dropout_p, random)
-                result, sums = _attend(rows, keys, values, chunk.mask(rows), scale, kept)
-                output[at] = chunk.tokens_of(result).to(output.dtype)
-                logsumexp[at] = chunk.tokens_of(sums)
+        for batch, head, heads, chunk in cls._chunks(query, key, window):
+            rows, at = chunk.queries(query[batch, heads]), (batch, heads, slice(chunk.first, chunk.last))
+            keys, values = chunk.keys(key[batch, head]), chunk.keys(value[batch, head])
+            kept = _kept(rows, keys, dropout_p, random)
+            result, sums = _attend(rows, keys, values, chunk.mask(rows), scale, kept)
+            output[at] = chunk.tokens_of(result).to(output.dtype)
+            logsumexp[at] = chunk.tokens_of(sums)
         return output, logsumexp, seed.to(query.device), query.new_empty(0, dtype=torch.int64)
 
     @classmethod
@@ -262,13 +285,15 @@ _KERNELS: dict[str, Any] = {FLASH: _Flash, BLOCKS: _Blocks}
 
 def _forward(query, key, value, window, scale, dropout_p, kernel):
     query, key, value = (_aligned(tensor, kernel) for tensor in (query, key, value))
-    return _KERNELS[kernel].forward(query, key, value, window, scale, dropout_p)
+    with torch.autocast(query.device.type, enabled=False):
+        return _KERNELS[kernel].forward(query, key, value, window, scale, dropout_p)
 
 
 def _backward(grad_output, query, key, value, output, logsumexp, seed, offset, window, scale, dropout_p, kernel):
     saved = Saved(logsumexp, seed, offset)
     grad_output, query, key, value = (_aligned(tensor, kernel) for tensor in (grad_output, query, key, value))
-    return _KERNELS[kernel].backward(grad_output, query, key, value, output, saved, window, scale, dropout_p)
+    with torch.autocast(query.device.type, enabled=False):
+        return _KERNELS[kernel].backward(grad_output, query, key, value, output, saved, window, scale, dropout_p)
 
 
 def _aligned(tensor: Tensor, kernel: str) -> Tensor:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from lighthouse.core.inputs import check_takes_window
 from lighthouse.core.method import Method
 
 # What wrapped models and the commands do unless told otherwise; `lighthouse.attention` itself has no local window. With
@@ -14,8 +15,8 @@ from lighthouse.core.method import Method
 RECOMMENDED = Method(local_window=256)
 SHARE = 0.6  # of the steps that use Lighthouse
 
-# From this many tokens on, one layer's forward and backward is faster than dense attention: on a CPU the shortest
-# measured length (bench/README.md), on CUDA where launching the kernels no longer dominates.
+# From this many tokens on, one layer's forward and backward without a local window is faster than dense attention: on a
+# CPU the shortest measured length (bench/README.md), on CUDA where launching the kernels no longer dominates.
 MIN_TOKENS = {"cpu": 512, "cuda": 8192}
 
 LONG = 98_304  # tokens from which a text is long: settings for "100K" are for it, and a small kept share gets a warning
@@ -53,6 +54,7 @@ class LighthouseSettings:
         _check_choice("loss", self.loss, LOSS)
         if self.inner is not None and not callable(self.inner):
             raise TypeError(f"inner={self.inner!r}: a callable or None is needed")
+        check_takes_window(self.inner, self.method.local_window)
         if isinstance(self.max_share, bool) or not isinstance(self.max_share, (int, float)):
             raise TypeError(f"max_share={self.max_share!r}: a number is needed")
         if not (math.isfinite(self.max_share) and 0 < self.max_share <= 1):
