@@ -28,6 +28,7 @@ def group(rank=0, processes=1, port_file=None):
     dist.init_process_group("gloo", store=store, rank=rank, world_size=processes)
     try:
         yield
+        dist.barrier()  # a process that leaves while another still sends to it ends with an abort now and then
     finally:
         dist.destroy_process_group()
 
