@@ -42,18 +42,19 @@ def sub_sequence_attention(
 
     sequences = Sequences(method, query.shape[0], query.shape[2])
     attend = partial(inner or causal_sdpa, scale=scale, dropout_p=dropout_p)
-    window, added = method.local_window, None
-    if window and inner is not None:
+    window, stock, added = method.local_window, None, None
+    if window and inner is None:
+        stock = Local.of(query, window, scale, dropout_p)
+        if not method.chooses:
+            return local_attention(query, key, value, stock)
+    elif window:
         added = check_inner_output(attend(query, key, value, layout=sequences.whole, window=window), query)
         if not method.chooses:
             return tokens_first(added)
-    stock = Local.of(query, window, scale, dropout_p) if window and inner is None else None
-    if stock and not method.chooses:
-        return local_attention(query, key, value, stock)
 
     subs, local, selection = choose_and_gather(query, key, value, sequences, scores, stock)
     output_sub = attend(*subs, layout=sequences.sub)
-    return scatter(check_inner_output(output_sub, subs[0]), selection, added if local is None else local)
+    return scatter(check_inner_output(output_sub, subs[0]), selection, added if stock is None else local)
 
 
 def attention(

@@ -325,14 +325,23 @@ def _in_backward(operator, *inputs):
     return operator(*inputs) if torch.is_grad_enabled() else _without_gradient(operator, *inputs)
 
 
-class _Gather(torch.autograd.Function):
-    @staticmethod
+def _eager(name: str, operator, setup, backward) -> type[torch.autograd.Function]:
+    """The operator with its gradient for eager code, by the formula that is registered for compiled code."""
+
     def forward(ctx, *inputs):  # one with setup_context takes 20 microseconds more
-        output = _without_gradient(_OPERATORS.gather, *inputs)
-        _gather_setup(ctx, inputs, output)
+        output = _without_gradient(operator, *inputs)
+        setup(ctx, inputs, output)
         return output
 
-    backward = staticmethod(_gather_backward)
+    return type(
+        name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    )
+
+
+_Gather = _eager("_Gather", _OPERATORS.gather, _gather_setup, _gather_backward)
+_Scatter = _eager("_Scatter", _OPERATORS.scatter, _scatter_setup, _scatter_backward)
+_Local = _eager("_Local", _OPERATORS.local_attention, _local_setup, _local_backward)
+_GatherBesideLocal = _eager("_GatherBesideLocal", _OPERATORS.gather_beside_local, _beside_setup, _beside_backward)
 
 
 class _ChooseAndGather(torch.autograd.Function):
@@ -360,36 +369,6 @@ class _ChooseAndGather(torch.autograd.Function):
         ctx.orders = [_order_of(strides) for strides in ctx.strides]
         backward = _gather_backward if ctx.local is None else _beside_backward
         return *backward(ctx, *grads[: 3 if ctx.local is None else 4])[:3], None, None
-
-
-class _Scatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *inputs):
-        output = _without_gradient(_OPERATORS.scatter, *inputs)
-        _scatter_setup(ctx, inputs, output)
-        return output
-
-    backward = staticmethod(_scatter_backward)
-
-
-class _Local(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *inputs):
-        output = _without_gradient(_OPERATORS.local_attention, *inputs)
-        _local_setup(ctx, inputs, output)
-        return output
-
-    backward = staticmethod(_local_backward)
-
-
-class _GatherBesideLocal(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *inputs):
-        output = _without_gradient(_OPERATORS.gather_beside_local, *inputs)
-        _beside_setup(ctx, inputs, output)
-        return output
-
-    backward = staticmethod(_beside_backward)
 
 
 @dataclass(frozen=True, eq=False)
