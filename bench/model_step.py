@@ -1,12 +1,11 @@
 """A whole training step of a 30-layer Llama-style model of bytes: dense against Lighthouse.
 
     python bench/model_step.py --json model-step.json --plot model-step.png
-    python bench/model_step.py --tokens 32768 --sides lighthouse --json model-step.json
+    python bench/model_step.py --tokens 32768 --sides dense lighthouse --json model-step.json
 
 Forward, loss, backward and AdamW of one sequence: width 1024, 8 heads of 128, feed-forward 1536, 256 bytes as
-vocabulary, bf16 weights, compiled blocks, no activation checkpointing. Lighthouse: the defaults, the first two and last
-two layers dense. Each side: tokens per second (median step), the most memory that is allocated, and from one profiled
-step the time by group of kernels.
+vocabulary, bf16 weights, compiled blocks, no activation checkpointing. The sides are those of `SIDES`. Each: tokens per
+second (median step), the most memory that is allocated, and from one profiled step the time by group of kernels.
 """
 
 from __future__ import annotations
@@ -15,17 +14,27 @@ import argparse
 import json
 import statistics
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import setting
 import torch
-from sides import check, dense, lighthouse_attention
+from sides import check, dense
 from small_model import Shape, new_model, new_optimizer
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-SIDES = {"dense": dense, "lighthouse": lighthouse_attention}
+import lighthouse
+
+# The attention, and how many layers at each end are dense. Lighthouse's are in stage 1 of a run.
+SIDES = {
+    "dense": (dense, 0),
+    "lighthouse": (partial(lighthouse.attention, local_window=256), 0),
+    "fewer chosen": (partial(lighthouse.attention, local_window=256, select_topk=1 / 128), 0),
+    "window alone": (partial(lighthouse.attention, local_window=256, select_topk=0), 0),
+    "published": (lighthouse.attention, 2),
+}
 GIB = 1 << 30
 
 # The group of a kernel, by the first matching word in its name; CPU operators have similar names.
@@ -116,14 +125,18 @@ def report(results: dict) -> None:
         line("peak memory", *(f"{row['peak_bytes'] / GIB:.1f} GiB" for row in rows.values()))
     for group in (*GROUPS, THE_REST):
         line(f"time in {group}", *(f"{1e3 * row['groups'][group]:,.1f} ms" for row in rows.values()))
-    if "comparison" in results:
-        print("\nLighthouse's of dense's: " + ", ".join(f"{k} {v:.3f}" for k, v in results["comparison"].items()))
+    for side, ratios in results.get("comparison", {}).items():
+        print(f"{side}, of dense's: " + ", ".join(f"{name} {ratio:.3f}" for name, ratio in ratios.items()))
 
 
 def compare(results: dict) -> None:
-    if all(side in results for side in SIDES):
+    if "dense" in results:
         names = [name for name in ("tokens_per_second", "peak_bytes") if name in results["dense"]]
-        results["comparison"] = {name: results["lighthouse"][name] / results["dense"][name] for name in names}
+        results["comparison"] = {
+            side: {name: results[side][name] / results["dense"][name] for name in names}
+            for side in SIDES
+            if side in results and side != "dense"
+        }
 
 
 def plot(results: dict, path: Path) -> None:
@@ -184,7 +197,9 @@ def main() -> None:
             options.json.write_text(json.dumps(results, indent=1) + "\n")
 
     for side in options.sides:
-        steps = Steps(model, optimizer, options.tokens, options.device, SIDES[side])
+        attention, dense_layers = SIDES[side]
+        model.shape = replace(shape, dense_layers=dense_layers)
+        steps = Steps(model, optimizer, options.tokens, options.device, attention)
         results[side] = measure(side, steps, options.steps)
         save()
         results[side] |= profiled(steps)
