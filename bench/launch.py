@@ -67,7 +67,7 @@ def parts(query, key, value, grad) -> dict[str, float]:
     grad_sub = torch.randn_like(short[0])
     choice = (selection.mask, selection.prefix, windows)
     orders = [operators.memory_order(tensor) for tensor in inputs]
-    ops, below = torch.ops.lighthouse, operators._without_gradient
+    ops, below = torch.ops.lighthouse, operators.without_gradient
     scores = ops.score(query.detach(), key.detach())
     return {
         "settings": microseconds(lighthouse.Method),

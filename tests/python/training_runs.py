@@ -12,7 +12,7 @@ from pathlib import Path
 import datasets
 from transformers import TrainerCallback
 
-from lighthouse.core import attention
+from lighthouse.core import fused
 from lighthouse.training import PretrainOptions, TrainingOptions
 from lighthouse.training.trainer import RunTrainer
 
@@ -74,13 +74,13 @@ def training(folder: Path, **changes) -> TrainingOptions:
 def watch(monkeypatch) -> list[tuple[int, bool]]:
     """A list to which each step of a run adds itself: (the step, whether a layer chose a sub-sequence in it)."""
     steps, calls = [], []
-    choose = attention.choose_and_gather
+    attend = fused.attend
 
     def counted(*args, **kwargs):
         calls.append(1)
-        return choose(*args, **kwargs)
+        return attend(*args, **kwargs)
 
-    monkeypatch.setattr(attention, "choose_and_gather", counted)
+    monkeypatch.setattr(fused, "attend", counted)
 
     class Watch(TrainerCallback):
         def on_step_end(self, args, state, control, model=None, **kwargs):

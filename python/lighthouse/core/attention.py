@@ -7,7 +7,8 @@ from functools import partial
 
 from torch import Tensor
 
-from lighthouse.core.inner import InnerAttention, causal_sdpa
+from lighthouse.core import fused
+from lighthouse.core.inner import InnerAttention, causal_sdpa, stock_kernel
 from lighthouse.core.inputs import (
     check_inner_output,
     check_not_sharded,
@@ -16,9 +17,9 @@ from lighthouse.core.inputs import (
     check_scores,
     say_if_local_window_covers_all,
 )
-from lighthouse.core.local import Local
+from lighthouse.core.local import Local, tokens_first
 from lighthouse.core.method import POOL_RATIOS, SELECT_TOPK, Method, method_of
-from lighthouse.core.operators import choose_and_gather, local_attention, scatter, tokens_first
+from lighthouse.core.operators import choose, gather, local_attention, scatter
 from lighthouse.core.sequences import Sequences
 
 
@@ -42,19 +43,24 @@ def sub_sequence_attention(
 
     sequences = Sequences(method, query.shape[0], query.shape[2])
     attend = partial(inner or causal_sdpa, scale=scale, dropout_p=dropout_p)
-    window, stock, added = method.local_window, None, None
-    if window and inner is None:
-        stock = Local.of(query, window, scale, dropout_p)
+    window, added = method.local_window, None
+    if inner is None:
+        local = Local.of(query, window, scale, dropout_p)
         if not method.chooses:
-            return local_attention(query, key, value, stock)
+            return local_attention(query, key, value, local)
+        output = fused.attend(query, key, value, sequences, scores, stock_kernel(query, key, dropout_p), local)
+        if output is not None:
+            return output
+        added = local_attention(query, key, value, local) if window else None
     elif window:
         added = check_inner_output(attend(query, key, value, layout=sequences.whole, window=window), query)
         if not method.chooses:
             return tokens_first(added)
 
-    subs, local, selection = choose_and_gather(query, key, value, sequences, scores, stock)
+    selection = choose(query, key, sequences, scores)
+    subs = gather(query, key, value, selection)
     output_sub = attend(*subs, layout=sequences.sub)
-    return scatter(check_inner_output(output_sub, subs[0]), selection, added if stock is None else local)
+    return scatter(check_inner_output(output_sub, subs[0]), selection, added)
 
 
 def attention(
@@ -75,8 +81,8 @@ def attention(
 
     For training on whole sequences; it never falls back to dense attention by itself. Differentiable to query, key
     and value; which entries are chosen has no gradient. Between forward and backward only tensors of the
-    sub-sequence's length and five bytes per token and key-value head are kept; with a local window also query, key,
-    value and its output.
+    sub-sequence's length and five bytes per token and key-value head are kept; with a local window query, key, value
+    and the output (which must not be changed in place), as PyTorch's attention keeps them.
 
     Args:
         query: `[B, Hq, N, D]`, any N, any strides with a unit last one; already rotated.

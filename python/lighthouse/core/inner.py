@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import _disable_current_modes
 
 from lighthouse.core.inputs import autocast_dtype
+from lighthouse.core.kernels import CPU, KERNELS, head_dim_limit
 from lighthouse.core.local import Local
 from lighthouse.core.operators import local_attention
 from lighthouse.core.sequences import SubSequences
@@ -57,11 +58,8 @@ def causal_sdpa(
     )
 
 
-HEAD_DIMS = (64, 128, 192, 256)  # the limits that backends have; a number from here is a constant while tracing too
-
-
 class _Case(NamedTuple):
-    """All that PyTorch's choice of a backend depends on, except lengths; `head_dim` is the next of `HEAD_DIMS`."""
+    """All that PyTorch's choice of a backend depends on, except lengths; `head_dim` is its limit."""
 
     device: torch.device
     dtype: torch.dtype
@@ -90,7 +88,7 @@ def _case(query: Tensor, grouped: bool, dropout_p: float) -> tuple:
     return (
         query.device,
         query.dtype,
-        next((size for size in HEAD_DIMS if query.shape[3] <= size), HEAD_DIMS[-1]),
+        head_dim_limit(query),
         grouped,
         True if dropout_p > 0 else False,  # noqa: SIM210 - a plain bool also while tracing
         query.requires_grad and torch.is_grad_enabled(),
@@ -120,6 +118,22 @@ def inner_backend(query: Tensor, key: Tensor, *, dropout_p: float = 0.0) -> SDPB
     if backend is None:
         raise ValueError(f"query is on {case.device}: PyTorch can be asked only about a CPU or GPU that exists")
     return backend
+
+
+def stock_kernel(query: Tensor, key: Tensor, dropout_p: float) -> str | None:
+    """The kernel of `KERNELS` that runs for these inputs by PyTorch's choice; None if it has to be called otherwise."""
+    return _kernel(*_case(query, True if query.shape[1] != key.shape[1] else False, dropout_p))  # noqa: SIM210
+
+
+@torch.compiler.assume_constant_result
+def _kernel(*case) -> str | None:
+    """Takes constants and gives one, so that it can be traced."""
+    case = _Case(*case)
+    backend = _backend(case._replace(gradient=True), _allowed())
+    name = (
+        CPU if backend == SDPBackend.FLASH_ATTENTION and case.device.type == "cpu" else getattr(backend, "name", None)
+    )
+    return name if name in KERNELS else None
 
 
 @torch.compiler.assume_constant_result

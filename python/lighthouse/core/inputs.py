@@ -169,7 +169,7 @@ def say_if_local_window_covers_all(local_window: int, tokens) -> None:
         _said_of_local_window.append(local_window)
         logger.warning(
             "Lighthouse: local_window=%d covers all %d tokens: its part of the sum is dense attention, which costs as "
-            "much or, on a CPU, several times as much (logged once)",
+            "much (logged once)",
             local_window,
             tokens,
         )

@@ -20,11 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.backends import cuda as backends
 
+from lighthouse.core.kernels import CPU, KERNELS, Saved, head_dim_limit
+
 logger = logging.getLogger("lighthouse")
 
 _ATEN = torch.ops.aten
 
-FLASH, BLOCKS = "flash", "blocks"
+FLASH, BLOCKS, WHOLE = "flash", "blocks", "whole"
 
 BLOCK = 64  # queries that share their keys: fewer pairs outside of the window against longer matrix products
 # Of the weights that are held at a time: on a CPU some that stay in its caches, on a GPU many for each launch.
@@ -33,13 +35,15 @@ NUMBERS = {"cpu": 1 << 20, "cuda": 1 << 24}
 FLASH_HEAD_DIM = 256  # the longest that FlashAttention takes
 
 
-def kernel_for(query: Tensor) -> str:
+def kernel_for(query: Tensor, window: int, dropout_p: float) -> str:
     """The kernel for `query` `[B, Hq, N, D]`, from its device, dtype and head dimension, and what the user allows."""
+    if query.is_cpu and window >= query.shape[2] and not dropout_p:
+        return WHOLE
     half = query.dtype in (torch.bfloat16, torch.float16)
     if query.is_cuda and half:
-        if _flash_allowed(query.device, query.shape[3]):
+        if _flash_allowed(query.device, head_dim_limit(query)):
             return FLASH
-        _say_that_it_is_slower(query.shape[3])
+        _say_that_it_is_slower()
     return BLOCKS
 
 
@@ -53,7 +57,7 @@ class Local(NamedTuple):
 
     @classmethod
     def of(cls, query: Tensor, window: int, scale: float | None, dropout_p: float) -> Local:
-        return cls(window, scale, dropout_p, kernel_for(query))
+        return cls(window, scale, dropout_p, kernel_for(query, window, dropout_p) if window else BLOCKS)
 
 
 @torch.compiler.assume_constant_result
@@ -65,27 +69,18 @@ def _flash_allowed(device: torch.device, head_dim: int) -> bool:
 
 
 @torch.compiler.assume_constant_result
-def _say_that_it_is_slower(head_dim: int) -> None:
+def _say_that_it_is_slower() -> None:
     """Once, while tracing too."""
     if not _said:
-        _said.append(head_dim)
+        _said.append(True)
         logger.warning(
-            "Lighthouse: FlashAttention cannot be used for a local window here (it is switched off, head_dim %d is too "
+            "Lighthouse: FlashAttention cannot be used for a local window here (it is switched off, the heads are too "
             "long for this GPU, or the GPU is older than compute capability 8.0): matrix products compute it, which is "
-            "slower (logged once)",
-            head_dim,
+            "slower (logged once)"
         )
 
 
-_said: list[int] = []
-
-
-class Saved(NamedTuple):
-    """What the gradient needs besides inputs and output: the log of each row's sum of weights, the dropout's seed."""
-
-    logsumexp: Tensor
-    seed: Tensor
-    offset: Tensor
+_said: list[bool] = []
 
 
 class _Flash:
@@ -193,6 +188,11 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: floa
     return (weights if kept is None else weights.mul_(kept)) @ _wide(value), sums.squeeze(-1)
 
 
+def tokens_first(tensor: Tensor) -> Tensor:
+    """`[B, H, N, D]` whose `.transpose(1, 2)` is contiguous; a copy if need be."""
+    return tensor.transpose(1, 2).contiguous().transpose(1, 2)
+
+
 def _empty_like(tensor: Tensor) -> Tensor:
     """Contiguous as `[B, N, H, D]`."""
     return torch.empty_like(tensor.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
@@ -277,19 +277,34 @@ def _kept(rows: Tensor, keys: Tensor, dropout_p: float, random: torch.Generator 
     return (drawn >= dropout_p).to(drawn.dtype) / (1 - dropout_p)
 
 
-_KERNELS: dict[str, Any] = {FLASH: _Flash, BLOCKS: _Blocks}
+class _Whole:
+    """PyTorch's causal attention for CPUs, where the window covers all tokens."""
+
+    @staticmethod
+    def forward(query, key, value, window, scale, dropout_p):
+        output, saved = KERNELS[CPU].forward(query, key, value, scale, 0.0)
+        return tokens_first(output), *saved
+
+    @staticmethod
+    def backward(grad, query, key, value, output, saved, window, scale, dropout_p):
+        return tuple(map(tokens_first, KERNELS[CPU].backward(grad, query, key, value, output, saved, scale, 0.0)))
+
+
+_KERNELS: dict[str, Any] = {FLASH: _Flash, BLOCKS: _Blocks, WHOLE: _Whole}
 
 
 # The operators. Python's, since the kernels are PyTorch's: to `torch.compile` each is one call, whatever the lengths.
 
 
-def _forward(query, key, value, window, scale, dropout_p, kernel):
+def forward(query, key, value, window, scale, dropout_p, kernel):
+    """The output and what its gradient needs."""
     query, key, value = (_aligned(tensor, kernel) for tensor in (query, key, value))
     with torch.autocast(query.device.type, enabled=False):
         return _KERNELS[kernel].forward(query, key, value, window, scale, dropout_p)
 
 
-def _backward(grad_output, query, key, value, output, logsumexp, seed, offset, window, scale, dropout_p, kernel):
+def backward(grad_output, query, key, value, output, logsumexp, seed, offset, window, scale, dropout_p, kernel):
+    """The gradients of query, key and value."""
     saved = Saved(logsumexp, seed, offset)
     grad_output, query, key, value = (_aligned(tensor, kernel) for tensor in (grad_output, query, key, value))
     with torch.autocast(query.device.type, enabled=False):
@@ -330,8 +345,8 @@ def define(library: torch.library.Library) -> None:
         " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)"
     )
     for name, function, fake in (
-        ("local_attention", _forward, _fake),
-        ("local_attention_backward", _backward, _fake_backward),
+        ("local_attention", forward, _fake),
+        ("local_attention_backward", backward, _fake_backward),
     ):
         library.impl(name, function, "CPU")
         library.impl(name, function, "CUDA")

@@ -28,10 +28,10 @@ TOKENS_FIRST = (0, 2, 1, 3)
 
 def memory_order(tensor: Tensor) -> list[int]:
     """The tensor's dimensions from the slowest in memory to the fastest, the head dimension last."""
-    return _order_of(tensor.stride())
+    return order_of(tensor.stride())
 
 
-def _order_of(strides: tuple[int, ...]) -> list[int]:
+def order_of(strides: tuple[int, ...]) -> list[int]:
     return [*sorted(range(3), key=lambda i: -strides[i]), 3]
 
 
@@ -40,12 +40,7 @@ def with_unit_stride(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def tokens_first(tensor: Tensor) -> Tensor:
-    """`[B, H, N, D]` whose `.transpose(1, 2)` is contiguous; a copy if need be."""
-    return tensor.transpose(1, 2).contiguous().transpose(1, 2)
-
-
-def _empty(like: Tensor, length, order) -> Tensor:
+def empty(like: Tensor, length, order) -> Tensor:
     batch, heads, _, head_dim = like.shape
     return torch.empty_permuted((batch, heads, length, head_dim), order, dtype=like.dtype, device=like.device)
 
@@ -65,13 +60,13 @@ def _(query_score, key_score, windows, topk_numerator, topk_denominator, cover_s
 
 @torch.library.register_fake("lighthouse::choose_and_gather")
 def _(query, key, value, windows, topk_numerator, topk_denominator, cover_start, length):
-    subs = (_empty(tensor, length, HEADS_FIRST) for tensor in (query, key, value))
+    subs = (empty(tensor, length, HEADS_FIRST) for tensor in (query, key, value))
     return *subs, key.new_empty(key.shape[:3], dtype=torch.uint8), key.new_empty(key.shape[:3], dtype=torch.int32)
 
 
 @torch.library.register_fake("lighthouse::gather")
 def _(query, key, value, mask, prefix, windows, length):
-    return tuple(_empty(tensor, length, HEADS_FIRST) for tensor in (query, key, value))
+    return tuple(empty(tensor, length, HEADS_FIRST) for tensor in (query, key, value))
 
 
 @torch.library.register_fake("lighthouse::gather_backward")
@@ -91,42 +86,24 @@ def _(
 ):
     tokens = mask.shape[2]
     return (
-        _empty(grad_query_sub, tokens, query_order),
-        _empty(grad_key_sub, tokens, key_order),
-        _empty(grad_value_sub, tokens, value_order),
+        empty(grad_query_sub, tokens, query_order),
+        empty(grad_key_sub, tokens, key_order),
+        empty(grad_value_sub, tokens, value_order),
     )
 
 
 @torch.library.register_fake("lighthouse::scatter")
 def _(output_sub, mask, prefix, windows, added=None):
-    return _empty(output_sub, mask.shape[2], TOKENS_FIRST)
+    return empty(output_sub, mask.shape[2], TOKENS_FIRST)
 
 
 @torch.library.register_fake("lighthouse::scatter_backward")
 def _(grad_output, mask, prefix, windows, length, order):
-    return _empty(grad_output, length, order)
+    return empty(grad_output, length, order)
 
 
-_LIBRARY = torch.library.Library("lighthouse", "FRAGMENT")
-define(_LIBRARY)
-_LIBRARY.define(
-    "gather_beside_local(Tensor query, Tensor key, Tensor value, Tensor mask, Tensor prefix, int[] windows, "
-    "SymInt length, int local_window, float? scale, float dropout_p, str kernel) -> (Tensor query_sub, Tensor key_sub, "
-    "Tensor value_sub, Tensor local_output, Tensor logsumexp, Tensor seed, Tensor offset)"
-)
-
-
-def _gather_beside_local(query, key, value, mask, prefix, windows, length, *local):
-    """`gather` and `local_attention` in one, so that `gather_backward` sums both gradients in the pass it makes."""
-    return (
-        *_OPERATORS.gather(query, key, value, mask, prefix, windows, length),
-        *_OPERATORS.local_attention(query, key, value, *local),
-    )
-
-
-for _device in ("CPU", "CUDA"):
-    _LIBRARY.impl("gather_beside_local", _gather_beside_local, _device)
-torch.library.register_fake("lighthouse::gather_beside_local", _gather_beside_local)
+LIBRARY = torch.library.Library("lighthouse", "FRAGMENT")
+define(LIBRARY)
 
 
 # Gradients. Every verb is linear, so each one's gradient is the other of its pair, to any order; scores and the choice
@@ -156,7 +133,7 @@ def _choose_backward(ctx, *grads):
 
 def _gather_backward(ctx, *grads):
     dense = [with_unit_stride(grad) for grad in grads]
-    grads = _in_backward(_OPERATORS.gather_backward, *dense, *ctx.saved_tensors, ctx.windows, *ctx.orders)
+    grads = in_backward(_OPERATORS.gather_backward, *dense, *ctx.saved_tensors, ctx.windows, *ctx.orders)
     return *grads, None, None, None, None
 
 
@@ -179,7 +156,7 @@ def _scatter_setup(ctx, inputs, output):
 
 
 def _scatter_backward(ctx, grad):
-    grad_sub = _in_backward(
+    grad_sub = in_backward(
         _OPERATORS.scatter_backward, with_unit_stride(grad), *ctx.saved_tensors, ctx.windows, ctx.length, ctx.order
     )
     return grad_sub, None, None, None, grad if ctx.adds else None
@@ -201,33 +178,18 @@ def _local_setup(ctx, inputs, output):
 
 
 def _local_backward(ctx, grad, *_):
-    grads = _in_backward(_OPERATORS.local_attention_backward, with_unit_stride(grad), *ctx.saved_tensors, *ctx.local)
+    grads = in_backward(_OPERATORS.local_attention_backward, with_unit_stride(grad), *ctx.saved_tensors, *ctx.local)
     return *grads, None, None, None, None
 
 
-def _beside_setup(ctx, inputs, output):
-    query, key, value, mask, prefix, ctx.windows, _, *ctx.local = inputs
-    ctx.save_for_backward(mask, prefix, query, key, value, *output[3:])
-    ctx.orders = [memory_order(tensor) for tensor in (query, key, value)]
-    ctx.mark_non_differentiable(*output[4:])
-
-
-def _beside_backward(ctx, grad_query_sub, grad_key_sub, grad_value_sub, grad_output, *_):
-    mask, prefix, *saved = ctx.saved_tensors
-    added = _in_backward(_OPERATORS.local_attention_backward, with_unit_stride(grad_output), *saved, *ctx.local)
-    dense = [with_unit_stride(grad) for grad in (grad_query_sub, grad_key_sub, grad_value_sub)]
-    grads = _in_backward(_OPERATORS.gather_backward, *dense, mask, prefix, ctx.windows, *ctx.orders, *added)
-    return *grads, *[None] * 8
-
-
-def _no_second_gradient(ctx, *_):
+def no_second_gradient(ctx, *_):
     raise NotImplementedError(
-        "a second derivative through a local window is not supported, as PyTorch's own fused attention has none: use "
-        "local_window=0 and an inner attention that has one"
+        "a second derivative through PyTorch's fused attention, or through a local window, is not supported, since "
+        "those kernels have none: use local_window=0 and an inner attention that has one"
     )
 
 
-def _refuse_forward_mode(inputs) -> None:
+def refuse_forward_mode(inputs) -> None:
     """PyTorch would silently use a tangent of zero where there is no forward-mode formula."""
     if forward_ad._current_level < 0:  # the usual case costs least
         return
@@ -243,13 +205,13 @@ class _ReverseMode(torch.library.Library):
 
     def impl(self, op_name, fn, *args, **kwargs):
         def kernel(keyset, *inputs):
-            _refuse_forward_mode(inputs)
+            refuse_forward_mode(inputs)
             return fn(keyset, *inputs)
 
         super().impl(op_name, kernel, *args, **kwargs)
 
 
-_REVERSE_MODE = _ReverseMode("lighthouse", "FRAGMENT")
+REVERSE_MODE = _ReverseMode("lighthouse", "FRAGMENT")
 
 for _name, _inputs in (("score", 2), ("select", 6)):
     torch.library.register_autograd(
@@ -263,10 +225,9 @@ for _name, _backward, _setup in (
     ("scatter", _scatter_backward, _scatter_setup),
     ("scatter_backward", _scatter_backward_backward, _scatter_backward_setup),
     ("local_attention", _local_backward, _local_setup),
-    ("local_attention_backward", _no_second_gradient, lambda ctx, inputs, output: None),
-    ("gather_beside_local", _beside_backward, _beside_setup),
+    ("local_attention_backward", no_second_gradient, lambda ctx, inputs, output: None),
 ):
-    torch.library.register_autograd(f"lighthouse::{_name}", _backward, setup_context=_setup, lib=_REVERSE_MODE)
+    torch.library.register_autograd(f"lighthouse::{_name}", _backward, setup_context=_setup, lib=REVERSE_MODE)
 
 
 # The operators as `lighthouse.attention` calls them.
@@ -275,7 +236,7 @@ for _name, _backward, _setup in (
 _DERIVATIVES = (torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp)
 
 
-def _traced() -> bool:
+def traced() -> bool:
     """Whether something traces through autograd: `torch.compile` and vmap see only the registered operators.
 
     The derivatives of `torch.func` see neither: forward mode would silently find a tangent of zero.
@@ -291,13 +252,15 @@ def _traced() -> bool:
     return True
 
 
-def _without_gradient(operator, *inputs):
+def without_gradient(operator, *inputs):
     """Bypasses the operator's autograd function, which would record nothing here but costs time."""
-    if _traced():
+    if traced():
         return operator(*inputs)
     try:
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*inputs)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         if is_out_of_memory(str(error), inputs[0].is_cuda):
             raise torch.OutOfMemoryError(f"CUDA out of memory. {operator.__name__}: {error}") from error
@@ -319,17 +282,17 @@ def is_out_of_memory(message: str, on_cuda: bool) -> bool:
     return True
 
 
-def _in_backward(operator, *inputs):
+def in_backward(operator, *inputs):
     """Differentiable itself if the caller asked for it (`create_graph`)."""
-    _refuse_forward_mode(inputs)
-    return operator(*inputs) if torch.is_grad_enabled() else _without_gradient(operator, *inputs)
+    refuse_forward_mode(inputs)
+    return operator(*inputs) if torch.is_grad_enabled() else without_gradient(operator, *inputs)
 
 
 def _eager(name: str, operator, setup, backward) -> type[torch.autograd.Function]:
     """The operator with its gradient for eager code, by the formula that is registered for compiled code."""
 
     def forward(ctx, *inputs):  # one with setup_context takes 20 microseconds more
-        output = _without_gradient(operator, *inputs)
+        output = without_gradient(operator, *inputs)
         setup(ctx, inputs, output)
         return output
 
@@ -341,34 +304,6 @@ def _eager(name: str, operator, setup, backward) -> type[torch.autograd.Function
 _Gather = _eager("_Gather", _OPERATORS.gather, _gather_setup, _gather_backward)
 _Scatter = _eager("_Scatter", _OPERATORS.scatter, _scatter_setup, _scatter_backward)
 _Local = _eager("_Local", _OPERATORS.local_attention, _local_setup, _local_backward)
-_GatherBesideLocal = _eager("_GatherBesideLocal", _OPERATORS.gather_beside_local, _beside_setup, _beside_backward)
-
-
-class _ChooseAndGather(torch.autograd.Function):
-    """Score, choice and gather in one call, and a local window beside them: eager code alone, for less launching."""
-
-    @staticmethod
-    def forward(ctx, query, key, value, sequences, local):
-        method = sequences.method
-        *subs, mask, prefix = _without_gradient(
-            _OPERATORS.choose_and_gather,
-            *(query, key, value, method.windows, *method.topk, method.cover_start, sequences.length),
-        )
-        ctx.windows, ctx.local = method.windows, local
-        ctx.strides = query.stride(), key.stride(), value.stride()
-        ctx.mark_non_differentiable(mask, prefix)
-        if local is None:
-            ctx.save_for_backward(mask, prefix)
-            return *subs, None, mask, prefix
-        output, *rest = _without_gradient(_OPERATORS.local_attention, query, key, value, *local)
-        ctx.save_for_backward(mask, prefix, query, key, value, output, *rest)
-        return *subs, output, mask, prefix
-
-    @staticmethod
-    def backward(ctx, *grads):
-        ctx.orders = [_order_of(strides) for strides in ctx.strides]
-        backward = _gather_backward if ctx.local is None else _beside_backward
-        return *backward(ctx, *grads[: 3 if ctx.local is None else 4])[:3], None, None
 
 
 @dataclass(frozen=True, eq=False)
@@ -410,46 +345,24 @@ class Selection:
 def choose(query: Tensor, key: Tensor, sequences: Sequences, scores: tuple[Tensor, Tensor] | None) -> Selection:
     """The choice for inputs that have been checked; by the norms where `scores` is None."""
     if scores is None:
-        scores = _without_gradient(_OPERATORS.score, query.detach(), key.detach())
+        scores = without_gradient(_OPERATORS.score, query.detach(), key.detach())
     method = sequences.method
-    mask, prefix = _without_gradient(_OPERATORS.select, *scores, method.windows, *method.topk, method.cover_start)
+    mask, prefix = without_gradient(_OPERATORS.select, *scores, method.windows, *method.topk, method.cover_start)
     return Selection(mask, prefix, sequences)
-
-
-def choose_and_gather(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    sequences: Sequences,
-    scores: tuple[Tensor, Tensor] | None,
-    local: Local | None,
-) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None, Selection]:
-    """The chosen entries' query, key and value, the output of a local window `[B, Hq, N, D]`, and the choice."""
-    if scores is None and not _traced() and not torch._C._len_torch_dispatch_stack():
-        _refuse_forward_mode((query, key, value))
-        *subs, output, mask, prefix = _ChooseAndGather.apply(query, key, value, sequences, local)
-        return tuple(subs), output, Selection(mask, prefix, sequences)
-    selection = choose(query, key, sequences, scores)
-    if local is None:
-        return gather(query, key, value, selection), None, selection
-    inputs = query, key, value, selection.mask, selection.prefix, selection.windows, selection.length, *local
-    _refuse_forward_mode(inputs)
-    made = _OPERATORS.gather_beside_local(*inputs) if _traced() else _GatherBesideLocal.apply(*inputs)
-    return made[:3], made[3], selection
 
 
 def gather(query: Tensor, key: Tensor, value: Tensor, selection: Selection) -> tuple[Tensor, Tensor, Tensor]:
     """`torch.ops.lighthouse.gather` with its gradient."""
     inputs = query, key, value, selection.mask, selection.prefix, selection.windows, selection.length
-    _refuse_forward_mode(inputs)
-    return _OPERATORS.gather(*inputs) if _traced() else _Gather.apply(*inputs)
+    refuse_forward_mode(inputs)
+    return _OPERATORS.gather(*inputs) if traced() else _Gather.apply(*inputs)
 
 
 def local_attention(query: Tensor, key: Tensor, value: Tensor, local: Local) -> Tensor:
     """`torch.ops.lighthouse.local_attention` with its gradient: the output, `[B, Hq, N, D]`."""
     inputs = query, key, value, *local
-    _refuse_forward_mode(inputs)
-    return (_OPERATORS.local_attention(*inputs) if _traced() else _Local.apply(*inputs))[0]
+    refuse_forward_mode(inputs)
+    return (_OPERATORS.local_attention(*inputs) if traced() else _Local.apply(*inputs))[0]
 
 
 def scatter(output_sub: Tensor, selection: Selection, added: Tensor | None = None) -> Tensor:
@@ -459,8 +372,8 @@ def scatter(output_sub: Tensor, selection: Selection, added: Tensor | None = Non
     per layer, although it follows from the sub-sequence's output, which attention saves anyway. (torch 2.11 saves it.)
     """
     inputs = output_sub, selection.mask, selection.prefix, selection.windows, added
-    _refuse_forward_mode(inputs)
-    if not _traced():
+    refuse_forward_mode(inputs)
+    if not traced():
         return _Scatter.apply(*inputs)
     if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
         return checkpoint(_OPERATORS.scatter, *inputs, use_reentrant=False)

@@ -51,7 +51,8 @@ class Layer:
     def moved(self, tokens: int, length: int, *, local: bool = False) -> int:
         """Bytes that our operators must read and write, forward and backward (METHOD 2, 3, 6, 7).
 
-        With a local window they also read its output and its three gradients; nothing where nothing is chosen.
+        With a local window they also read its output and its three gradients, gather once more, and take what was
+        written back from the output; nothing where nothing is chosen.
         """
         if not length:
             return 0
@@ -62,23 +63,24 @@ class Layer:
         select = scores + choice
         gather = (query + pair) * (tokens + length) + choice
         scatter = query * (tokens + length) + choice
-        added = (2 * query + pair) * tokens if local else 0
+        added = (2 * query + pair) * tokens + gather + scatter + query * (tokens + 2 * length) if local else 0
         return score + select + 2 * gather + 2 * scatter + added
 
     def kept(self, tokens: int, length: int | None = None, *, local: bool = False) -> int:
         """Bytes that stay between forward and backward: dense, or with a sub-sequence of `length`.
 
         Query, key, value, output and the softmax's sums; Lighthouse keeps these of the sub-sequence, the choice, and
-        the output that the next product needs. A local window keeps the whole sequence's too.
+        the output that the next product needs. With a local window it keeps those of the tokens, and of the
+        sub-sequence output and sums.
         """
         size = self.torch_dtype.itemsize
         row = 2 * (self.heads + self.kv_heads) * self.head_dim * size + 4 * self.heads
+        output, choice = self.heads * self.head_dim * size, 5 * self.kv_heads * tokens
         if length is None:
             return row * tokens
-        whole = row * tokens if local else 0
-        if not length:
-            return whole
-        return whole + row * length + (self.heads * self.head_dim * size + 5 * self.kv_heads) * tokens
+        if local:
+            return row * tokens + ((output + 4 * self.heads) * length + choice if length else 0)
+        return row * length + output * tokens + choice
 
 
 LAYERS = {"cpu": Layer(4, 4, 64, "float32"), "cuda": Layer(8, 8, 128, "bfloat16")}

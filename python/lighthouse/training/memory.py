@@ -129,12 +129,14 @@ def estimate(
     acting = 0 if settings is None else sum(settings.acts_in_layer(layer, layers) for layer in range(layers))
     if settings is not None:
         # The pyramid keeps the sub-sequence instead of the tokens, and the choice; what follows keeps the output, which
-        # compiled code makes again.
+        # compiled code makes again. A local window keeps what dense attention does, and of the sub-sequence the output.
         method = settings.method
-        sub = parts["attention"] if method.local_window else 0  # what a local window keeps is what dense attention does
-        if method.chooses:
-            out = 0 if compiled else product * heads * head_dim
-            sub += parts["attention"] * method.length(context) / context + out + CHOICE_BYTES * kv_heads
+        share, output = method.length(context) / context, product * heads * head_dim
+        if not method.local_window:
+            sub = parts["attention"] * share + (0 if compiled else output)
+        else:
+            sub = parts["attention"] + ((output + 4 * heads) * share if method.chooses else 0)
+        sub += CHOICE_BYTES * kv_heads if method.chooses else 0
     layer = sum(parts.values())
     last_norm = tokens * width * ((stream if compiled else 4 + stream) + product)
     if gradient_checkpointing:

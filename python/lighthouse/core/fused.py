@@ -1,0 +1,214 @@
+"""Attention by PyTorch's kernels as one function with one gradient: fewer launches, and fewer tensors kept.
+
+Kept between forward and backward are the choice, the sub-sequence's output and, without a local window, its query, key
+and value. A window's gradient needs query, key and value of the tokens; so then the sub-sequence is gathered from them
+again, and the window's output is the whole output, which what follows keeps anyway, less what was written back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lighthouse.core import local
+from lighthouse.core import operators as its
+from lighthouse.core.kernels import KERNELS, Saved
+from lighthouse.core.sequences import Sequences
+
+_OPERATORS = torch.ops.lighthouse
+_CHOOSE_AND_GATHER, _SELECT = _OPERATORS.choose_and_gather.default, _OPERATORS.select.default
+_GATHER, _GATHER_BACKWARD = _OPERATORS.gather.default, _OPERATORS.gather_backward.default
+_SCATTER, _SCATTER_BACKWARD = _OPERATORS.scatter.default, _OPERATORS.scatter_backward.default
+
+
+class Stock(NamedTuple):
+    """The arguments after the tensors. `kernel` is one of `KERNELS`; a `local_window` of 0 is none."""
+
+    windows: tuple[int, ...]
+    kernel: str
+    scale: float | None
+    dropout_p: float
+    local_window: int
+    local_kernel: str
+
+    @property
+    def local(self) -> local.Local:
+        return local.Local(self.local_window, self.scale, self.dropout_p, self.local_kernel)
+
+
+def _attend(query, key, value, subs, mask, prefix, stock: Stock, local_forward: Callable) -> tuple[Tensor, ...]:
+    """The output, the sub-sequence's, what its gradient needs, and what that of a window needs."""
+    output_sub, saved = KERNELS[stock.kernel].forward(*subs, stock.scale, stock.dropout_p)
+    added, local_saved = None, ()
+    if stock.local_window:
+        added, *local_saved = local_forward(query, key, value, *stock.local)
+    return _SCATTER(output_sub, mask, prefix, stock.windows, added), output_sub, *saved, *local_saved
+
+
+def _choose_and_attend(query, key, value, scores, sequences: Sequences, stock: Stock) -> tuple[Tensor, list[Tensor]]:
+    """The output, and what the gradient keeps."""
+    method = sequences.method
+    if scores is None:
+        *subs, mask, prefix = _CHOOSE_AND_GATHER(
+            *(query, key, value, method.windows, *method.topk, method.cover_start, sequences.length)
+        )
+    else:
+        mask, prefix = _SELECT(*scores, method.windows, *method.topk, method.cover_start)
+        subs = _GATHER(query, key, value, mask, prefix, method.windows, sequences.length)
+    output, *saved = _attend(query, key, value, subs, mask, prefix, stock, local.forward)
+    return output, [mask, prefix, *saved, *((query, key, value, output) if stock.local_window else subs)]
+
+
+def _backward(grad, mask, prefix, output_sub, logsumexp, seed, offset, *rest, orders, stock: Stock):
+    """The gradients of query, key and value, their dimensions in memory in these orders."""
+    choice, length, added = (mask, prefix, stock.windows), output_sub.shape[2], ()
+    if stock.local_window:
+        *local_saved, query, key, value, output = rest
+        # What the window gave: its kernel needs the sum of its products with the gradient alone.
+        own = _SCATTER(output_sub.neg(), *choice, output)
+        added = local.backward(grad, query, key, value, own, *local_saved, *stock.local)
+        del own
+        subs = _GATHER(query, key, value, *choice, length)
+    else:
+        subs = rest
+    grad_sub = _SCATTER_BACKWARD(grad, *choice, length, its.memory_order(output_sub))
+    grads = KERNELS[stock.kernel].backward(
+        *(grad_sub, *subs, output_sub, Saved(logsumexp, seed, offset), stock.scale, stock.dropout_p)
+    )
+    return _GATHER_BACKWARD(*map(its.with_unit_stride, grads), *choice, *orders, *added)
+
+
+class _Attention(torch.autograd.Function):
+    """For eager code."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, scores, sequences, stock):
+        output, kept = its.without_gradient(_choose_and_attend, query, key, value, scores, sequences, stock)
+        ctx.save_for_backward(*kept)
+        ctx.strides, ctx.stock = [tensor.stride() for tensor in (query, key, value)], stock
+        return output
+
+    @staticmethod
+    def backward(ctx, grad):
+        its.refuse_forward_mode((grad,))
+        orders = [its.order_of(strides) for strides in ctx.strides]
+        inputs = its.with_unit_stride(grad), ctx.saved_tensors, orders, ctx.stock
+        if torch.is_grad_enabled():
+            grads = _OfThat.apply(torch.zeros((), requires_grad=True), *inputs)
+        else:
+            grads = its.without_gradient(_unpacked, *inputs)
+        return *grads, None, None, None
+
+
+def _unpacked(grad, kept, orders, stock):
+    return _backward(grad, *kept, orders=orders, stock=stock)
+
+
+class _OfThat(torch.autograd.Function):
+    """The gradient where the caller wants its graph (`create_graph`). It has no gradient itself, and says so if asked.
+
+    `probe` requires a gradient, so that the answer does too, whatever else does.
+    """
+
+    @staticmethod
+    def forward(ctx, probe, *inputs):
+        return its.without_gradient(_unpacked, *inputs)
+
+    backward = staticmethod(its.no_second_gradient)
+
+
+# After a choice, with a window: an operator, for `torch.compile` and for checkpointing that keeps the choice.
+
+its.LIBRARY.define(
+    "attend(Tensor query, Tensor key, Tensor value, Tensor mask, Tensor prefix, int[] windows, SymInt length, "
+    "str kernel, float? scale, float dropout_p, int local_window, str local_kernel)"
+    " -> (Tensor output, Tensor output_sub, Tensor logsumexp, Tensor seed, Tensor offset, Tensor local_logsumexp, "
+    "Tensor local_seed, Tensor local_offset)"
+)
+its.LIBRARY.define(
+    "attend_backward(Tensor grad, Tensor mask, Tensor prefix, Tensor output_sub, Tensor logsumexp, Tensor seed, "
+    "Tensor offset, Tensor local_logsumexp, Tensor local_seed, Tensor local_offset, Tensor query, Tensor key, "
+    "Tensor value, Tensor output, int[] windows, str kernel, float? scale, float dropout_p, int local_window, "
+    "str local_kernel)"
+    " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)"
+)
+
+
+def _attend_operator(query, key, value, mask, prefix, windows, length, *stock, local_forward=local.forward):
+    subs = _GATHER(query, key, value, mask, prefix, windows, length)
+    return _attend(query, key, value, subs, mask, prefix, Stock(windows, *stock), local_forward)
+
+
+def _attend_fake(*inputs):
+    return _attend_operator(*inputs, local_forward=_OPERATORS.local_attention.default)
+
+
+def _attend_backward_operator(grad, *rest):
+    *kept, query, key, value, output = rest[:13]
+    orders = [its.memory_order(tensor) for tensor in (query, key, value)]
+    return _backward(grad, *kept, query, key, value, output, orders=orders, stock=Stock(*rest[13:]))
+
+
+def _attend_backward_fake(*inputs):
+    return tuple(its.empty(tensor, tensor.shape[2], its.memory_order(tensor)) for tensor in inputs[10:13])
+
+
+def _attend_setup(ctx, inputs, output):
+    query, key, value, mask, prefix, windows, _, *stock = inputs
+    ctx.save_for_backward(mask, prefix, *output[1:], query, key, value, output[0])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.stock = windows, *stock
+
+
+def _attend_backward(ctx, grad, *_):
+    grad = its.with_unit_stride(grad)
+    return *its.in_backward(_OPERATORS.attend_backward.default, grad, *ctx.saved_tensors, *ctx.stock), *[None] * 9
+
+
+for _name, _run, _fake in (
+    ("attend", _attend_operator, _attend_fake),
+    ("attend_backward", _attend_backward_operator, _attend_backward_fake),
+):
+    for _device in ("CPU", "CUDA"):
+        its.LIBRARY.impl(_name, _run, _device)
+    torch.library.register_fake(f"lighthouse::{_name}", _fake)
+torch.library.register_autograd(
+    "lighthouse::attend", _attend_backward, setup_context=_attend_setup, lib=its.REVERSE_MODE
+)
+torch.library.register_autograd(
+    "lighthouse::attend_backward",
+    its.no_second_gradient,
+    setup_context=lambda ctx, inputs, output: None,
+    lib=its.REVERSE_MODE,
+)
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sequences: Sequences,
+    scores: tuple[Tensor, Tensor] | None,
+    kernel: str | None,
+    window: local.Local,
+) -> Tensor | None:
+    """The output `[B, Hq, N, D]` by one of `KERNELS`, with a local window if it is above 0.
+
+    None where the verbs have to be called one by one: PyTorch has no such kernel, or something looks through the call
+    (`torch.compile` and selective checkpointing, which without a window keep and recompute other tensors; exporting).
+    """
+    if kernel is None or torch.compiler.is_exporting() or sequences.length == 1:  # cuDNN takes no single row
+        return None
+    stock = Stock(sequences.method.windows, kernel, window.scale, window.dropout_p, window.window, window.kernel)
+    if not its.traced() and not torch._C._len_torch_dispatch_stack():
+        its.refuse_forward_mode((query, key, value))
+        return _Attention.apply(query, key, value, scores, sequences, stock)
+    if not window.window:
+        return None
+    choice = its.choose(query, key, sequences, scores)
+    inputs = query, key, value, choice.mask, choice.prefix, stock.windows, choice.length, *stock[1:]
+    its.refuse_forward_mode(inputs)
+    return _OPERATORS.attend.default(*inputs)[0]
