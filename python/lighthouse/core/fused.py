@@ -66,10 +66,10 @@ def _backward(grad, mask, prefix, output_sub, logsumexp, seed, offset, *rest, or
     """The gradients of query, key and value, their dimensions in memory in these orders."""
     choice, length, added = (mask, prefix, stock.windows), output_sub.shape[2], ()
     if stock.local_window:
-        *local_saved, query, key, value, output = rest
+        query, key, value, output = rest[3:]
         # What the window gave: its kernel needs the sum of its products with the gradient alone.
         own = _SCATTER(output_sub.neg(), *choice, output)
-        added = local.backward(grad, query, key, value, own, *local_saved, *stock.local)
+        added = local.backward(*(grad, query, key, value, own, *rest[:3], *stock.local))
         del own
         subs = _GATHER(query, key, value, *choice, length)
     else:
