@@ -62,22 +62,30 @@ def _choose_and_attend(query, key, value, scores, sequences: Sequences, stock: S
     return output, [mask, prefix, *saved, *((query, key, value, output) if stock.local_window else subs)]
 
 
-def _backward(grad, mask, prefix, output_sub, logsumexp, seed, offset, *rest, orders, stock: Stock):
-    """The gradients of query, key and value, their dimensions in memory in these orders."""
+def _backward(grad, kept: list[Tensor], orders, stock: Stock):
+    """The gradients of query, key and value, their dimensions in memory in these orders. Empties `kept`.
+
+    Each tensor is let go of as soon as it is not needed: what is held at once adds to the step's peak.
+    """
+    mask, prefix, output_sub, logsumexp, seed, offset, *rest = kept
+    kept.clear()
     choice, length, added = (mask, prefix, stock.windows), output_sub.shape[2], ()
+    subs = rest
     if stock.local_window:
-        query, key, value, output = rest[3:]
-        # What the window gave: its kernel needs the sum of its products with the gradient alone.
-        own = _SCATTER(output_sub.neg(), *choice, output)
-        added = local.backward(*(grad, query, key, value, own, *rest[:3], *stock.local))
-        del own
-        subs = _GATHER(query, key, value, *choice, length)
-    else:
-        subs = rest
+        *inputs, output = rest[3:]
+        # The window's own output.
+        rest[-1] = _SCATTER(output_sub.neg(), *choice, output)
+        del output
+        added = local.backward(*(grad, *inputs, rest[-1], *rest[:3], *stock.local))
+        del subs, rest
+        subs = _GATHER(*inputs, *choice, length)
+        del inputs
     grad_sub = _SCATTER_BACKWARD(grad, *choice, length, its.memory_order(output_sub))
+    del grad
     grads = KERNELS[stock.kernel].backward(
         *(grad_sub, *subs, output_sub, Saved(logsumexp, seed, offset), stock.scale, stock.dropout_p)
     )
+    del grad_sub, subs, output_sub
     return _GATHER_BACKWARD(*map(its.with_unit_stride, grads), *choice, *orders, *added)
 
 
@@ -95,16 +103,14 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, grad):
         its.refuse_forward_mode((grad,))
         orders = [its.order_of(strides) for strides in ctx.strides]
-        inputs = its.with_unit_stride(grad), ctx.saved_tensors, orders, ctx.stock
+        inputs = its.with_unit_stride(grad), list(ctx.saved_tensors), orders, ctx.stock
+        ctx.maybe_clear_saved_tensors()  # unless the caller retains the graph
+        del grad
         if torch.is_grad_enabled():
             grads = _OfThat.apply(torch.zeros((), requires_grad=True), *inputs)
         else:
-            grads = its.without_gradient(_unpacked, *inputs)
+            grads = its.without_gradient(_backward, *inputs)
         return *grads, None, None, None
-
-
-def _unpacked(grad, kept, orders, stock):
-    return _backward(grad, *kept, orders=orders, stock=stock)
 
 
 class _OfThat(torch.autograd.Function):
@@ -115,7 +121,7 @@ class _OfThat(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, probe, *inputs):
-        return its.without_gradient(_unpacked, *inputs)
+        return its.without_gradient(_backward, *inputs)
 
     backward = staticmethod(its.no_second_gradient)
 
@@ -147,9 +153,8 @@ def _attend_fake(*inputs):
 
 
 def _attend_backward_operator(grad, *rest):
-    *kept, query, key, value, output = rest[:13]
-    orders = [its.memory_order(tensor) for tensor in (query, key, value)]
-    return _backward(grad, *kept, query, key, value, output, orders=orders, stock=Stock(*rest[13:]))
+    orders = [its.memory_order(tensor) for tensor in rest[9:12]]
+    return _backward(grad, list(rest[:13]), orders, Stock(*rest[13:]))
 
 
 def _attend_backward_fake(*inputs):
