@@ -101,7 +101,6 @@ def test_unwrapping_leaves_plain_checkpointing():
         assert mine._gradient_checkpointing_func.keywords == plains._gradient_checkpointing_func.keywords
 
 
-@pytest.mark.skipif(torch.__version__ < "2.15", reason="torch 2.11 keeps a view of the output, which a product reads")
 def test_compiled_code_makes_its_output_again():
     """It follows from the sub-sequence's, which is kept: of all numbers as long as the text only the input is."""
     layer, x = Layer(), torch.randn(1, 640, 32, requires_grad=True)

@@ -205,7 +205,7 @@ def attend(
     None where the verbs have to be called one by one: PyTorch has no such kernel, or something looks through the call
     (`torch.compile` and selective checkpointing, which without a window keep and recompute other tensors; exporting).
     """
-    if kernel is None or torch.compiler.is_exporting() or sequences.length == 1:  # cuDNN takes no single row
+    if kernel is None or its.exporting() or sequences.length == 1:  # cuDNN takes no single row
         return None
     stock = Stock(sequences.method.windows, kernel, window.scale, window.dropout_p, window.window, window.kernel)
     if not its.traced() and not torch._C._len_torch_dispatch_stack():

@@ -252,6 +252,12 @@ def traced() -> bool:
     return True
 
 
+@torch.compiler.assume_constant_result
+def exporting() -> bool:
+    """Whether `torch.export` traces. (What torch 2.11 compiles finds `is_exporting()` true, exported or not.)"""
+    return torch.compiler.is_exporting()
+
+
 def without_gradient(operator, *inputs):
     """Bypasses the operator's autograd function, which would record nothing here but costs time."""
     if traced():
@@ -369,12 +375,12 @@ def scatter(output_sub: Tensor, selection: Selection, added: Tensor | None = Non
     """`torch.ops.lighthouse.scatter` with its gradient; `added` `[B, Hq, N, D]` is added in the same pass.
 
     Compiled code recomputes the output in the backward. The next matmul would otherwise save it, one full-length tensor
-    per layer, although it follows from the sub-sequence's output, which attention saves anyway. (torch 2.11 saves it.)
+    per layer, although it follows from the sub-sequence's output, which attention saves anyway.
     """
     inputs = output_sub, selection.mask, selection.prefix, selection.windows, added
     refuse_forward_mode(inputs)
     if not traced():
         return _Scatter.apply(*inputs)
-    if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
+    if torch.compiler.is_dynamo_compiling() and not exporting():
         return checkpoint(_OPERATORS.scatter, *inputs, use_reentrant=False)
     return _OPERATORS.scatter(*inputs)
