@@ -203,7 +203,9 @@ def test_sums_are_made_in_one_pass():
         forward_backward(functools.partial(lighthouse.attention, local_window=40), inputs)
     names = [event.name for event in profile.function_events]
     assert names.count("lighthouse::gather_backward") == names.count("lighthouse::scatter_backward") == 1
-    assert not [event for event in profile.function_events if event.name == "aten::add" and len(event.input_shapes[0]) == 4]
+    assert not [
+        event for event in profile.function_events if event.name == "aten::add" and len(event.input_shapes[0]) == 4
+    ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
@@ -239,6 +241,10 @@ def test_what_is_kept(window):
     short = [tensor for tensor in kept.values() if tensor.ndim == 4 and tensor.shape[2] < 640]
     assert long == ({tensor.data_ptr() for tensor in (*inputs, output)} if window else set())
     assert len(short) == (1 if window else 4)
+    first, second = (torch.autograd.grad(output.sum(), inputs, retain_graph=again) for again in (True, False))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(output.sum(), inputs)
 
 
 @pytest.mark.parametrize(("window", "topk"), [(20, 0), (20, 1 / 8), (0, 1 / 8)])
@@ -311,6 +317,28 @@ def test_bad_input(name):
     options, kind, message = REFUSED[name]
     with pytest.raises(kind, match=message):
         lighthouse.attention(*rand_qkv(50), **options)
+
+
+BARE = {
+    "heads that do not divide": ({"key": (1, 3, 20, 8), "value": (1, 3, 20, 8)}, "query heads a multiple"),
+    "another length": ({"key": (1, 2, 21, 8)}, "all else the same"),
+    "another value": ({"value": (1, 1, 20, 8)}, "all else the same"),
+    "three dimensions": ({"query": (4, 20, 8)}, r"\[batch, heads, tokens, head_dim\]"),
+    "no window": ({"window": 0}, "window=0"),
+    "a scale of 0": ({"scale": 0.0}, "scale=0.0"),
+    "no such kernel": ({"kernel": "fast"}, "one of flash, blocks, whole"),
+}
+
+
+@pytest.mark.parametrize("name", BARE)
+def test_the_operator_alone_refuses_what_it_cannot_do(name):
+    change, message = BARE[name]
+    given = {"query": (1, 4, 20, 8), "key": (1, 2, 20, 8), "value": (1, 2, 20, 8), "window": 5, "scale": None} | change
+    tensors = (torch.randn(given[each]) for each in ("query", "key", "value"))
+    with pytest.raises(ValueError, match=message):
+        torch.ops.lighthouse.local_attention(
+            *tensors, given["window"], given["scale"], 0.0, given.get("kernel", BLOCKS)
+        )
 
 
 def test_a_window_that_covers_all_is_said_once(caplog, monkeypatch):

@@ -220,7 +220,7 @@ class _Blocks:
         scale = scale or 1 / math.sqrt(query.shape[3])
         output = _empty_like(query)
         logsumexp = query.new_empty(query.shape[:3], dtype=_wide_dtype(query))
-        seed = torch.randint(2**62, (1,)) if dropout_p else torch.empty(0, dtype=torch.int64, device=query.device)
+        seed = torch.randint(2**62, (1,)) if dropout_p else torch.empty(0, dtype=torch.int64)  # on the CPU: it is read
         random = _random(seed, query.device)
         for batch, head, heads, chunk in cls._chunks(query, key, window):
             rows, at = chunk.queries(query[batch, heads]), (batch, heads, slice(chunk.first, chunk.last))
@@ -229,7 +229,7 @@ class _Blocks:
             result, sums = _attend(rows, keys, values, chunk.mask(rows), scale, kept)
             output[at] = chunk.tokens_of(result).to(output.dtype)
             logsumexp[at] = chunk.tokens_of(sums)
-        return output, logsumexp, seed.to(query.device), query.new_empty(0, dtype=torch.int64)
+        return output, logsumexp, seed, torch.empty(0, dtype=torch.int64)
 
     @classmethod
     def backward(cls, grad, query, key, value, output, saved, window, scale, dropout_p):
@@ -296,6 +296,22 @@ _KERNELS: dict[str, Any] = {FLASH: _Flash, BLOCKS: _Blocks, WHOLE: _Whole}
 # The operators. Python's, since the kernels are PyTorch's: to `torch.compile` each is one call, whatever the lengths.
 
 
+def _checked(query, key, value, window, scale, dropout_p, kernel):
+    """`forward` for what comes from anywhere."""
+    sizes = query.shape[0], key.shape[1], *query.shape[2:]
+    if query.ndim != 4 or key.shape != sizes or value.shape != sizes or query.shape[1] % key.shape[1]:
+        raise ValueError(
+            f"query {list(query.shape)}, key {list(key.shape)} and value {list(value.shape)}: [batch, heads, tokens, "
+            "head_dim] is needed, the query heads a multiple of the key heads and all else the same"
+        )
+    if window < 1 or kernel not in _KERNELS or (scale is not None and not 0 < scale < math.inf):
+        raise ValueError(
+            f"window={window}, scale={scale}, kernel={kernel!r}: a window of at least 1, a finite scale above 0 or "
+            f"None, and one of {', '.join(_KERNELS)} are needed"
+        )
+    return forward(query, key, value, window, scale, dropout_p, kernel)
+
+
 def forward(query, key, value, window, scale, dropout_p, kernel):
     """The output and what its gradient needs."""
     query, key, value = (_aligned(tensor, kernel) for tensor in (query, key, value))
@@ -322,7 +338,7 @@ def _aligned(tensor: Tensor, kernel: str) -> Tensor:
 def _fake(query, key, value, window, scale, dropout_p, kernel):
     if kernel != BLOCKS:
         return _KERNELS[kernel].forward(query, key, value, window, scale, dropout_p)
-    seed, offset = (query.new_empty(count, dtype=torch.int64) for count in (1 if dropout_p else 0, 0))
+    seed, offset = (torch.empty(count, dtype=torch.int64) for count in (1 if dropout_p else 0, 0))
     return _empty_like(query), query.new_empty(query.shape[:3], dtype=_wide_dtype(query)), seed, offset
 
 
@@ -345,7 +361,7 @@ def define(library: torch.library.Library) -> None:
         " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)"
     )
     for name, function, fake in (
-        ("local_attention", forward, _fake),
+        ("local_attention", _checked, _fake),
         ("local_attention_backward", backward, _fake_backward),
     ):
         library.impl(name, function, "CPU")
