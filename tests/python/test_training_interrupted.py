@@ -169,7 +169,8 @@ STOPPED = [
     ("sigusr1", [signal.SIGUSR1], 143, "checkpoint-5"),
     ("sigusr1_then_sigterm", [signal.SIGUSR1, signal.SIGTERM], 143, "checkpoint-5"),
     ("sigterm_twice", [signal.SIGTERM, signal.SIGTERM], -signal.SIGTERM, "checkpoint-3"),
-    ("interrupt", [signal.SIGINT], 1, "checkpoint-3"),
+    ("interrupt", [signal.SIGINT], 1, "checkpoint-5"),
+    ("interrupt_twice", [signal.SIGINT, signal.SIGINT], 1, "checkpoint-3"),
 ]
 
 
@@ -179,9 +180,10 @@ def test_a_signal(tmp_path, text, undisturbed, signals, expected, left):
     assert status(start(AtStep(5, *signals), text, folder, max_steps=10)) == expected, said(folder)
     assert checkpoints.last_whole(folder).name == left
     if expected != -signal.SIGTERM:
-        what = "Interrupted after step 4" if signals == [signal.SIGINT] else "Stopped by a signal after step 5"
+        what = "Interrupted" if signal.SIGINT in signals else "Stopped by a signal"
+        what += f" after step {4 if left == 'checkpoint-3' else 5}"
         assert f"{what}. The last whole checkpoint is {folder / left}: the same command with --resume" in said(folder)
-    if expected == 143:
+    if left == "checkpoint-5":
         assert status(start(nothing, text, folder, max_steps=10, resume=True)) == 0, said(folder)
         assert losses(folder) == undisturbed(10)
 
@@ -332,7 +334,10 @@ def command(do, text, folder):
 def test_an_interrupted_command(tmp_path, text):
     folder, log = tmp_path / "run", tmp_path / "log"
     assert status(forked.start(command, AtStep(4, signal.SIGINT), text, folder, log=log)) == 130, log.read_text()
-    assert checkpoints.last_whole(folder).name == "checkpoint-2"
+    assert checkpoints.last_whole(folder).name == "checkpoint-4"
+    said = log.read_text()
+    assert "Ctrl-C: the run will save a checkpoint after this step" in said and "Traceback" not in said
+    assert f"Interrupted after step 4. The last whole checkpoint is {folder / 'checkpoint-4'}" in said
 
 
 def test_a_stopped_command(tmp_path, text):

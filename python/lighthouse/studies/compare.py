@@ -43,7 +43,7 @@ from lighthouse.training.callbacks import StopOnSignal
 from lighthouse.training.depends import FREE_BETWEEN_RUNS
 from lighthouse.training.form import form_of, found_by
 from lighthouse.training.options import PretrainOptions, TrainingOptions
-from lighthouse.training.result import RESULTS, DiskFull, PretrainResult, Stopped
+from lighthouse.training.result import RESULTS, DiskFull, PretrainResult
 from lighthouse.training.resume import MODEL, SETTINGS, check_same
 from lighthouse.training.run import Run, prepare
 
@@ -242,7 +242,7 @@ class Plan:
                 _give_back_memory()
                 result = run.train(stop=stop)
                 if stop.received is not None:  # in the last step of a run, which it let end
-                    raise Stopped(f"Stopped by a signal after {name.lower()}.")
+                    raise stop.end(f"after {name.lower()}")
             seed = found.setdefault(planned.seed, Seed(planned.seed, {}))
             seed.runs[planned.arm] = replace(result, name=planned.arm)
         if self.training.process_index > 0:  # the first makes the report

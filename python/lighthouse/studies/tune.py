@@ -45,7 +45,7 @@ from lighthouse.training.form import tokens_per_step
 from lighthouse.training.memory import DoesNotFit
 from lighthouse.training.model import head_dim_of, new_config
 from lighthouse.training.options import PretrainOptions, TrainingOptions
-from lighthouse.training.result import NotFinite, RunFailed, Stopped
+from lighthouse.training.result import NotFinite, RunFailed
 from lighthouse.training.resume import check_same
 from lighthouse.training.run import Run, prepare
 
@@ -201,7 +201,7 @@ class Study:
         """
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.files.trials.mkdir(parents=True, exist_ok=True)
-        stop = StopOnSignal()
+        stop = StopOnSignal(StopOnSignal.SYSTEMS)  # Ctrl-C ends a trial at once: it has no checkpoints
         with self.files.locked(say):  # of a new study as long as steps are timed
             study = self._open(stop, say, status)
         sampler = study.sampler
@@ -209,7 +209,7 @@ class Study:
             with claimed.log:
                 self._try(study, claimed, stop, say, status)
         if stop.received is not None:  # in the last step of a trial, which then ends as if nothing was
-            raise Stopped("Stopped by a signal after a trial.")
+            raise stop.end("after a trial")
         with self.files.locked():
             return self._conclude(study)
 

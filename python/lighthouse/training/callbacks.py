@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import timedelta
 from time import monotonic, perf_counter
@@ -21,7 +22,7 @@ from transformers import ProgressCallback, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from lighthouse.huggingface.steps import Steps, forget_forwards, used_in
-from lighthouse.training.result import DENSE, LIGHTHOUSE, NotFinite
+from lighthouse.training.result import DENSE, LIGHTHOUSE, NotFinite, Stopped
 
 
 class Record(TrainerCallback, ExportableState):
@@ -134,31 +135,36 @@ def steps_in_record(attributes: dict) -> Steps:
 
 
 class StopOnSignal(TrainerCallback):
-    """On SIGTERM, or SIGUSR1 as a batch system sends it before its limit: finish the step, save a checkpoint, exit.
+    """On Ctrl-C, SIGTERM, or SIGUSR1 as a batch system sends it before its limit: finish the step, save, exit.
 
-    As a context manager it holds the two signals' handlers. All processes stop after the same step, whichever of them
-    got the signal. A second SIGTERM ends the process at once; within `SAME` seconds it counts as the first, since
-    launchers hand on to their processes what the whole group was sent.
+    As a context manager it holds the signals' handlers. All processes stop after the same step, whichever of them
+    got the signal. A second Ctrl-C or SIGTERM ends the process at once; within `SAME` seconds it counts as the first,
+    since launchers hand on to their processes what the whole group was sent.
 
     Transformers' own `enable_jit_checkpoint` is not enough: it saves in the middle of a step, by each process's own
-    flag (the others then wait for it forever), three seconds late, takes no second signal, and the run ends as if it
-    were complete.
+    flag (the others then wait for it forever), three seconds late, takes no second signal and no Ctrl-C, and the run
+    ends as if it were complete.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+    SYSTEMS = (signal.SIGTERM, signal.SIGUSR1)
     SAME = 2.0
 
-    def __init__(self):
+    def __init__(self, signals: Sequence[int] = (signal.SIGINT, *SYSTEMS)):
+        self.signals = signals
         self.received: int | None = None  # by this process
         self.agreed = False  # by all of them
-        self._first_term = None
+        self._first: dict[int, float] = {}  # when a signal that may come twice came
         self._before = {}
         self._process = os.getpid()
         self._group = None
 
     def __enter__(self) -> StopOnSignal:
         if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
-            self._before = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
+            self._before = {
+                number: signal.signal(number, self._handle)
+                for number in self.signals
+                if not (number == signal.SIGINT and signal.getsignal(number) == signal.SIG_IGN)  # in the background
+            }
         else:
             print("SIGTERM will end this run without a checkpoint: it is not in the main thread.", file=sys.stderr)
         return self
@@ -168,18 +174,24 @@ class StopOnSignal(TrainerCallback):
             signal.signal(number, handler)
 
     def _handle(self, number, frame):
-        if number == signal.SIGTERM:
-            if self._first_term is None:
-                self._first_term = monotonic()
-            elif monotonic() - self._first_term > self.SAME:
-                signal.signal(number, signal.SIG_DFL)
+        if number != signal.SIGUSR1:
+            now = monotonic()
+            if now - self._first.setdefault(number, now) > self.SAME:
+                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
                 os.kill(os.getpid(), number)
         # Workers that load data inherit this handler, and with it outlive a signal to the whole process group.
         if self.received is None and os.getpid() == self._process:
-            name = signal.Signals(number).name
-            said = f"\n{name}: the run will save a checkpoint after this step and exit.\n"
+            what = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+            again = "; a second Ctrl-C ends it at once" if number == signal.SIGINT else ""
+            said = f"\n{what}: the run will save a checkpoint after this step and exit{again}.\n"
             os.write(2, said.encode())  # print may be running
         self.received = self.received or number
+
+    def end(self, when: str) -> BaseException:
+        """What to raise after the signal; `when` says after what."""
+        if self.received == signal.SIGINT:
+            return KeyboardInterrupt(f"Interrupted {when}.")
+        return Stopped(f"Stopped by a signal {when}.")
 
     def on_train_begin(self, args, state, control, **kwargs):
         if args.world_size > 1:

@@ -147,6 +147,7 @@ class Run:
             Refused, a `ValueError`: the text or the model was found unfit when its rows or weights were made.
             DiskFull, NotFinite, TextFailed: the run cannot continue; the last whole checkpoint is as it was.
             Stopped: SIGTERM or SIGUSR1 was received, and a checkpoint saved.
+            KeyboardInterrupt: Ctrl-C, and a checkpoint saved; at a second Ctrl-C without one.
         """
         record, stop = Record(self.switch_step, self.facts), stop or StopOnSignal()
         with ExitStack() as held:

@@ -20,7 +20,7 @@ from lighthouse.text import data
 from lighthouse.training import checkpoints
 from lighthouse.training.callbacks import FirstNotFinite, Lines, PlainLines, Record, StopOnSignal, memory
 from lighthouse.training.options import PretrainOptions, TrainingOptions
-from lighthouse.training.result import NotFinite, Stopped
+from lighthouse.training.result import NotFinite
 from lighthouse.training.space import checkpoint_bytes, space_for
 
 
@@ -151,7 +151,7 @@ class RunTrainer(Trainer):
         if self.stop.agreed:
             # Not by `should_training_stop`: the Trainer would end as if all was done, and with load_best_model_at_end
             # and save_total_limit=1 remove the checkpoint again.
-            raise Stopped(f"Stopped by a signal after step {self.state.global_step}.")
+            raise self.stop.end(f"after step {self.state.global_step}")
 
     def check_finite(self, weights: bool) -> None:
         """Raises `NotFinite` if a step since the start was not, or with `weights` one of these is not."""
