@@ -70,16 +70,17 @@ def _backward(grad, kept: list[Tensor], orders, stock: Stock):
     mask, prefix, output_sub, logsumexp, seed, offset, *rest = kept
     kept.clear()
     choice, length, added = (mask, prefix, stock.windows), output_sub.shape[2], ()
-    subs = rest
     if stock.local_window:
         *inputs, output = rest[3:]
         # The window's own output.
         rest[-1] = _SCATTER(output_sub.neg(), *choice, output)
         del output
         added = local.backward(*(grad, *inputs, rest[-1], *rest[:3], *stock.local))
-        del subs, rest
+        del rest
         subs = _GATHER(*inputs, *choice, length)
         del inputs
+    else:
+        subs, rest = rest, None
     grad_sub = _SCATTER_BACKWARD(grad, *choice, length, its.memory_order(output_sub))
     del grad
     grads = KERNELS[stock.kernel].backward(
