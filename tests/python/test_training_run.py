@@ -88,6 +88,15 @@ def test_with_label_smoothing_the_held_out_loss_is_the_cross_entropy_too(tmp_pat
     assert result.loss == pytest.approx(plain_loss(tmp_path, text, result), rel=1e-5)
 
 
+NAMES = [({"share": 0.6}, "two-stage"), ({"share": 1.0}, "lighthouse-only"), ({"dense_only": True}, "dense")]
+NAMES += [({"switch_step": 9}, "lighthouse-only"), ({"switch_step": 4}, "two-stage"), ({"share": 0.0}, "dense")]
+
+
+@pytest.mark.parametrize("when, name", NAMES, ids=str)
+def test_a_run_is_named_by_the_stages_that_it_has(tmp_path, text, when, name):
+    assert prepare(options(text, **when), training(tmp_path))._name == name
+
+
 def test_lighthouse_alone_is_said_to_be_no_model_for_use(tmp_path, text, caplog, monkeypatch):
     steps = watch(monkeypatch)
     result = pretrain(options(text, lighthouse_only=True), training(tmp_path))
@@ -309,7 +318,7 @@ def test_a_file_is_no_output_folder(tmp_path, text):
 def test_what_a_run_says(tmp_path, text):
     said = str(prepare(options(text), training(tmp_path)))
     for part in (
-        "5 steps of 128 tokens: 3 with Lighthouse (dense layers at each end: 0), 2 dense",
+        "5 steps of 128 tokens: 3 with Lighthouse, 2 dense",
         "measured with dense",
     ):
         assert part in said

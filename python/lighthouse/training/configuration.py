@@ -24,6 +24,8 @@ import yaml
 from transformers import TrainingArguments
 from transformers.hf_argparser import string_to_bool
 
+from lighthouse.training.depends import NOTHING, on_which
+
 CONFIGURATION = "config.yaml"
 
 # Trainer options that are not written: how a run resumes, secrets, derived or refused ones, what the launcher sets,
@@ -179,6 +181,18 @@ def resolved(options, training) -> dict:
     return values
 
 
+def given(options, training) -> list[str]:
+    """Of the `resolved` options those that somebody chose; not the text's and the folder's, which are said besides."""
+    usual = resolved(type(options)(), training)
+    ours = {field.name for field in dataclasses.fields(options)}
+    apart = on_which(NOTHING) | {"data", "output_dir", "disable_tqdm"}
+    return [
+        f"{name} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+        for name, value in resolved(options, training).items()
+        if name not in apart and (value != usual[name] if name in ours else changed(training, name))
+    ]
+
+
 def _follows_from_the_device(name: str, training) -> bool:
     return name == "dataloader_pin_memory" and training.device.type == "cpu"
 
@@ -186,7 +200,12 @@ def _follows_from_the_device(name: str, training) -> bool:
 def changed(training, name: str) -> bool:
     """Whether an option of the Trainer differs from its default: ours, where we have one."""
     field = next((field for field in dataclasses.fields(training) if field.name == name), None)
-    return field is not None and _plain(getattr(training, name, None)) != _default(field, training)
+    if field is None:
+        return False
+    value, usual = _plain(getattr(training, name, None)), _default(field, training)
+    if usual is None and value is False:
+        return False  # which the Trainer makes of it
+    return value not in (usual, [usual])  # and of one name a list
 
 
 def _default(field: dataclasses.Field, training):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import textwrap
 from collections.abc import Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -48,6 +49,7 @@ from lighthouse.training.resume import (
     what_is_there,
 )
 from lighthouse.training.space import check_space, space_for, weight_bytes
+from lighthouse.training.terminal import above_the_bar, without_what_a_run_says
 from lighthouse.training.trainer import RunTrainer
 
 logger = logging.getLogger(__name__)
@@ -119,9 +121,10 @@ class Run:
         lines += self.notes
         if self.switch_step == 0:
             return "\n".join([*lines, f"{steps:,} steps of {self.tokens_per_step:,} tokens, all dense."])
+        layers = f" (dense layers at each end: {options.dense_layers})" if options.dense_layers else ""
         lines.append(
-            f"{steps:,} steps of {self.tokens_per_step:,} tokens: {self.switch_step:,} with Lighthouse "
-            f"(dense layers at each end: {options.dense_layers}), {steps - self.switch_step:,} dense."
+            f"{steps:,} steps of {self.tokens_per_step:,} tokens: {self.switch_step:,} with Lighthouse{layers}, "
+            f"{steps - self.switch_step:,} dense."
         )
         lines.append(str(options.method.plan(options.context)))
         if not LighthouseSettings(options.method).pays(options.context, self.training.device.type):
@@ -153,12 +156,12 @@ class Run:
         with ExitStack() as held:
             with self._begins(held):
                 trainer = self._trainer(record, stop, callbacks)
-            with saying_how_to_go_on(trainer, self.folder):
+            with saying_how_to_go_on(trainer, self.folder), without_what_a_run_says():
                 if self.finished:
                     trainer.state = self.state
                     record.on_train_begin(self.training, trainer.state, trainer.control)
                 else:
-                    with stop:
+                    with stop, above_the_bar():
                         trainer.train(resume_from_checkpoint=self.checkpoint)
                 return self._finish(trainer, record, keep_model)
 
@@ -170,7 +173,7 @@ class Run:
         """
         main, new = self.training.process_index == 0, not (self.folder / SETTINGS).exists()
         if main:
-            print(self._resolved, self, sep="\n", flush=True)
+            print(self._given, self, sep="\n", flush=True)
         PartialState().wait_for_everyone()  # all have read the folder; from here on it changes
         if main:
             self._take_folder(held)
@@ -211,6 +214,19 @@ class Run:
     @property
     def _resolved(self) -> str:
         return configuration.text_of(configuration.resolved(self.options, self.training))
+
+    @property
+    def _name(self) -> str:
+        if 0 < self.switch_step < self.training.max_steps:
+            return "two-stage"
+        return "lighthouse-only" if self.switch_step else "dense"
+
+    @property
+    def _given(self) -> str:
+        """The run's folder, and what was asked for: what else there is stands in the file."""
+        chosen = [*configuration.given(self.options, self.training), "all else as by default"]
+        text = f"{self.folder}: {', '.join(chosen)} ({configuration.CONFIGURATION} has every option)"
+        return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
     def _write_settings(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -263,7 +279,7 @@ class Run:
         trainer.check_finite(weights=True)
         if not record.held_out or record.held_out[-1]["step"] != trainer.state.global_step:
             trainer.evaluate()
-        state, options = trainer.state, self.options
+        state = trainer.state
         sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
         weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded else None  # by all processes
         plain = trainer.accelerator.unwrap_model(trainer.model)
@@ -279,9 +295,9 @@ class Run:
         peaks = torch.tensor([[stage.get("peak_memory") or 0 for stage in record.stages.values()]])
         peaks = trainer.accelerator.gather(peaks.to(self.training.device)).amax(0).tolist()
         result = PretrainResult(
-            name="dense" if self.switch_step == 0 else "lighthouse-only" if options.lighthouse_only else "two-stage",
+            name=self._name,
             model_folder=str(self.folder / MODEL) if keep_model else None,
-            context=options.context,
+            context=self.options.context,
             steps=state.global_step,
             switch_step=self.switch_step,
             model_step=model_step,
