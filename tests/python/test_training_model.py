@@ -171,6 +171,20 @@ REFUSED = [
     ("all_layers_states", {"output_hidden_states": True}, 128, "output_hidden_states True: .*remove it"),
     ("no_names_of_outputs", {"return_dict": False}, 128, "return_dict False: a step needs only the loss, by its name"),
     ("a_sliding_window", {"sliding_window": 64}, 128, "config.sliding_window=64: sliding windows are not supported"),
+    ("an_old_rope", {"rope_scaling": {"type": "su", "factor": 2.0}}, 128, "RoPE of type 'su', .* not know: .* yarn is"),
+    (
+        "a_rope_of_no_kind",
+        {"rope_parameters": {"rope_type": "su"}},
+        128,
+        'RoPE of type \'su\', .*"rope_type": "default"',
+    ),
+    ("a_rope_without_its_factor", {"rope_parameters": {"rope_type": "yarn"}}, 128, "Missing required keys .*'factor'"),
+    ("a_base_in_quotes", {"rope_parameters": {"rope_theta": "1e4"}}, 128, "rope_theta '1e4': a number above 0"),
+    ("a_base_below_zero", {"rope_parameters": None, "rope_theta": -1.0}, 128, "rope_theta -1.0: a number above 0"),
+    ("no_key_value_heads", {"num_key_value_heads": 0}, 128, "num_key_value_heads 0: at least 1 is needed"),
+    ("no_layers", {"num_hidden_layers": 0}, 128, "num_hidden_layers 0: at least 1 is needed"),
+    ("no_such_activation", {"hidden_act": "swish2"}, 128, "hidden_act 'swish2': one of .* silu, .* is needed"),
+    ("all_dropped", {"attention_dropout": 1.0}, 128, "attention_dropout 1.0: a share from 0 to below 1"),
     (
         "stretched_too_little",
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 2.0}},
@@ -184,6 +198,16 @@ REFUSED = [
 def test_refused(tmp_path, given, context, message):
     with pytest.raises(ValueError, match=message):
         check_model(written(tmp_path, **given) if isinstance(given, dict) else given, context)
+
+
+def test_a_padding_mark_beyond_the_vocabulary_is_replaced_and_no_error(tmp_path):
+    assert check_model(written(tmp_path, pad_token_id=9999), 128) == 3
+
+
+def test_what_no_model_can_be_made_of_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "empty_model", lambda config: {}["of a later version"])
+    with pytest.raises(ValueError, match="no model can be made of it: KeyError: 'of a later version'"):
+        check_model(written(tmp_path), 128)
 
 
 def test_what_is_no_configuration_is_refused(tmp_path):

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import timedelta
 from time import monotonic, perf_counter
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -154,9 +155,9 @@ class StopOnSignal(TrainerCallback):
         self.received: int | None = None  # by this process
         self.agreed = False  # by all of them
         self._first: dict[int, float] = {}  # when a signal that may come twice came
-        self._before = {}
+        self._before: dict[int, Any] = {}
         self._process = os.getpid()
-        self._group = None
+        self._group: Any = None
 
     def __enter__(self) -> StopOnSignal:
         if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, set_seed
+from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from lighthouse.core.devices import MAX_HEAD_DIM
@@ -24,6 +25,11 @@ from lighthouse.huggingface.checks import check_config
 from lighthouse.text.tokenizer import byte_tokenizer
 
 CONFIG = "config.json"
+
+COUNTS = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "max_position_embeddings"),
+)
 
 # What a configuration may say of a forward's output, as training needs it.
 PLAIN_OUTPUT = {"output_attentions": False, "output_hidden_states": False, "return_dict": True}
@@ -89,7 +95,15 @@ def check_model(name: str, context: int) -> int:
     Raises:
         ValueError: it is neither, not made for so long a context, or of a kind that Lighthouse does not know.
     """
-    return _config(name, context)[0].num_hidden_layers
+    config = _config(name, context)[0]
+    if name in SIZES:
+        return config.num_hidden_layers
+    config.pad_token_id = None  # the tokenizer's is used
+    try:
+        empty_model(config)
+    except Exception as error:  # of what nothing above looks at
+        raise ValueError(f"model={name!r}: no model can be made of it: {type(error).__name__}: {error}") from error
+    return config.num_hidden_layers
 
 
 def check_head_dim(name: str, context: int, device_type: str) -> None:
@@ -205,6 +219,7 @@ def _read(name: str) -> LlamaConfig:
         raise ValueError(f"model={name!r} has model_type {kind!r}: Lighthouse supports only {', '.join(kinds)}")
     if values.get("quantization_config"):
         raise ValueError(f"model={name!r} has a quantization_config: weights are trained unquantized; remove it")
+    _check_values(name, values)
     try:
         config = kinds[kind].from_dict(values)
     except Exception as error:  # of kinds that differ from version to version
@@ -225,6 +240,30 @@ def _read(name: str) -> LlamaConfig:
         )
     config.dtype = torch.float32
     return config
+
+
+def _check_values(name: str, values: dict) -> None:
+    """Refuses values of a configuration that Transformers takes and fails with later."""
+    for count in COUNTS:
+        if isinstance(values.get(count), int) and values[count] < 1:
+            raise ValueError(f"model={name!r} has {count} {values[count]}: at least 1 is needed")
+    if (act := values.get("hidden_act", "silu")) not in ACT2FN:
+        raise ValueError(f"model={name!r} has hidden_act {act!r}: one of {', '.join(sorted(ACT2FN))} is needed")
+    dropout = values.get("attention_dropout", 0)
+    if isinstance(dropout, (int, float)) and not 0 <= dropout < 1:
+        raise ValueError(f"model={name!r} has attention_dropout {dropout}: a share from 0 to below 1 is needed")
+    rope = values.get("rope_parameters") or values.get("rope_scaling")
+    rope = rope if isinstance(rope, dict) else {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    known = sorted({"default", *ROPE_INIT_FUNCTIONS})
+    if kind not in known:
+        raise ValueError(
+            f"model={name!r} has a RoPE of type {kind!r}, which this version of Transformers does not know: one of "
+            f'{", ".join(known)} is needed; for training from scratch use {{"rope_type": "default"}}'
+        )
+    theta = rope.get("rope_theta", values.get("rope_theta", 1.0))
+    if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not theta > 0:
+        raise ValueError(f"model={name!r} has rope_theta {theta!r}: a number above 0 is needed")
 
 
 def _fit(name: str, config: LlamaConfig, context: int) -> list[str]:
