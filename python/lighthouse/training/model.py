@@ -252,18 +252,17 @@ def _check_values(name: str, values: dict) -> None:
     dropout = values.get("attention_dropout", 0)
     if isinstance(dropout, (int, float)) and not 0 <= dropout < 1:
         raise ValueError(f"model={name!r} has attention_dropout {dropout}: a share from 0 to below 1 is needed")
-    rope = values.get("rope_parameters") or values.get("rope_scaling")
-    rope = rope if isinstance(rope, dict) else {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
     known = sorted({"default", *ROPE_INIT_FUNCTIONS})
-    if kind not in known:
-        raise ValueError(
-            f"model={name!r} has a RoPE of type {kind!r}, which this version of Transformers does not know: one of "
-            f'{", ".join(known)} is needed; for training from scratch use {{"rope_type": "default"}}'
-        )
-    theta = rope.get("rope_theta", values.get("rope_theta", 1.0))
-    if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not theta > 0:
-        raise ValueError(f"model={name!r} has rope_theta {theta!r}: a number above 0 is needed")
+    for rope in (values, values.get("rope_parameters"), values.get("rope_scaling")):
+        rope = rope if isinstance(rope, dict) else {}
+        kind, theta = rope.get("rope_type", rope.get("type", "default")), rope.get("rope_theta", 1.0)
+        if kind not in known:
+            raise ValueError(
+                f"model={name!r} has a RoPE of type {kind!r}, which this version of Transformers does not know: one of "
+                f'{", ".join(known)} is needed; for training from scratch use {{"rope_type": "default"}}'
+            )
+        if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not theta > 0:
+            raise ValueError(f"model={name!r} has rope_theta {theta!r}: a number above 0 is needed")
 
 
 def _fit(name: str, config: LlamaConfig, context: int) -> list[str]:
