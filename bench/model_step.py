@@ -190,6 +190,7 @@ def main() -> None:
     optimizer = new_optimizer(model, learning_rate=1e-4)
     print(f"{model.parameter_count() / 1e6:.1f}M parameters, {options.tokens:,} tokens a step; compiling", flush=True)
     results["settings"]["parameters"] = model.parameter_count()
+    del results["settings"]["dense_layers"]  # each side has its own
 
     def save():
         compare(results)
@@ -200,7 +201,7 @@ def main() -> None:
         attention, dense_layers = SIDES[side]
         model.shape = replace(shape, dense_layers=dense_layers)
         steps = Steps(model, optimizer, options.tokens, options.device, attention)
-        results[side] = measure(side, steps, options.steps)
+        results[side] = {"dense_layers": dense_layers} | measure(side, steps, options.steps)
         save()
         results[side] |= profiled(steps)
         save()

@@ -1,4 +1,4 @@
-"""The two sides of the benchmarks of models, dense attention and Lighthouse's, and the check before any timing."""
+"""Dense attention as the benchmarks of models call it, and the check before any timing."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import lighthouse
 from lighthouse.speed.sides import check  # noqa: F401
 
 
@@ -17,8 +16,3 @@ def dense(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
-
-
-def lighthouse_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """`lighthouse.attention` with its defaults: windows of 1, 4 and 16 tokens, N/64 parents per level."""
-    return lighthouse.attention(query, key, value)

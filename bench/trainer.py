@@ -119,7 +119,7 @@ def by_loop(stage: str, text: Path, folder: Path, options) -> tuple[float, float
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = str(Path(__file__).parent / "38m.json")
-    parser.add_argument("--model", default=default, help="as in lighthouse pretrain (default: quality.py's, 38m.json)")
+    parser.add_argument("--model", default=default, help="as in lighthouse pretrain (default: 38m.json)")
     parser.add_argument("--context", type=int, default=32_768)
     parser.add_argument("--steps", type=int, default=100, help=f"of each loop, the first {WARM_UP} untimed")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")

@@ -80,7 +80,7 @@ def _backward(grad, kept: list[Tensor], orders, stock: Stock):
         subs = _GATHER(*inputs, *choice, length)
         del inputs
     else:
-        subs, rest = rest, None
+        subs, rest = rest, []
     grad_sub = _SCATTER_BACKWARD(grad, *choice, length, its.memory_order(output_sub))
     del grad
     grads = KERNELS[stock.kernel].backward(

@@ -70,10 +70,9 @@ def check_pool_ratios(pool_ratios: Sequence[float]) -> tuple[int, ...]:
         inverse = denominator / numerator
         window = max(2, round(inverse))
         if abs(inverse - window) > RATIO_TOLERANCE * window:
-            below = max(2, math.floor(inverse))
-            nearest = f"1/{below}, 1/{below + 1}" if below < inverse else f"1/{below}"
             raise ValueError(
-                f"pool_ratios[{i}]={ratio!r}: one over a whole number of tokens is needed; nearest: {nearest}"
+                f"pool_ratios[{i}]={ratio!r}: one over a whole number of tokens is needed; "
+                f"nearest: {_nearest(inverse, windows[-1])}"
             )
         finer = windows[-1]
         if window <= finer:
@@ -81,10 +80,16 @@ def check_pool_ratios(pool_ratios: Sequence[float]) -> tuple[int, ...]:
         if window % finer:
             raise ValueError(
                 f"pool_ratios[{i}]={ratio!r}: a window of {window} tokens is not a multiple of the one before, {finer};"
-                f" nearest: 1/{window // finer * finer}, 1/{(window // finer + 1) * finer}"
+                f" nearest: {_nearest(inverse, finer)}"
             )
         windows.append(window)
     return tuple(windows)
+
+
+def _nearest(inverse: float, finer: int) -> str:
+    """The ratios next to `1 / inverse` that may follow a window of `finer` tokens."""
+    below = max(2, math.floor(inverse / finer)) * finer
+    return f"1/{below}, 1/{below + finer}" if below < inverse else f"1/{below}"
 
 
 def check_select_topk(select_topk: int | float) -> tuple[int, int]:

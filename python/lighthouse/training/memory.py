@@ -8,9 +8,8 @@ refused only if it is clearly above the whole memory of the device.
 Its error: what autograd keeps is estimated within 1 % (a test counts it). The peak measured in a fresh process on a CPU
 was 1.00 to 1.08 times the estimate, without the process's own half a GiB: 5M and 39M parameters, 512 to 8,192 tokens,
 384 and 32,000 classes; dense and Lighthouse, float32, autocast and bfloat16, with and without checkpointing. On an H200
-the compiled 30-layer model of bench/model_step.py took 72.9 GiB dense at 98,304 tokens; the estimate is 72.7. With
-Lighthouse it took 62.0 under torch 2.11, whose compiled code keeps an output that newer ones recompute: the estimate
-leaves it out and is 57.0.
+the compiled 30-layer model of bench/model_step.py took 72.9 GiB dense at 98,304 tokens, 57.1 with the published method
+and 74.4 with a local window; the estimates are 72.7, 56.9 and 73.9.
 
 PyTorch's own count, torch.distributed._tools.mem_tracker over a step on fake tensors, takes 2 to 11 s for the models
 nano and small (torch 2.15, one thread), finds 26 to 31 % more for a dense step on a CPU, and does not see what compiled
