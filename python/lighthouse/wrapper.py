@@ -32,9 +32,11 @@ def LighthouseWrapper(
     keys, checkpoints and `save_pretrained` are the plain model's throughout. Wrap before `torch.compile`, `Trainer`,
     DDP or `accelerate.prepare`; before or after `fully_shard`.
 
-    The wrapped model is called like the plain one, or with one mapping of tensors, `model(batch)`, which always gives
-    a loss: without `labels` in the batch, the input ids are the labels. With labels the result has `loss`, and
-    `logits` is None (see `loss`). It has in addition
+    The wrapped model is called like the plain one, or with a batch, `model(batch)`, which always gives a loss: without
+    `labels` in the batch, the input ids are the labels. A batch is a mapping of tensors, or one tensor of ids
+    `[batch, tokens]` in a tuple or list, as `TensorDataset` has it; `model(ids)` with the bare tensor is the plain
+    model's call, without labels. With labels the result has `loss`, and `logits` is None (see `loss`). It has in
+    addition
 
     - `unwrap()`: the plain model again, the same object; warns if it had no, or hardly any, dense training;
     - `lighthouse(enabled)`: switches Lighthouse off or on in place; parameters and optimizer are untouched;
@@ -73,7 +75,7 @@ def LighthouseWrapper(
         eval: "dense", or "lighthouse" to keep Lighthouse when whole sequences are evaluated. Losses measured with
             Lighthouse are not comparable with dense ones (METHOD 8).
         loss: "chunked", which never holds the logits and has no second derivatives, or "model" for the model's own loss
-            and its logits.
+            and its logits. An evaluation of a Trainer that asks for predictions has the model's own in any case.
         min_tokens: sequences shorter than this, in tokens, run dense; by default the length measured for the device:
             512 on a CPU, 8,192 on CUDA.
         max_share: sequences whose sub-sequence is longer than this share of the tokens run dense.
@@ -82,7 +84,7 @@ def LighthouseWrapper(
         `model`.
 
     Raises:
-        ImportError: without Transformers, naming what to install.
+        ImportError: without Transformers, or with one that is too old, naming what to install.
         TypeError, ValueError: before anything is changed, for a model or a setting that does not fit.
     """
     settings = LighthouseSettings(
@@ -94,7 +96,9 @@ def LighthouseWrapper(
         min_tokens=min_tokens,
         max_share=max_share,
     )
-    return _huggingface().wrap(model, settings)
+    from lighthouse import huggingface
+
+    return huggingface.wrap(model, settings)
 
 
 def unwrap(model):
@@ -107,15 +111,3 @@ def unwrap(model):
     if not callable(getattr(model, "unwrap", None)) or not hasattr(model, "lighthouse_settings"):
         raise ValueError(f"this {type(model).__name__} is not wrapped by LighthouseWrapper, or no longer")
     return model.unwrap()
-
-
-def _huggingface():
-    try:
-        import transformers  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            'LighthouseWrapper needs Transformers, which is not installed: pip install "lighthouse-attn[train]"'
-        ) from error
-    from lighthouse import huggingface
-
-    return huggingface

@@ -242,7 +242,7 @@ def test_where_it_does_not_pay_the_plain_model_runs(settings, tokens, why, said)
     model, never = wrapped(spy=spy, **settings), plain()
     said.clear()
     for _ in range(2):
-        out = model(ids(tokens=tokens))
+        out = model(input_ids=ids(tokens=tokens))
     assert spy.calls == (0 if why else 2 * LIGHTHOUSE_LAYERS)
     assert len(said) == (1 if why else 0)
     if why:

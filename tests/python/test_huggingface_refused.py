@@ -42,6 +42,7 @@ def two_documents():
 REFUSED = [
     ("padding_left", {"attention_mask": torch.ones(2, TOKENS).flip(1).cumsum(1) > 3}, "attention_mask hides tokens"),
     ("one_hidden_token", {"attention_mask": mask_with_a_hole()}, "attention_mask hides tokens"),
+    ("labels_for_the_mask", {"attention_mask": ids()}, "other than 0 and 1.*labels in its place are given by name"),
     ("mask_4d", {"attention_mask": torch.ones(2, 1, TOKENS, TOKENS).tril()}, "attention_mask has 4 dimensions"),
     ("mask_dict", {"attention_mask": {"full_attention": None}}, "attention_mask is a dict"),
     ("packed_positions", {"position_ids": two_documents()}, "position_ids restart"),
@@ -149,10 +150,11 @@ def test_a_device_without_kernels_is_refused_before_any_layer(monkeypatch):
     model.model.embed_tokens.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
     with FakeTensorMode():
         tokens = {tokens: torch.zeros(1, tokens, dtype=torch.long, device="cuda") for tokens in (TOKENS, TOKENS - 1)}
+        embeddings = torch.zeros(1, TOKENS, 32, device="cuda")
     with pytest.raises(ValueError, match="input_ids is on cuda.* no CUDA kernels"):
         model({"input_ids": tokens[TOKENS]})
     with pytest.raises(ValueError, match="inputs_embeds is on cuda.* no CUDA kernels"):
-        model(inputs_embeds=tokens[TOKENS])
+        model(inputs_embeds=embeddings)
     with pytest.raises(pytest.fail.Exception, match="the model ran"):  # dense, as it would not pay
         model({"input_ids": tokens[TOKENS - 1]})
 

@@ -37,10 +37,15 @@ def test_ratios_that_are_one_over_a_whole_number(ratios, windows):
 @pytest.mark.parametrize(
     "ratios, message",
     [
-        ([0.25, 0.3], r"pool_ratios\[1\]=0.3: one over a whole number of tokens is needed; nearest: 1/3, 1/4"),
+        ([0.3], r"pool_ratios\[0\]=0.3: one over a whole number of tokens is needed; nearest: 1/3, 1/4$"),
+        # Only what may follow the one before is near.
+        ([0.25, 0.3], r"pool_ratios\[1\]=0.3: one over a whole number of tokens is needed; nearest: 1/8$"),
+        ([0.5, 0.3], r"pool_ratios\[1\]=0.3: one over a whole number of tokens is needed; nearest: 1/4$"),
+        ([0.5, 0.15], r"pool_ratios\[1\]=0.15: one over a whole number of tokens is needed; nearest: 1/6, 1/8$"),
+        ([0.25, 0.2], r"a window of 5 tokens is not a multiple of the one before, 4; nearest: 1/8$"),
         ([0.5, 0.5], r"pool_ratios\[1\]=0.5: ratios must decrease"),
         ([0.25, 0.5], r"pool_ratios\[1\]=0.5: ratios must decrease"),
-        ([0.25, 0.1], r"pool_ratios\[1\]=0.1: a window of 10 tokens is not a multiple of the one before, 4"),
+        ([0.25, 0.1], r"pool_ratios\[1\]=0.1: a window of 10 tokens is not .* the one before, 4; nearest: 1/8, 1/12$"),
         ([1.0], r"pool_ratios\[0\]=1.0: a ratio must be above 0 and below 1"),
         ([0.0], "above 0"),
         ([-0.5], "above 0"),

@@ -280,10 +280,10 @@ def with_loss_function():
 
 
 WRONG_MODELS = [
-    ("without_causal_attention", bert, ValueError, "BertModel: .*LlamaModel, LlamaForCausalLM"),
+    ("without_causal_attention", bert, ValueError, "a BertModel cannot be wrapped: .*LlamaModel, LlamaForCausalLM"),
     ("classifier", lambda: LlamaForSequenceClassification(config()), ValueError, "LlamaForSequenceClassification"),
     ("not_of_transformers", lambda: torch.nn.Linear(2, 2), TypeError, "Linear: .*LlamaModel"),
-    ("not_a_module", lambda: "llama", TypeError, "str: .*LlamaModel"),
+    ("not_a_module", lambda: 3, TypeError, "a int: .*LlamaModel"),
     ("compiled", lambda: torch.compile(plain()), TypeError, "OptimizedModule around a LlamaForCausalLM"),
     ("wrapped", wrapped, ValueError, "already wrapped.*unwrap it first"),
     ("part_wrapped", part_wrapped, ValueError, "part of this LlamaForCausalLM is already wrapped"),

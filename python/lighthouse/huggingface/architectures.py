@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from transformers import LlamaForCausalLM, LlamaModel, PreTrainedModel
+from transformers import LlamaForCausalLM, LlamaModel, PretrainedConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 
@@ -64,15 +64,30 @@ def architecture_of(model: nn.Module) -> Architecture:
     for architecture in ARCHITECTURES:
         if isinstance(model, (architecture.bare, architecture.causal)):
             return architecture
-    known = " and ".join(f"{entry.bare.__name__}, {entry.causal.__name__}" for entry in ARCHITECTURES)
     name = type(model).__name__
-    inside = getattr(model, "module", getattr(model, "_orig_mod", None))
-    if isinstance(inside, PreTrainedModel):
-        raise TypeError(
-            f"model is a {name} around a {type(inside).__name__}: wrap the model first, then make the {name}"
+    if isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"a {name} cannot be wrapped: of the models of Transformers only Llama's can so far ({KNOWN}); in a model "
+            "of your own call lighthouse.attention"
         )
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"model is a {name}: a model of Transformers with causal self-attention is needed: {known}")
-    raise ValueError(
-        f"model is a {name}: Lighthouse supports {known}, models with causal self-attention, and no others yet"
-    )
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    inside = next((type(module).__name__ for module in modules if isinstance(module, _CLASSES)), None)
+    if inside is not None:
+        raise TypeError(f"model is a {name} around a {inside}: wrap the {inside} first, then make the {name}")
+    raise TypeError(f"model is {_what(model)}: a model of Transformers is needed, {KNOWN}")
+
+
+_CLASSES = tuple(made for entry in ARCHITECTURES for made in (entry.bare, entry.causal))
+KNOWN = ", ".join(made.__name__ for made in _CLASSES)
+
+
+def _what(model: Any) -> str:
+    """In place of a model, and the way to one where there is."""
+    name = type(model).__name__
+    if isinstance(model, type):
+        return f"the class {model.__name__}, of which no model was made yet"
+    if isinstance(model, str):
+        return f"the text {model!r}, perhaps for LlamaForCausalLM.from_pretrained"
+    if isinstance(model, PretrainedConfig):
+        return f"a {name}, of which LlamaForCausalLM(config) makes a model"
+    return f"a {name}"

@@ -19,6 +19,8 @@ from lighthouse.huggingface.checks import check_keywords, check_mask
 
 NAME = "lighthouse"
 
+DEFAULT = "sdpa"  # Transformers' own default
+
 # Attentions of Transformers that are causal without a mask; dense layers of a wrapped model get none.
 CAUSAL_WITHOUT_MASK = ("sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 
@@ -42,9 +44,10 @@ def lighthouse_attention(
     seat = getattr(module, "lighthouse_seat", None)
     if seat is None:
         raise ValueError(
-            f'attention "{NAME}" in a {type(module).__name__} that is not part of a wrapped model: use '
-            "LighthouseWrapper(model, ...), not the name; a configuration copied from a wrapped model has this name: "
-            'for another model set attn_implementation="sdpa" in it'
+            f'attention "{NAME}" in a {type(module).__name__} that is not part of a wrapped model. A model made from a '
+            f"wrapped model's configuration has this name too: wrap it, or make it plain with "
+            f'AutoModelForCausalLM.from_config(config, attn_implementation="{DEFAULT}"); to train with Lighthouse use '
+            "LighthouseWrapper(model, ...), not the name"
         )
     state = seat.state
     if state is not None and not torch.compiler.is_compiling() and not state.is_running():
@@ -100,7 +103,7 @@ def lighthouse_mask(
 
 def dense_name(former: str) -> str:
     """The attention of dense layers while Lighthouse acts: the model's former one where that needs no mask."""
-    return former if former in CAUSAL_WITHOUT_MASK else "sdpa"
+    return former if former in CAUSAL_WITHOUT_MASK else DEFAULT
 
 
 AttentionInterface.register(NAME, lighthouse_attention)

@@ -154,13 +154,13 @@ def check_mask(mask, shape: tuple[int, int] | None = None) -> None:
     if shape is not None and tuple(mask.shape) != shape:
         raise ValueError(f"attention_mask is {list(mask.shape)}, the batch {list(shape)}: they must be equal")
     _require(
-        (mask != 0).all(),
-        "attention_mask hides tokens: Lighthouse supports no padding yet, only full sequences" + WAY_OUT,
+        ((mask == 0) | (mask == 1)).all(),
+        "attention_mask has values other than 0 and 1, as masks that number packed documents have: Lighthouse supports "
+        "none yet, only one document per sequence (labels in its place are given by name: labels=...)" + WAY_OUT,
     )
     _require(
-        (mask == 1).all(),
-        "attention_mask has values other than 0 and 1, as masks that number packed documents have: Lighthouse supports "
-        "none yet, only one document per sequence" + WAY_OUT,
+        (mask != 0).all(),
+        "attention_mask hides tokens: Lighthouse supports no padding yet, only full sequences" + WAY_OUT,
     )
 
 

@@ -36,6 +36,18 @@ def chunk_tokens(vocabulary: int) -> int:
     return max(CHUNK_TOKENS, CHUNK_LOGITS // vocabulary)
 
 
+def multiplies(layer: type[nn.Module]) -> bool:
+    """Whether modules of this class make logits by nothing but a product with their weight."""
+    if issubclass(layer, OutputLayer):
+        return layer.multiplies
+    return layer.forward in (nn.Linear.forward, nn.Embedding.forward)
+
+
+def name_of(layer: type) -> str:
+    """With the package it comes from, since others have a `Linear` too."""
+    return f"{layer.__name__} of {layer.__module__.partition('.')[0]}"
+
+
 if TYPE_CHECKING:
 
     class _Layer(Swapped, nn.Linear):
@@ -53,7 +65,7 @@ class OutputLayer(_Layer):
 
     @classmethod
     def namespace(cls, plain: Any) -> dict:
-        return {"multiplies": plain.forward in (nn.Linear.forward, nn.Embedding.forward)}
+        return {"multiplies": multiplies(plain)}
 
     def forward(self, hidden: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
         """With hidden states `[T, C]` and targets `[T]`: the sum of the losses, float32. Else as the plain one.
@@ -64,7 +76,7 @@ class OutputLayer(_Layer):
             return super().forward(hidden)
         if not self.multiplies:
             raise TypeError(
-                f"the output layer is a {type(self).__name__}: the loss without logits needs a plain nn.Linear or "
+                f"the output layer is a {name_of(type(self))}: the loss without logits needs a plain nn.Linear or "
                 'nn.Embedding; use loss="model" for any other layer'
             )
         factors = hidden, self.weight, getattr(self, "bias", None)

@@ -22,6 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lighthouse.core.inputs import check_not_sharded
 from lighthouse.huggingface.attention_interface import NAME, dense_name, lighthouse_attention, lighthouse_mask
+from lighthouse.huggingface.loss import multiplies, name_of
 
 _PACKAGE = str(Path(transformers.__file__).parent) + "/"
 _TORCH = str(Path(torch.__file__).parent) + "/"
@@ -31,6 +32,7 @@ OWN_NAMES = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_a
 
 # Whose hooks gather what is sharded, and change no number.
 _SHARDING = ("torch.distributed.", "deepspeed.")
+_SPLITTING = "torch.distributed.tensor."
 
 
 _found: dict[tuple[Callable, str | None], bool] = {}
@@ -155,13 +157,25 @@ def why_own_loss(model: nn.Module, output_layer: nn.Module, forward: Callable, c
         return "the cross entropy was replaced"
     if "forward" in vars(output_layer):
         return "the output layer has its own forward on the instance"
+    if not multiplies(type(output_layer)):
+        return f"the output layer is a {name_of(type(output_layer))}, not a plain nn.Linear"
+    if _is_split(output_layer):
+        return "the output layer is split by tensor parallelism"
     if _hooks(output_layer, sharding=False):
         return "the output layer has hooks"
     return None
 
 
 def may_pass_hooks(layer: nn.Module) -> bool:
-    """Whether `layer` has hooks, none of which gathers what is sharded. Raises `ValueError` where it has both kinds."""
+    """Whether `layer` has hooks, none of which gathers what is sharded. Raises `ValueError` where it has both kinds.
+
+    `layer` is the input embedding of a bare model. One that tensor parallelism has split is refused too.
+    """
+    if _is_split(layer):
+        raise ValueError(
+            "the input embedding is split by tensor parallelism, and it is the output layer too: use a model with its "
+            'own output layer and loss="model"'
+        )
     others = _hooks(layer, sharding=False)
     if others and _hooks(layer, sharding=True):
         raise ValueError(
@@ -169,6 +183,11 @@ def may_pass_hooks(layer: nn.Module) -> bool:
             "the hook would run on the loss; use a model with its own output layer"
         )
     return bool(others)
+
+
+def _is_split(layer: nn.Module) -> bool:
+    """By tensor parallelism, whose hooks take hidden states and nothing else."""
+    return any(str(getattr(hook, "__module__", "")).startswith(_SPLITTING) for hook in _hooks(layer, sharding=True))
 
 
 def _hooks(layer: nn.Module, sharding: bool) -> list[Callable]:

@@ -61,6 +61,8 @@ class State:
     # Written in compiled code and never read there, since what is read there would be compiled in.
     used_lighthouse: bool = False
     used_dense: bool = False
+    saw_ids: bool = False  # the values of a batch were looked at; on a GPU those of the first one only
+    saw_labels: bool = False
     ready: bool = True  # a dense training forward has followed the last one with Lighthouse
     ran_compiled: bool = False
     # Training forwards; compiled code cannot count.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from torch import nn
 from transformers import TrainerCallback
 
 from lighthouse.core.settings import check_whole_number
@@ -81,13 +82,19 @@ class SwitchToDense(TrainerCallback):
 
 
 def wrapped_in(model) -> WrappedModel:
-    """The wrapped model itself, inside of what DDP, DeepSpeed or the compiler may have put around it."""
-    inside = model
-    while inside is not None and not isinstance(inside, WrappedModel):
-        inside = getattr(inside, "_orig_mod", getattr(inside, "module", None))
-    if inside is None:
+    """The wrapped model itself, inside of what DDP, DeepSpeed, PEFT or the compiler may have put around it."""
+    if isinstance(model, WrappedModel):
+        return model
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    inside = [module for module in modules if isinstance(module, WrappedModel)]
+    if not inside:
         raise ValueError(
             f"the Trainer's {type(model).__name__} is not wrapped: call LighthouseWrapper(model, ...) before making "
             "the Trainer"
         )
-    return inside
+    if len(inside) > 1:
+        raise ValueError(
+            f"the Trainer's {type(model).__name__} has {len(inside)} wrapped models in it, and the switch is for one: "
+            "switch them by model.lighthouse(False) in a callback of your own"
+        )
+    return inside[0]

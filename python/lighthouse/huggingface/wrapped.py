@@ -13,7 +13,7 @@ one that dense layers hold, which names a dense attention while the model's name
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,12 +22,12 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lighthouse.core.devices import check_device
 from lighthouse.core.settings import LEAST_DENSE_SHARE, LighthouseSettings
-from lighthouse.huggingface import checks, looking, originals
+from lighthouse.huggingface import batches, checks, looking, originals, trainers
 from lighthouse.huggingface.architectures import architecture_of
 from lighthouse.huggingface.attention_interface import NAME
 from lighthouse.huggingface.checkpointing import forget_choices, keep_choices
 from lighthouse.huggingface.class_swap import unswap
-from lighthouse.huggingface.loss import IGNORE_INDEX, OutputLayer, next_token_loss
+from lighthouse.huggingface.loss import OutputLayer, next_token_loss
 from lighthouse.huggingface.signatures import positional_names, with_labels
 from lighthouse.huggingface.state import State, Stateful, Used, say_once
 
@@ -222,26 +222,26 @@ class WrappedModel(Stateful):
         return own
 
     def _call(self, names: list[str], args: tuple, kwargs: dict):
-        batch = args[0] if args and isinstance(args[0], Mapping) else None
-        if batch is not None:
-            if len(args) > 1:
-                raise TypeError("model(batch) takes one mapping; further arguments are given by name")
-            call = {**batch, **kwargs}
-            if call.get("labels") is None and call.get("shift_labels") is None:
-                call["labels"] = _labels_of(call)
-        else:
-            if len(args) > len(names):
-                raise TypeError(f"forward takes at most {len(names)} positional arguments, {len(args)} were given")
-            call = {**dict(zip(names, args, strict=False)), **kwargs}
-
+        call, is_batch = batches.named(args, kwargs, names)
+        if is_batch and call.get("labels") is None and call.get("shift_labels") is None:
+            call["labels"] = batches.labels_of(call)
         state = self._lighthouse
         if torch.compiler.is_compiling():
             looking.look_while_tracing(state.name)
         elif not state.is_generating():
             looking.look_again(self)
+        alone = not is_batch and len(args) == 1 and not kwargs
+        if alone and self.training and torch.is_grad_enabled() and state.settings.loss == "chunked":
+            say_once(
+                state.name,
+                'model(ids) is called like the plain model and gives no loss: model({"input_ids": ids}) gives it, and '
+                "holds no logits",
+            )
         wants_loss = call.get("labels") is not None or call.get("shift_labels") is not None
         chunked = wants_loss and self._loss_is_ours(call)
-        if batch is not None and not chunked and call.get("labels") is None:
+        if not state.is_generating():
+            batches.check(self, call, chunked)
+        if is_batch and not chunked and call.get("labels") is None:
             call["labels"] = call["shift_labels"]  # without labels the model's own forward makes no loss of them
         # By default Transformers fills a cache in training too.
         no_cache = call.get("use_cache") is None and (self.training or chunked) and not checks.has_cache(call)
@@ -314,6 +314,9 @@ class WrappedModel(Stateful):
         # Evaluations that ask for hidden states would find them in place of the logits.
         if not self.training and call.get("output_hidden_states", self.config.output_hidden_states):
             return False
+        # Only such an evaluation holds the logits; the loss is then the model's own too, as everything in it is.
+        if not self.training and trainers.wants_predictions():
+            return False
         if state.own_loss is not None:
             say_once(
                 state.name,
@@ -369,14 +372,3 @@ class _Generating:
         name, outer = self.before
         self.state.stop_generating(outer)
         self.state.name_attention(acts=name == NAME)
-
-
-def _labels_of(call: dict) -> torch.Tensor:
-    """The input ids as labels; what a mask `[B, N]` hides is not predicted."""
-    labels = call.get("input_ids")
-    if labels is None:
-        raise ValueError("the batch has neither labels nor input_ids: one of them is needed for the loss")
-    mask = call.get("attention_mask")
-    if isinstance(mask, torch.Tensor) and mask.shape == labels.shape:
-        labels = labels.masked_fill(mask == 0, IGNORE_INDEX)
-    return labels

@@ -10,9 +10,10 @@ from transformers import PreTrainedModel
 from lighthouse.core.settings import LighthouseSettings
 from lighthouse.huggingface import checks, looking, originals
 from lighthouse.huggingface.architectures import Architecture, architecture_of
+from lighthouse.huggingface.attention_interface import DEFAULT, NAME
 from lighthouse.huggingface.checkpointing import keep_choices
 from lighthouse.huggingface.class_swap import swap
-from lighthouse.huggingface.loss import OutputLayer
+from lighthouse.huggingface.loss import OutputLayer, multiplies, name_of
 from lighthouse.huggingface.state import State, say_once
 from lighthouse.huggingface.wrapped import WrappedModel
 
@@ -28,12 +29,14 @@ def wrap(model: PreTrainedModel, settings: LighthouseSettings) -> WrappedModel:
             "unwrap it first for other settings"
         )
     architecture = architecture_of(model)
-    _check_model(model, architecture, settings)
+    former = model.config._attn_implementation
+    if former == NAME:  # made from a wrapped model's configuration
+        former = DEFAULT
+    _check_model(model, former, architecture, settings)
     body = architecture.body(model)
     attention = architecture.attention(body)
     settings = settings.for_layers(len(attention))
 
-    former = model.config._attn_implementation
     own, dense = copy.deepcopy(model.config), copy.deepcopy(model.config)
     shared = model.config
     module: Any
@@ -68,7 +71,7 @@ def _say_if_never(model: WrappedModel) -> None:
     say_once(state.name, f"{message}, and {never}")
 
 
-def _check_model(model: PreTrainedModel, architecture: Architecture, settings: LighthouseSettings) -> None:
+def _check_model(model: PreTrainedModel, former: str, architecture: Architecture, settings: LighthouseSettings) -> None:
     name = type(model).__name__
     checks.check_config(model.config)
     if "forward" in vars(model):
@@ -80,13 +83,18 @@ def _check_model(model: PreTrainedModel, architecture: Architecture, settings: L
             raise ValueError(f"a part of this {name} is already wrapped: unwrap it, then wrap the whole")
     modules = architecture.attention(architecture.body(model))
     originals.check_layers(modules, architecture.attention_class)
-    originals.check_attention_functions(model.config._attn_implementation, modules[0])
+    originals.check_attention_functions(former, modules[0])
     originals.check_registry()
     if architecture.has_head(model):
         layer = architecture.output_layer(model)
         reason = originals.why_own_loss(model, layer, type(model).forward, architecture.causal)
         if settings.loss == "chunked" and reason is not None:
             raise ValueError(f'{reason}: use loss="model"; the loss without logits would bypass it')
+    elif not multiplies(type(architecture.output_layer(model))):
+        raise ValueError(
+            f"the input embedding is a {name_of(type(architecture.output_layer(model)))}: a bare {name} predicts with "
+            f"it, which needs a plain nn.Embedding; use a {architecture.causal.__name__}"
+        )
     elif settings.loss == "model":
         raise ValueError(
             f'loss="model": a {name} has no loss of its own; use "chunked" or a {architecture.causal.__name__}'
