@@ -10,8 +10,8 @@
 
 namespace lighthouse::cpu {
 
-// Plain causal attention on [batch, heads, entries, head_dim]; key and value may have fewer heads. What the two share
-// (log-sum-exp, say) is theirs to keep.
+// Plain causal attention on [batch, heads, entries, head_dim]; key and value may have fewer heads. Of documents each is
+// a call of its own. What the two share (log-sum-exp, say) is theirs to keep.
 struct InnerArgs {
   ConstView query, key, value;
   View output;
@@ -58,8 +58,8 @@ struct AttentionBackwardArgs {
 // local window also its output, and the memory of query, key and value, which is not copied.
 class AttentionState;
 
-// `executor`, what `args.inner` refers to and, with a local window, the memory of query, key and value must outlive the
-// state.
+// `executor`, what `args.inner` and `args.sequences` refer to and, with a local window, the memory of query, key and
+// value must outlive the state.
 std::shared_ptr<const AttentionState> attention_forward(const AttentionArgs& args, const Executor& executor);
 void attention_backward(const AttentionState& state, const AttentionBackwardArgs& args);
 

@@ -3,7 +3,9 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <string>
+#include <vector>
 
 #include "lighthouse/method.h"
 
@@ -32,6 +34,7 @@ struct Sequence {
   int64_t entry_offset;  // the place of its first entry in the row's sub-sequence
   int64_t entries;       // the length of its sub-sequence
   int64_t parents;       // k
+  bool padding = false;  // no text: nothing of it is chosen, its output and gradients are zero
 };
 
 // Work on sequences in pieces, none of which lies in two; numbered through, the first sequence's first.
@@ -40,18 +43,55 @@ struct Pieces {
     int64_t sequence;
     int64_t piece;  // within the sequence
   };
-  constexpr int64_t of(int64_t) const { return each; }
-  constexpr int64_t before(int64_t sequence) const { return sequence * each; }
-  constexpr int64_t total() const { return sequences * each; }
+  constexpr int64_t of(int64_t sequence) const { return starts ? starts[sequence + 1] - starts[sequence] : each; }
+  constexpr int64_t before(int64_t sequence) const { return starts ? starts[sequence] : sequence * each; }
+  constexpr int64_t total() const { return before(sequences); }
   constexpr int64_t most() const { return each; }  // of any sequence
   constexpr At at(int64_t index) const {
-    const int64_t sequence = index / each;
-    return {sequence, index - sequence * each};  // one division
+    if (starts == nullptr) {
+      const int64_t sequence = index / each;
+      return {sequence, index - sequence * each};  // one division
+    }
+    int64_t first = 0, last = sequences;  // the last that starts at or before it
+    while (last - first > 1) {
+      const int64_t middle = first + (last - first) / 2;
+      (starts[middle] <= index ? first : last) = middle;
+    }
+    return {first, index - starts[first]};
   }
-  int64_t sequences, each;  // closed formulas: every sequence has as many
+  int64_t sequences, each;
+  const int64_t* starts = nullptr;  // [sequences + 1]; null: closed formulas, every sequence has as many
 };
 
-// The sequences in [rows, heads, tokens, head_dim], their sub-sequences in [rows, heads, entries, head_dim].
+// Pieces with their table, where they need one.
+class OwnedPieces : public Pieces {
+ public:
+  template <class Function>
+  OwnedPieces(int64_t count, bool alike, const Function& of) : Pieces{count, alike ? of(0) : 0} {
+    if (alike) return;
+    table_.assign(1, 0);
+    for (int64_t index = 0; index < count; ++index) {
+      const int64_t own = of(index);
+      each = own > each ? own : each;
+      table_.push_back(table_.back() + own);
+    }
+    starts = table_.data();
+  }
+  OwnedPieces(const OwnedPieces&) = delete;
+  OwnedPieces& operator=(const OwnedPieces&) = delete;
+
+ private:
+  std::vector<int64_t> table_;
+};
+
+// A sequence of its own length among others, with its strata.
+struct Document {
+  Sequence sequence;
+  Strata strata;
+};
+
+// The sequences in [rows, heads, tokens, head_dim], their sub-sequences in [rows, heads, entries, head_dim]: one a row,
+// all alike, or documents one behind the other in one row (Documents).
 struct Sequences {
   Method method;
   int64_t rows = 0;
@@ -64,25 +104,53 @@ struct Sequences {
   // As of_rows, for a choice made elsewhere: k and strata are not known and zero, and `select` refuses it.
   static Sequences of_choice(int64_t rows, int64_t tokens, int64_t entries, const Pyramid& pyramid);
 
-  constexpr int64_t count() const { return rows; }
+  constexpr bool alike() const { return documents == nullptr; }
+  constexpr int64_t count() const { return alike() ? rows : document_count; }
   constexpr Sequence at(int64_t index) const {
+    if (!alike()) return documents[index].sequence;
     Sequence sequence = each;
     sequence.row = index;
     return sequence;
   }
-  constexpr const Strata& strata(int64_t) const { return each_strata; }
+  constexpr const Strata& strata(int64_t index) const { return alike() ? each_strata : documents[index].strata; }
 
   // `of(index)` pieces of work on each sequence.
   template <class Function>
-  Pieces pieces(const Function& of) const {
-    return {count(), of(0)};
+  OwnedPieces pieces(const Function& of) const {
+    return {count(), alike(), of};
   }
   int64_t longest() const { return each.tokens; }  // tokens of the longest sequence
   double kept_share() const;                       // the part of the tokens that are in at level 0
   std::string str() const;
-  // Closed formulas: the sequence of row `i` is `each` with row=i.
+  // Closed formulas: the sequence of row `i` is `each` with row=i. Of documents `each` has the most tokens of any.
   Sequence each{};
   Strata each_strata{};
+  const Document* documents = nullptr;  // the table's owner is a Documents
+  int64_t document_count = 0;
+};
+
+// Documents one behind the other in one row (METHOD 7a), padding among them. It owns the table that its `sequences()`
+// and all their copies point to, so it must outlive them.
+class Documents {
+ public:
+  // A document, or padding. `row`: of the rows that it came in, from 0 on; a whole number of parents is shared out
+  // within each of these by length. A length of 0 is left out.
+  struct Length {
+    int64_t tokens;
+    int64_t row = 0;
+    bool padding = false;
+  };
+
+  // Throws std::invalid_argument.
+  Documents(std::span<const Length> lengths, const Method& method);
+  Documents(const Documents&) = delete;
+  Documents& operator=(const Documents&) = delete;
+
+  const Sequences& sequences() const { return sequences_; }
+
+ private:
+  std::vector<Document> table_;
+  Sequences sequences_;
 };
 
 }  // namespace lighthouse

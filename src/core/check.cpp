@@ -65,7 +65,7 @@ void check(const ScoreArgs& args) {
 void check(const SelectArgs& args) {
   const Selection& selection = args.selection;
   require(selection.kv_heads >= 1, "kv_heads=", selection.kv_heads, ": at least one is needed");
-  require(selection.sequences.at(0).parents >= 1,
+  require(selection.sequences.method.topk.chooses(),
           "sequences without parents, of a choice made elsewhere or with select_topk=0: there is nothing to select");
   require(args.query_score != nullptr && args.key_score != nullptr, "scores have no data");
   check_arrays(selection);

@@ -142,7 +142,7 @@ void score(const Sequences& sequences, const Shape& shape, const double* query, 
 
 std::vector<Entry> select(const Method& method, const Sequence& sequence, const float* query_score,
                           const float* key_score) {
-  if (sequence.parents == 0) return {};  // select_topk=0
+  if (sequence.parents == 0) return {};  // select_topk=0, padding
   const int64_t tokens = sequence.tokens;
   const int coarsest = method.pyramid.levels - 1;
   const int64_t coarse_entries = tokens / window(method, coarsest);                           // M
@@ -246,6 +246,7 @@ void for_each_local_row(const AttentionArgs& args, const Body& body) {
   const int64_t group = args.shape.query_heads / args.shape.kv_heads;
   for (int64_t index = 0; window > 0 && index < args.sequences.count(); ++index) {
     const Sequence sequence = args.sequences.at(index);
+    if (sequence.padding) continue;
     for (int64_t h = 0; h < args.shape.query_heads; ++h) {
       for (int64_t t = 0; t < sequence.tokens; ++t) {
         const int64_t first = std::max<int64_t>(0, t - window + 1);

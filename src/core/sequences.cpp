@@ -1,8 +1,8 @@
-// What follows from lengths and settings: k, strata, the sub-sequence's length. The one place that knows that all
-// sequences have one length; a table of unequal ones enters here.
+// What follows from lengths and settings: k, strata, the sub-sequence's length, the places of documents.
 
 #include "lighthouse/sequences.h"
 
+#include <algorithm>
 #include <limits>
 #include <sstream>
 
@@ -10,6 +10,23 @@
 #include "rules/strata.h"
 
 namespace lighthouse {
+namespace {
+
+__extension__ typedef __int128 Wide;
+
+void require_entries(int64_t entries, int64_t tokens) {
+  require(entries <= std::numeric_limits<int32_t>::max(), "the sub-sequence of ", tokens, " tokens has ", entries,
+          " entries: at most 2^31 - 1; choose larger windows or a smaller select_topk");
+}
+
+// k of a document: of a whole number for its row its part by length, of a share that of its own tokens.
+int64_t parents_of(const TopK& topk, int64_t tokens, int64_t row_tokens) {
+  if (!topk.chooses()) return 0;
+  if (topk.denominator != 0) return topk.parents(tokens);
+  return std::max<int64_t>(1, static_cast<int64_t>(Wide{topk.numerator} * tokens / row_tokens));
+}
+
+}  // namespace
 
 Sequences Sequences::of_rows(int64_t rows, int64_t tokens, const Method& method) {
   require(rows >= 1, "rows=", rows, ": at least one sequence is needed");
@@ -20,8 +37,7 @@ Sequences Sequences::of_rows(int64_t rows, int64_t tokens, const Method& method)
   const int64_t parents = chooses ? checked.topk.parents(tokens) : 0;
   const Strata strata = chooses ? rules::make_strata(checked.pyramid, tokens, parents) : Strata{};
   const int64_t entries = rules::chosen_entries(strata);
-  require(entries <= std::numeric_limits<int32_t>::max(), "the sub-sequence of ", tokens, " tokens has ", entries,
-          " entries: at most 2^31 - 1; choose larger windows or a smaller select_topk");
+  require_entries(entries, tokens);
   Sequences sequences = of_choice(rows, tokens, entries, checked.pyramid);
   sequences.method = checked;
   sequences.each.parents = parents;
@@ -37,15 +53,61 @@ Sequences Sequences::of_choice(int64_t rows, int64_t tokens, int64_t entries, co
   return sequences;
 }
 
+Documents::Documents(std::span<const Length> lengths, const Method& method) {
+  const Method checked = method.checked();
+  std::vector<int64_t> row_tokens;  // without padding
+  for (const auto& [tokens, row, padding] : lengths) {
+    require(tokens >= 0, "a document has ", tokens, " tokens: at least 0");
+    require(tokens <= kMaxCount, "a document has ", tokens, " tokens: at most 2^40");
+    require(0 <= row && row < std::ssize(lengths), "a document is of row ", row, ": rows are counted from 0 on");
+    if (row >= std::ssize(row_tokens)) row_tokens.resize(static_cast<size_t>(row) + 1);
+    if (!padding) row_tokens[static_cast<size_t>(row)] += tokens;
+  }
+  Sequences& all = sequences_;
+  all = {.method = checked, .rows = 1};
+  for (const auto& [tokens, row, padding] : lengths) {
+    if (tokens == 0) continue;
+    Document document{.sequence = {.row = 0,
+                                   .token_offset = all.tokens,
+                                   .tokens = tokens,
+                                   .entry_offset = all.entries,
+                                   .entries = 0,
+                                   .parents = 0,
+                                   .padding = padding},
+                      .strata = {}};
+    if (!padding && checked.topk.chooses()) {
+      Sequence& sequence = document.sequence;
+      sequence.parents = parents_of(checked.topk, tokens, row_tokens[static_cast<size_t>(row)]);
+      document.strata = rules::make_strata(checked.pyramid, tokens, sequence.parents);
+      sequence.entries = rules::chosen_entries(document.strata);
+    }
+    table_.push_back(document);
+    all.tokens += tokens;
+    all.entries += document.sequence.entries;
+    require(all.tokens <= kMaxCount, "the documents have ", all.tokens, " tokens and more: at most 2^40");
+    require_entries(all.entries, all.tokens);
+    all.each.tokens = std::max(all.each.tokens, tokens);
+  }
+  require(!table_.empty(), "no document has a token: at least one is needed");
+  all.documents = table_.data();
+  all.document_count = std::ssize(table_);
+}
+
 double Sequences::kept_share() const {
   const auto kept = [&](int64_t index) { return rules::chosen_tokens(method.pyramid, strata(index)); };
-  return static_cast<double>(pieces(kept).total()) / (static_cast<double>(rows) * static_cast<double>(tokens));
+  const auto text = [&](int64_t index) { return at(index).padding ? 0 : at(index).tokens; };
+  return static_cast<double>(pieces(kept).total()) / static_cast<double>(pieces(text).total());
 }
 
 std::string Sequences::str() const {
   std::ostringstream text;
-  text << "Sequences(rows=" << rows << ", tokens=" << tokens << ", " << method.str() << ", parents=" << each.parents
-       << ", strata=" << each_strata.count << ", entries=" << entries << ", kept_share=" << kept_share() << ")";
+  text << "Sequences(rows=" << rows << ", tokens=" << tokens << ", " << method.str();
+  if (alike()) {
+    text << ", parents=" << each.parents << ", strata=" << each_strata.count;
+  } else {
+    text << ", documents=" << count();
+  }
+  text << ", entries=" << entries << ", kept_share=" << kept_share() << ")";
   return text.str();
 }
 

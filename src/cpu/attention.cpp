@@ -46,6 +46,50 @@ void copy(const ConstView& source, const View& target) {
   }
 }
 
+// Rows that attend to one another: of a whole tensor all, of one of documents those of one.
+struct Stretch {
+  int64_t first, count;
+
+  template <class AnyView>
+  AnyView of(AnyView view) const {
+    visit(view.dtype, [&]<class T>(T*) { view.data = view.template row<T>(0, 0, first); });
+    view.sizes[2] = count;
+    return view;
+  }
+};
+
+// Stretches of the sub-sequences' entries. Padding has none.
+template <class Body>
+void for_each_stretch_of_entries(const Sequences& sequences, const Body& body) {
+  if (sequences.alike()) return body(Stretch{0, sequences.entries});
+  for (int64_t index = 0; index < sequences.count(); ++index) {
+    const Sequence sequence = sequences.at(index);
+    if (sequence.entries > 0) body(Stretch{sequence.entry_offset, sequence.entries});
+  }
+}
+
+// Stretches of tokens, and of padding.
+template <class Body, class Padding>
+void for_each_stretch_of_tokens(const Sequences& sequences, const Body& body, const Padding& padding) {
+  if (sequences.alike()) return body(Stretch{0, sequences.tokens});
+  for (int64_t index = 0; index < sequences.count(); ++index) {
+    const Sequence sequence = sequences.at(index);
+    const Stretch stretch{sequence.token_offset, sequence.tokens};
+    sequence.padding ? padding(stretch) : body(stretch);
+  }
+}
+
+void clear(const View& view) {
+  for (int64_t batch = 0; batch < view.batch(); ++batch) {
+    for (int64_t head = 0; head < view.heads(); ++head) {
+      for (int64_t token = 0; token < view.tokens(); ++token) {
+        const auto bytes = static_cast<size_t>(view.head_dim() * size_of(view.dtype));
+        visit(view.dtype, [&]<class T>(T*) { std::memset(view.row<T>(batch, head, token), 0, bytes); });
+      }
+    }
+  }
+}
+
 void check_whole(const char* argument, const ConstView& view, const ConstView& like, int64_t heads,
                  const Sequences& sequences) {
   check_view(argument, view, like);
@@ -65,7 +109,7 @@ class AttentionState {
   std::vector<uint8_t> mask;
   std::vector<int32_t> prefix;
 
-  bool chooses() const { return sequences.method.topk.chooses(); }
+  bool chooses() const { return sequences.entries > 0; }  // not with select_topk 0, nor of padding alone
   int64_t local_window() const { return sequences.method.local_window; }
   ConstSelection selection() const { return {sequences, key.heads(), mask.data(), prefix.data()}; }
 };
@@ -103,8 +147,26 @@ void attend_in_sub_sequences(AttentionState& state) {
                  .key_sub = state.key_sub,
                  .value_sub = state.value_sub},
       *state.executor);
-  state.inner.forward(
-      {.query = state.query_sub, .key = state.key_sub, .value = state.value_sub, .output = state.output_sub});
+  for_each_stretch_of_entries(state.sequences, [&](const Stretch& stretch) {
+    state.inner.forward({.query = stretch.of(ConstView(state.query_sub)),
+                         .key = stretch.of(ConstView(state.key_sub)),
+                         .value = stretch.of(ConstView(state.value_sub)),
+                         .output = stretch.of(View(state.output_sub))});
+  });
+}
+
+void attend_locally(AttentionState& state) {
+  state.local_output = Buffer(state.query.dtype, state.query.sizes);
+  for_each_stretch_of_tokens(
+      state.sequences,
+      [&](const Stretch& stretch) {
+        state.inner.forward({.query = stretch.of(state.query),
+                             .key = stretch.of(state.key),
+                             .value = stretch.of(state.value),
+                             .output = stretch.of(View(state.local_output)),
+                             .window = state.local_window()});
+      },
+      [&](const Stretch& padding) { clear(padding.of(View(state.local_output))); });
 }
 
 }  // namespace
@@ -126,14 +188,7 @@ std::shared_ptr<const AttentionState> attention_forward(const AttentionArgs& arg
   state->query = args.query;
   state->key = args.key;
   state->value = args.value;
-  if (state->local_window() > 0) {
-    state->local_output = Buffer(args.query.dtype, args.query.sizes);
-    args.inner.forward({.query = args.query,
-                        .key = args.key,
-                        .value = args.value,
-                        .output = state->local_output,
-                        .window = state->local_window()});
-  }
+  if (state->local_window() > 0 || !state->chooses()) attend_locally(*state);
   if (!state->chooses()) {
     copy(state->local_output, args.output);
     return state;
@@ -157,21 +212,30 @@ void attention_backward(const AttentionState& state, const AttentionBackwardArgs
 
   // Where something is chosen too, the local window's gradients are what gather's gradient adds to its own.
   Buffer local_query, local_key, local_value;
-  if (state.local_window() > 0) {
+  if (state.local_window() > 0 || !state.chooses()) {
     const auto target = [&](Buffer& buffer, const View& whole) -> View {
       if (!state.chooses()) return whole;
       buffer = Buffer(whole.dtype, whole.sizes);
       return buffer;
     };
-    state.inner.backward({.query = state.query,
-                          .key = state.key,
-                          .value = state.value,
-                          .output = state.local_output,
-                          .grad_output = args.grad_output,
-                          .grad_query = target(local_query, args.grad_query),
-                          .grad_key = target(local_key, args.grad_key),
-                          .grad_value = target(local_value, args.grad_value),
-                          .window = state.local_window()});
+    const View grad_query = target(local_query, args.grad_query), grad_key = target(local_key, args.grad_key),
+               grad_value = target(local_value, args.grad_value);
+    for_each_stretch_of_tokens(
+        state.sequences,
+        [&](const Stretch& stretch) {
+          state.inner.backward({.query = stretch.of(state.query),
+                                .key = stretch.of(state.key),
+                                .value = stretch.of(state.value),
+                                .output = stretch.of(ConstView(state.local_output)),
+                                .grad_output = stretch.of(args.grad_output),
+                                .grad_query = stretch.of(grad_query),
+                                .grad_key = stretch.of(grad_key),
+                                .grad_value = stretch.of(grad_value),
+                                .window = state.local_window()});
+        },
+        [&](const Stretch& padding) {
+          for (const View& gradient : {grad_query, grad_key, grad_value}) clear(padding.of(gradient));
+        });
   }
   if (!state.chooses()) return;
 
@@ -183,14 +247,16 @@ void attention_backward(const AttentionState& state, const AttentionBackwardArgs
   const Buffer grad_query_sub = sub_buffer(state.sequences, state.query);
   const Buffer grad_key_sub = sub_buffer(state.sequences, state.key);
   const Buffer grad_value_sub = sub_buffer(state.sequences, state.value);
-  state.inner.backward({.query = state.query_sub,
-                        .key = state.key_sub,
-                        .value = state.value_sub,
-                        .output = state.output_sub,
-                        .grad_output = grad_output_sub,
-                        .grad_query = grad_query_sub,
-                        .grad_key = grad_key_sub,
-                        .grad_value = grad_value_sub});
+  for_each_stretch_of_entries(state.sequences, [&](const Stretch& stretch) {
+    state.inner.backward({.query = stretch.of(ConstView(state.query_sub)),
+                          .key = stretch.of(ConstView(state.key_sub)),
+                          .value = stretch.of(ConstView(state.value_sub)),
+                          .output = stretch.of(ConstView(state.output_sub)),
+                          .grad_output = stretch.of(ConstView(grad_output_sub)),
+                          .grad_query = stretch.of(View(grad_query_sub)),
+                          .grad_key = stretch.of(View(grad_key_sub)),
+                          .grad_value = stretch.of(View(grad_value_sub))});
+  });
   run(GatherBackwardArgs{.grad_query_sub = grad_query_sub,
                          .grad_key_sub = grad_key_sub,
                          .grad_value_sub = grad_value_sub,

@@ -123,6 +123,12 @@ class StratumSelector {
   std::vector<rules::Candidate> candidates_, children_;
 };
 
+// No token is in.
+void select_nothing(int64_t tokens, int64_t place, uint8_t* mask, int32_t* prefix) {
+  std::memset(mask, 0, static_cast<size_t>(tokens));
+  number_places(mask, prefix, tokens, place);
+}
+
 // Every token is in: those after the last full coarsest window, at level 0.
 void select_tail(int64_t tokens, int64_t place, uint8_t* mask, int32_t* prefix) {
   std::memset(mask, 1, static_cast<size_t>(tokens));
@@ -147,7 +153,7 @@ void run(const SelectArgs& args, const Executor& executor) {
   const Pyramid& pyramid = sequences.method.pyramid;
 
   // For each head of a sequence the strata that hold anything, and the tail.
-  const Pieces pieces =
+  const auto pieces =
       sequences.pieces([&](int64_t index) { return selection.kv_heads * (sequences.strata(index).filled + 1); });
   const int64_t tokens = sequences.rows * selection.kv_heads * sequences.tokens;
   const int64_t grain = std::max<int64_t>(1, kTokensPerGrain * pieces.total() / tokens);
@@ -158,6 +164,10 @@ void run(const SelectArgs& args, const Executor& executor) {
       const Sequence sequence = sequences.at(index);
       const Strata& strata = sequences.strata(index);
       const int64_t start = selection.start(sequence, piece / (strata.filled + 1));
+      if (sequence.padding) {
+        select_nothing(sequence.tokens, sequence.entry_offset, selection.mask + start, selection.prefix + start);
+        continue;
+      }
       if (piece % (strata.filled + 1) == strata.filled) {
         const int64_t at = start + sequence.tokens - strata.tail;
         select_tail(strata.tail, sequence.entry_offset + rules::tail_place(strata), selection.mask + at,

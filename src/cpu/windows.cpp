@@ -210,7 +210,7 @@ void walk(std::span<const Pair> pairs, const ConstSelection& selection, rules::W
   const int64_t head_dim = pairs[0].source.head_dim();
   int64_t heads = 0;
   for (const Pair& pair : pairs) heads += pair.source.heads();
-  const Pieces pieces = sequences.pieces(
+  const auto pieces = sequences.pieces(
       [&](int64_t index) { return rules::pieces_of(sequences.at(index).tokens, rule.reach, length) * heads; });
   const int64_t grain = std::max<int64_t>(1, kNumbersPerPiece / (std::min(length, sequences.longest()) * head_dim));
   visit(pairs[0].source.dtype, [&](auto* type) {

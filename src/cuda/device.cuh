@@ -34,6 +34,10 @@ inline void check_launch(const char* what) {
   throw std::runtime_error(message);
 }
 
+inline void require_alike(const Sequences& sequences) {
+  require(sequences.alike(), "documents of their own lengths in one row are computed on the CPU alone so far");
+}
+
 // A part of a row that one thread moves: kWidth numbers of T, in one access.
 template <class T, int kWidth>
 struct alignas(sizeof(T) * kWidth) Column {

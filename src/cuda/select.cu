@@ -343,6 +343,7 @@ __global__ void __launch_bounds__(kThreads) select_stratum(const __grid_constant
 }
 
 Sizing sizing_of(const Selection& selection) {
+  require_alike(selection.sequences);
   const Pyramid& pyramid = selection.sequences.method.pyramid;
   int64_t candidates = 1;  // the most that any stratum has at any level where parents are chosen
   int64_t tokens = 0;      // of the largest stratum

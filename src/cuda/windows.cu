@@ -331,6 +331,7 @@ Cut cut_into_units(const Pyramid& pyramid, int64_t longest) {
 }
 
 Pieces cut_by(const Sequences& sequences, rules::Reach reach, int64_t length) {
+  require_alike(sequences);
   return sequences.pieces([&](int64_t index) { return rules::pieces_of(sequences.at(index).tokens, reach, length); });
 }
 
