@@ -45,9 +45,9 @@ def lighthouse_attention(
     if seat is None:
         raise ValueError(
             f'attention "{NAME}" in a {type(module).__name__} that is not part of a wrapped model. A model made from a '
-            f"wrapped model's configuration has this name too: wrap it, or make it plain with "
-            f'AutoModelForCausalLM.from_config(config, attn_implementation="{DEFAULT}"); to train with Lighthouse use '
-            "LighthouseWrapper(model, ...), not the name"
+            "wrapped model's configuration has this name too: wrap it, or make it with "
+            f'AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation="{DEFAULT}"); to train with '
+            "Lighthouse use LighthouseWrapper(model, ...), not the name"
         )
     state = seat.state
     if state is not None and not torch.compiler.is_compiling() and not state.is_running():

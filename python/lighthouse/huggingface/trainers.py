@@ -1,14 +1,14 @@
 """What a Trainer that calls the model will do with the result.
 
 No argument of the call says so: an evaluation for `compute_metrics` or `predict` is called like one for the loss alone,
-which must not hold the logits. So it is read from the Trainer's own variables, up the call stack. Where no Trainer is
-found, as in a thread of DataParallel, the answer is that it asks for nothing but the loss.
+which must not hold the logits. So it is read from the Trainer's own variables, up the call stack.
 """
 
 from __future__ import annotations
 
 import inspect
 import sys
+import threading
 from types import FrameType
 
 import torch
@@ -48,12 +48,16 @@ def expects_loss() -> bool:
 
 
 def _frame_of(method: str) -> FrameType | None:
-    """The innermost call of a Trainer's `method` that this one is in."""
+    """The innermost call of a Trainer's `method` that this one is in. DataParallel calls the model in other threads."""
+    frames = [sys._getframe(1)]
+    if threading.current_thread() is not threading.main_thread():
+        frames += [frame for thread, frame in sys._current_frames().items() if thread == threading.main_thread().ident]
+    return next(filter(None, (_above(frame, method) for frame in frames)), None)
+
+
+def _above(frame: FrameType | None, method: str) -> FrameType | None:
     module = sys.modules.get("transformers.trainer")
-    if module is None:
-        return None
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
+    while frame is not None and module is not None:
         if frame.f_code.co_name == method and isinstance(frame.f_locals.get("self"), module.Trainer):
             return frame
         frame = frame.f_back

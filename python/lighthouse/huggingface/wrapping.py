@@ -85,17 +85,19 @@ def _check_model(model: PreTrainedModel, former: str, architecture: Architecture
     originals.check_layers(modules, architecture.attention_class)
     originals.check_attention_functions(former, modules[0])
     originals.check_registry()
+    layer = architecture.output_layer(model)
     if architecture.has_head(model):
-        layer = architecture.output_layer(model)
         reason = originals.why_own_loss(model, layer, type(model).forward, architecture.causal)
         if settings.loss == "chunked" and reason is not None:
             raise ValueError(f'{reason}: use loss="model"; the loss without logits would bypass it')
-    elif not multiplies(type(architecture.output_layer(model))):
-        raise ValueError(
-            f"the input embedding is a {name_of(type(architecture.output_layer(model)))}: a bare {name} predicts with "
-            f"it, which needs a plain nn.Embedding; use a {architecture.causal.__name__}"
-        )
-    elif settings.loss == "model":
+        return
+    if settings.loss == "model":
         raise ValueError(
             f'loss="model": a {name} has no loss of its own; use "chunked" or a {architecture.causal.__name__}'
         )
+    if not multiplies(type(layer)):
+        raise ValueError(
+            f"the input embedding is a {name_of(type(layer))}: a bare {name} predicts with it, which needs a plain "
+            f"nn.Embedding; use a {architecture.causal.__name__}"
+        )
+    originals.may_pass_hooks(layer)
