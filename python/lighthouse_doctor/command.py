@@ -51,6 +51,8 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(list(arguments))
     if options.json not in (None, "-") and not Path(options.json).parent.is_dir():
         parser.error(f"argument --json: {options.json!r}: the folder {str(Path(options.json).parent)!r} does not exist")
+    if options.json not in (None, "-") and Path(options.json).is_dir():
+        parser.error(f"argument --json: {options.json!r} is a folder: the name of a file is needed")
     out = sys.stderr if options.json == "-" else sys.stdout
     lines = []
     for line in examine():

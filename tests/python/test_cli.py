@@ -127,7 +127,7 @@ def test_a_wrong_option_is_an_error_of_one_line(tmp_path, monkeypatch, capsys, a
 
 LATE = [
     ("text_that_ends_in_the_middle", "late.txt", "run", "late.txt' is not UTF-8 text: byte 300,000 is 0xff"),
-    ("a_folder_in_a_file", "text", "text/00.txt/run", "Not a directory"),
+    ("a_folder_in_a_file", "text", "text/00.txt/run", "text/00.txt' is not a folder; name another place"),
 ]
 
 

@@ -437,7 +437,7 @@ def test_another_comparison_in_the_folder_is_refused_with_the_differences(done, 
 
 WRONG = [
     ("unknown_option", ["--nonsense", "1"], "--nonsense"),
-    ("seeds", ["--seeds", "one"], "invalid int value: 'one'"),
+    ("seeds", ["--seeds", "one"], "'one' is not a whole number"),
     ("steps", ["--steps", "0"], "max_steps=0"),
     ("json", ["--json", "nowhere/x.json"], "json='nowhere/x.json': its folder does not exist"),
     ("no_config", ["--config", "no.yaml"], "config='no.yaml' does not exist"),

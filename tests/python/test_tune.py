@@ -253,7 +253,7 @@ def test_an_interruption_says_how_to_go_on(text, tmp_path, capsys, monkeypatch, 
 
 
 WRONG = [
-    ("sampler", ["--sampler", "cma"], "invalid choice: 'cma'"),
+    ("sampler", ["--sampler", "cma"], "there is no 'cma'"),
     ("trials", ["--trials", "0"], "trials=0: at least one is needed"),
     ("topk", ["--topk", "many"], "topk=many: a number such as 512, 0.25 or 1/64"),
     ("share", ["--share", "2"], "share=2.0"),

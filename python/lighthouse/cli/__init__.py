@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import sys
 from collections.abc import Sequence
 
 import lighthouse
+from lighthouse.cli.parser import Parser
 
 COMMANDS = {
     "pretrain": "pre-train a Llama from scratch, first with Lighthouse, then dense",
@@ -31,6 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     A signal that asks a run to end raises SystemExit(143).
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # else the name of a file that is not UTF-8 could not be printed
+            stream.reconfigure(errors="backslashreplace")
     options = _parser().parse_args(arguments[:1])
     if options.command is None:
         _parser().print_help()
@@ -57,7 +62,7 @@ def _missing(error: ImportError) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="lighthouse",
         description="Lighthouse attention: training-only attention for very long sequences.",
         epilog="lighthouse COMMAND --help describes a command.",

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from lighthouse.cli.parser import Parser
 from lighthouse.cli.plan import add_device, add_layer, add_settings, chosen_device
 from lighthouse.cli.shared import check_folders, mib, say
 from lighthouse.core.acting import why_it_cannot_act
@@ -272,14 +273,12 @@ def step_lines(row: dict) -> str:
     return "\n".join(lines)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="lighthouse bench",
         description="Times one attention layer on this device, dense and with Lighthouse, at several lengths, after\n"
         "checking its result. Each speed-up is shown with the estimate of `lighthouse plan`.",
         epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("--tokens", type=int, nargs="+", metavar="N",
                         help="lengths in tokens (default: 1,024 to 16,384; on a GPU 4,096 to 262,144)")  # fmt: skip

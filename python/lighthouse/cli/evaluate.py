@@ -17,6 +17,7 @@ require_train_extra()
 import torch  # noqa: E402
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
+from lighthouse.cli.parser import Parser  # noqa: E402
 from lighthouse.cli.plan import chosen_device  # noqa: E402
 from lighthouse.cli.shared import check_folders, say, write_json  # noqa: E402
 from lighthouse.core.devices import device_name  # noqa: E402
@@ -32,6 +33,7 @@ from lighthouse.report.page import png_of  # noqa: E402
 from lighthouse.training.options import DataOptions  # noqa: E402
 from lighthouse.training.result import versions  # noqa: E402
 from lighthouse.training.resume import SETTINGS  # noqa: E402
+from lighthouse.training.space import check_writable  # noqa: E402
 
 EXAMPLE = """\
 examples:
@@ -83,6 +85,7 @@ def _measured(options: argparse.Namespace, command: str) -> Kept:
     """All that was asked for, measured or found in the folder. Raises if options, model or text do not fit."""
     device = chosen_device(options)
     check_folders(options, "json")
+    check_writable("output_dir", options.output_dir)
     settings = EvaluationSettings(
         **{field.name: getattr(options, field.name) for field in fields(EvaluationSettings) if field.name != "parts"},
         parts=tuple(options.parts),
@@ -149,16 +152,14 @@ def _text(options: argparse.Namespace, model: Found, settings: EvaluationSetting
     return text_of_data(data, model.encoder, context, options.rows, options.seed, model.begin)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="lighthouse evaluate",
         description="Measures what a model makes of a long context, with dense attention: the held-out loss by "
         "position in the context, the loss on a random passage that appears twice by the distance between the two, and "
         "the retrieval of a passkey by length and depth. Writes numbers and a picture of each. If it is interrupted, "
         "the same command continues.",
         epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "model",

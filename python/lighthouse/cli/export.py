@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import signal
 import sys
@@ -13,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
+from lighthouse.cli.parser import Parser
 from lighthouse.cli.shared import check_folders, write_json
 from lighthouse.export.export import DTYPES, Exported, ExportFailed, export
 from lighthouse.training.result import STOPPED
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str]) -> int:
                 force=options.force,
                 say=lambda what: status.update(f"{what} ..."),
             )
-    except (ValueError, TypeError, FileNotFoundError, FileExistsError, NotADirectoryError) as error:
+    except (ValueError, TypeError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError) as error:
         print(f"lighthouse export: error: {error}", file=sys.stderr)
         return 2
     except (ExportFailed, OSError) as error:
@@ -87,14 +87,12 @@ def _table(exported: Exported) -> Table:
     return table
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="lighthouse export",
         description="Writes a plain Hugging Face folder (safetensors, tokenizer, model card) from a checkpoint, and "
         "checks it in a process that cannot import lighthouse.",
         epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "checkpoint",

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
 from lighthouse import LighthouseWrapper  # noqa: E402
+from lighthouse.cli.parser import Parser  # noqa: E402
 from lighthouse.cli.plan import chosen_device  # noqa: E402
 from lighthouse.cli.shared import add_method, check_folders, say, write_json  # noqa: E402
 from lighthouse.core.method import Method  # noqa: E402
@@ -27,6 +28,7 @@ from lighthouse.huggingface.inspection import Choices, choices_of  # noqa: E402
 from lighthouse.report import choice  # noqa: E402
 from lighthouse.text.tokenizer import Encoder, load_tokenizer  # noqa: E402
 from lighthouse.training.resume import SETTINGS  # noqa: E402
+from lighthouse.training.space import check_writable  # noqa: E402
 
 EXAMPLE = """\
 example:
@@ -83,8 +85,7 @@ def _choices(options: argparse.Namespace) -> tuple[Choices, list[str], list[str]
     if not (folder / "config.json").is_file():
         raise ValueError(f"model={options.model!r}: a folder with a model of Transformers (config.json) is needed")
     check_folders(options, "json")
-    if Path(options.output).exists() and not Path(options.output).is_dir():
-        raise ValueError(f"output={options.output!r} is a file: a folder is needed")
+    check_writable("output", options.output)
     if options.context is not None and options.context < 2:
         raise ValueError(f"context={options.context}: at least 2 tokens are needed")
     _text(options.text, 1)  # a missing text is reported before the model is read
@@ -177,14 +178,12 @@ def _text(name: str, characters: int) -> str:
         raise ValueError(f"text={name!r} is not UTF-8 text: {error}") from None
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="lighthouse inspect",
         description="Shows which tokens of a text each layer and head of a model keeps, and at which level: a picture, "
         "a page with the text, and numbers.",
         epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("model", metavar="MODEL", help="folder with a model of Transformers, for example a checkpoint")
     parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text")

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from lighthouse.cli.parser import Parser
 from lighthouse.cli.shared import add_method, check_folders, mib, say, write_json
 from lighthouse.core.devices import check_device
 from lighthouse.core.method import Method
@@ -326,15 +327,13 @@ def described(options: argparse.Namespace, tokens: int, device: str):
     return Layer(heads, kv_heads, head_dim, options.dtype or LAYERS[device].dtype), config
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="lighthouse plan",
         description="Shows what a length and settings give: the levels, the sub-sequence, the work and memory of a\n"
         "layer and of a training step relative to dense, and the estimated speed-up on this device. The\n"
         "estimate uses rates that are measured once, in under a minute, and cached.",
         epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--tokens", "--context", type=int, default=TOKENS, help=f"tokens in a sequence (default: {TOKENS:,})"

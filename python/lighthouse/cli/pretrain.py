@@ -17,6 +17,7 @@ from transformers.hf_argparser import string_to_bool
 from transformers.utils.logging import disable_progress_bar
 
 from lighthouse import report
+from lighthouse.cli.parser import OneLine
 from lighthouse.training import (
     DataOptions,
     LighthouseOptions,
@@ -40,6 +41,10 @@ examples:
 
 # Trainer options that accept a word or a switch; HfArgumentParser accepts only the switch.
 WORD_OR_SWITCH = ("include_num_input_tokens_seen",)
+
+
+class RunParser(OneLine, HfArgumentParser):
+    """Transformers' parser of dataclasses, with errors of one line."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -73,13 +78,13 @@ def main(arguments: Sequence[str]) -> int:
 
 def run_parser(
     command: str, description: str, example: str, *, more: Sequence[type] = (), whole_help: bool = False
-) -> tuple[HfArgumentParser, argparse._ArgumentGroup]:
+) -> tuple[RunParser, argparse._ArgumentGroup]:
     """The options of a run, for a command that trains, and their group "general", to which it may add.
 
     `more` are dataclasses of the command's own options.
     """
     kinds: Any = (*more, ModelOptions, DataOptions, LighthouseOptions, TrainingOptions)
-    parser = HfArgumentParser(
+    parser = RunParser(
         list(kinds),
         prog=f"lighthouse {command}",
         description=description,
@@ -116,7 +121,7 @@ def _word_or_switch(text: str) -> str | bool:
         return text
 
 
-def parse_run(parser: HfArgumentParser, arguments: Sequence[str]) -> tuple[PretrainOptions, TrainingOptions, list]:
+def parse_run(parser: RunParser, arguments: Sequence[str]) -> tuple[PretrainOptions, TrainingOptions, list]:
     """What `run_parser`'s parser reads on a command line and in the files that it names; at the end the command's own.
 
     Raises `ValueError`, `TypeError` or `OSError`; `SystemExit` as argparse does.

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
+import tempfile
 from pathlib import Path
 
 from lighthouse.core.method import Method, text_of, written
@@ -35,11 +37,21 @@ def mib(size: float) -> str:
 
 
 def check_folders(options: argparse.Namespace, *names: str) -> None:
-    """Checks that the parents of files and folders written at the end exist. Raises `ValueError`."""
+    """Checks that files which are written at the end can be written. Raises `ValueError`."""
     for name in names:
         path = getattr(options, name)
-        if path not in (None, "-") and not Path(path).absolute().parent.is_dir():
+        if path in (None, "-"):
+            continue
+        file = Path(path).absolute()
+        if os.path.isdir(file):
+            raise ValueError(f"{name}={path!r} is a folder: the name of a file is needed")
+        if not os.path.isdir(file.parent):
             raise ValueError(f"{name}={path!r}: its folder does not exist")
+        try:
+            with open(file, "ab") if os.path.lexists(file) else tempfile.TemporaryFile(dir=file.parent):
+                pass
+        except OSError as error:
+            raise ValueError(f"{name}={path!r} cannot be written to ({error.strerror}): name another place") from None
 
 
 def write_json(found: dict, file: str | None) -> None:

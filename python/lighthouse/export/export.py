@@ -39,6 +39,7 @@ from lighthouse.export.source import (
     is_sharded,
 )
 from lighthouse.text.tokenizer import load_tokenizer
+from lighthouse.training.space import check_writable
 
 logger = logging.getLogger("lighthouse")
 
@@ -119,6 +120,7 @@ def export(
     else:
         described = partial(from_model, model)
     _check_folder(folder, source_folder, force)
+    check_writable("folder", folder.parent if folder.exists() else folder)  # it is written beside its place first
     if isinstance(tokenizer, (str, os.PathLike)):
         tokenizer = load_tokenizer(os.fspath(tokenizer))
     source = described(tokenizer)

@@ -16,7 +16,6 @@ import ctypes
 import gc
 import itertools
 import json
-import os
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -46,6 +45,7 @@ from lighthouse.training.options import PretrainOptions, TrainingOptions
 from lighthouse.training.result import RESULTS, DiskFull, PretrainResult
 from lighthouse.training.resume import MODEL, SETTINGS, check_same
 from lighthouse.training.run import Run, prepare
+from lighthouse.training.space import check_writable
 
 OLD_ARM = "two-stage"  # of comparisons that had two arms
 
@@ -146,8 +146,7 @@ def _check(options: PretrainOptions, training: TrainingOptions, seeds: list[int]
 
 
 def _check_folder(folder: Path, resume: bool) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"output_dir={str(folder)!r} is a file: a folder is needed")
+    check_writable("output_dir", folder)
     there = list(folder.glob("seed-*"))
     if (folder / SETTINGS).exists() or (not there and any((folder / name).exists() for name in (MODEL, RESULTS))):
         raise FileExistsError(
@@ -167,9 +166,6 @@ def _check_folder(folder: Path, resume: bool) -> None:
         )
     if resume and not there:
         raise FileNotFoundError(f"output_dir={str(folder)!r} holds no comparison to resume: start it without --resume")
-    above = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not os.access(above, os.W_OK):
-        raise PermissionError(f"output_dir={str(folder)!r}: {str(above)!r} cannot be written to")
 
 
 def _prepare_one(

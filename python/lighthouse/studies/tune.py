@@ -48,6 +48,7 @@ from lighthouse.training.options import PretrainOptions, TrainingOptions
 from lighthouse.training.result import NotFinite, RunFailed
 from lighthouse.training.resume import check_same
 from lighthouse.training.run import Run, prepare
+from lighthouse.training.space import check_writable
 
 DEFAULT_TRIALS = 20
 NOT_PRUNED = 4  # complete trials, of the same share, before any is pruned
@@ -96,6 +97,7 @@ def prepare_study(
     for name in ("resume_from_checkpoint", "load_best_model_at_end"):
         if getattr(training, name):
             raise ValueError(f"{name}={getattr(training, name)!r}: trials start anew and are judged at their end")
+    check_writable("output_dir", known(training.output_dir))
     space = Space.of(options, training, _as_it_began(training, tuning))
     if tuning.seconds is None:
         why = too_few_of(options, training, training.max_steps)

@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import logging
+import os
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,7 +44,7 @@ def cut_once(corpus) -> tuple[Path, dict]:
     key = [ROWS_VERSION, corpus.context, corpus.encoder.identity, corpus.source.key]
     key += [sorted(corpus.held_out.documents.items())]
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "lighthouse" / hash_of(key)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    _check_cache(folder.parent)
     made = folder.with_suffix(".incomplete")
     with FileLock(folder.with_suffix(".lock")):
         if not _is_whole(folder):
@@ -69,6 +70,19 @@ def cut_once(corpus) -> tuple[Path, dict]:
     if about["left_out"] and first_process():
         log.warning("Not all of the text is used; %s.", corpus.source.passed_over)
     return folder, about
+
+
+def _check_cache(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"the tokenized text cannot be kept in {str(folder)!r} ({error.strerror}): set HF_DATASETS_CACHE to a "
+            "folder of yours, or use stream",
+        ) from error
 
 
 def hash_of(parts) -> str:

@@ -22,6 +22,13 @@ def how_to_go_on(folder: Path) -> str:
     return f"The last whole checkpoint is {last}: the same command with --resume continues from there."
 
 
+def said(error: Exception) -> str:
+    """Its message, without a number where the message is a sentence of ours."""
+    if isinstance(error, OSError) and error.filename is None and error.strerror:
+        return error.strerror
+    return str(error)
+
+
 @contextmanager
 def saying_how_to_go_on(trainer: Trainer, folder: Path):
     """While a run trains. What ends it is raised as a `RunFailed` that says how to resume, or printed with that."""
@@ -37,13 +44,13 @@ def saying_how_to_go_on(trainer: Trainer, folder: Path):
                 "another output_dir."
             ) from None
         if isinstance(error, TextLost):  # a worker's has its traceback in front
-            said = str(error).rpartition(f"{TextLost.__name__}: ")[2].strip()
+            text = str(error).rpartition(f"{TextLost.__name__}: ")[2].strip()
             how = f"{how_to_go_on(folder)} It needs the text that the run began with."
-            raise TextFailed(f"{said.rstrip('.')}. {how}") from error
+            raise TextFailed(f"{text.rstrip('.')}. {how}") from error
         if isinstance(error, DiskFull):
             raise DiskFull(f"{error} {how_to_go_on(folder)}") from error.__cause__
         if isinstance(error, OSError) and error.errno in NO_SPACE:  # of a log, say
-            raise DiskFull(f"{error}. {how_to_go_on(folder)}") from error
+            raise DiskFull(f"{said(error)}. {how_to_go_on(folder)}") from error
         if isinstance(error, (Stopped, KeyboardInterrupt)) and trainer.is_world_process_zero():
             what = error if isinstance(error, Stopped) else f"Interrupted after step {trainer.state.global_step}."
             print(f"\n{what} {how_to_go_on(folder)}", file=sys.stderr, flush=True)

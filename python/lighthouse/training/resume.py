@@ -20,6 +20,7 @@ from lighthouse.training.callbacks import Record
 from lighthouse.training.depends import FREE_ON_RESUME, PLACES
 from lighthouse.training.options import TrainingOptions
 from lighthouse.training.result import RESULTS
+from lighthouse.training.space import check_writable
 
 SETTINGS = "run.json"
 MODEL = "model"
@@ -45,8 +46,7 @@ DIGESTS = {
 def what_is_there(training: TrainingOptions) -> tuple[dict | None, str | None]:
     """The settings of the run in the output folder and the checkpoint to resume from; None where there is none."""
     folder = Path(str(training.output_dir))
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"output_dir={str(folder)!r} is a file: a folder is needed")
+    check_writable("output_dir", folder)
     # Asked for by the environment too: every process looks before one of them writes.
     names = os.listdir(folder) if folder.is_dir() else []
     there = checkpoints.checkpoints_in(folder)

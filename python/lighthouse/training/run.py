@@ -31,7 +31,7 @@ from lighthouse.text import data
 from lighthouse.training import checkpoints, configuration
 from lighthouse.training.callbacks import Record, StopOnSignal
 from lighthouse.training.checks import check_followed, check_together, memory_of
-from lighthouse.training.ending import how_to_go_on, saying_how_to_go_on
+from lighthouse.training.ending import how_to_go_on, said, saying_how_to_go_on
 from lighthouse.training.form import form_of, found_by, tokens_per_step
 from lighthouse.training.memory import check_memory
 from lighthouse.training.model import check_head_dim, model_notes, model_of, new_config
@@ -194,9 +194,9 @@ class Run:
                         remove(self.folder / name)
                     self.folder.rmdir()
             if isinstance(error, OSError) and error.errno in NO_SPACE:
-                raise DiskFull(str(error)) from error
+                raise DiskFull(said(error)) from error
             if isinstance(error, (ValueError, OSError, ImportError)):
-                raise Refused(str(error)) from error
+                raise Refused(said(error)) from error
             raise
         except KeyboardInterrupt:
             if main:
@@ -209,7 +209,7 @@ class Run:
             if self.earlier is None and (self.folder / SETTINGS).exists():
                 raise FileExistsError(f"output_dir={str(self.folder)!r} holds a run that another process has started")
         except OSError as error:
-            raise (DiskFull if error.errno in NO_SPACE else Refused)(str(error)) from error
+            raise (DiskFull if error.errno in NO_SPACE else Refused)(said(error)) from error
 
     @property
     def _resolved(self) -> str:

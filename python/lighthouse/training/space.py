@@ -1,9 +1,11 @@
-"""Whether the disk has space for what a run saves: its checkpoints and the model."""
+"""Whether a folder can be written to, and its disk has space for what a run saves: its checkpoints and the model."""
 
 from __future__ import annotations
 
 import logging
 import math
+import os
+import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,6 +16,29 @@ from lighthouse.training.checkpoints import checkpoints_in
 from lighthouse.training.result import DiskFull
 
 logger = logging.getLogger(__name__)
+
+
+def check_writable(name: str, folder: str | Path) -> None:
+    """Raises `OSError` if `folder`, which may not exist yet, cannot be written to; `name` is its option.
+
+    By trying it, and leaving nothing behind: what the mode says is not all, as of a file system mounted read-only.
+    """
+    if os.path.isfile(folder):  # not pathlib's, which raises for a name that is too long
+        raise FileExistsError(f"{name}={str(folder)!r} is a file: a folder is needed")
+    above = Path(folder).absolute()
+    while not os.path.lexists(above):
+        above = above.parent
+    try:
+        if not above.is_dir():
+            raise NotADirectoryError(f"{name}={str(folder)!r}: {str(above)!r} is not a folder; name another place")
+        with tempfile.TemporaryDirectory(prefix=".lighthouse-", dir=above) as tried:
+            (Path(tried) / Path(folder).absolute().relative_to(above)).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise type(error)(
+            f"{name}={str(folder)!r}: {str(above)!r} cannot be written to ({error.strerror}); name another place"
+        ) from error
 
 
 def check_space(model, training: TrainingArguments, folder: Path, *, finished: bool) -> None:
