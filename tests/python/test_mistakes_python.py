@@ -1,5 +1,6 @@
 """Mistakes that people make from Python, each tried, with the message that it gets."""
 
+import functools
 import subprocess
 import sys
 import textwrap
@@ -70,6 +71,19 @@ def on_a_gpu_without_kernels(monkeypatch):
 def forward_set_after_wrapping():
     model = wrapped()
     model.forward = types.MethodType(LlamaForCausalLM.forward, model)
+    return model
+
+
+def forward_that_calls_the_parts():
+    """As TRL's SFTTrainer sets one on the model."""
+    model = wrapped()
+    parts = model.model
+
+    @functools.wraps(type(model).forward)
+    def forward(self, input_ids=None, labels=None, **kwargs):
+        return self.lm_head(parts(input_ids=input_ids, **kwargs)[0])
+
+    model.forward = types.MethodType(forward, model)
     return model
 
 
@@ -293,6 +307,11 @@ MISTAKES = {
         trained(forward_set_after_wrapping),
         ValueError,
         "got its own forward on the instance after it was wrapped",
+    ),
+    "a forward set on the model that calls its parts": (
+        trained(forward_that_calls_the_parts),
+        ValueError,
+        r"was called directly, .*without a forward that another library sets on it \(as TRL does\)",
     ),
 }
 

@@ -53,8 +53,8 @@ def lighthouse_attention(
     if state is not None and not torch.compiler.is_compiling() and not state.is_running():
         raise ValueError(
             f"this {type(module).__name__} is part of a wrapped model and was called directly, where length, mask and "
-            "stage are not checked: call the model itself, or switch Lighthouse off first "
-            "(model.lighthouse(False), or model.eval() of the whole model)"
+            "stage are not checked: call the model itself, without a forward that another library sets on it (as TRL "
+            "does), or switch Lighthouse off first (model.lighthouse(False), or model.eval() of the whole model)"
         )
     if state is None:
         raise ValueError(
