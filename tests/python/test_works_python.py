@@ -137,6 +137,19 @@ def test_noise_on_the_embeddings_of_a_bare_model(tmp_path):
     assert trainer(bare(), tmp_path, neftune_noise_alpha=5.0).train().training_loss > 0
 
 
+def test_a_normal_run_says_nothing(tmp_path, said):
+    model, callback = wrapped(), LighthouseCallback(switch_share=0.5)
+    often = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 4}
+    trainer(model, tmp_path, evaluated=rows(), callbacks=[callback], **often).train()
+    model.unwrap().save_pretrained(tmp_path / "plain")
+    assert len(list(tmp_path.glob("checkpoint-*/model.safetensors"))) == 4 and not said
+
+
+def test_a_checkpoint_is_spoken_of_where_nothing_switches(tmp_path, said):
+    trainer(wrapped(), tmp_path, save_strategy="steps", save_steps=1).train()
+    assert len(said) == 1 and "the plain model is saved and Lighthouse is still on" in said[0]
+
+
 def test_the_callback_finds_the_model_inside_of_another(tmp_path):
     spy = Spy()
     model = wrapped(spy=spy)

@@ -64,6 +64,8 @@ class SwitchToDense(TrainerCallback):
     as long as it is not known.
     """
 
+    switches_to_dense = True  # a wrapped model looks for this
+
     def __init__(self, step: int | None, *, each_loss_saved: bool = False):
         self.step, self.each_loss_saved = step, each_loss_saved
 

@@ -47,6 +47,19 @@ def expects_loss() -> bool:
     return frame.f_code is own and trainer.label_smoother is None and trainer.compute_loss_func is None
 
 
+@torch.compiler.assume_constant_result
+def evaluates() -> bool:
+    """Whether a Trainer evaluates: that this is dense needs no word."""
+    return _frame_of("prediction_step") is not None
+
+
+def keeps_a_checkpoint() -> bool:
+    """Whether a Trainer saves a checkpoint, and will switch to dense attention itself: then it says what is missing."""
+    frame = _frame_of("_save_checkpoint")
+    callbacks = () if frame is None else frame.f_locals["self"].callback_handler.callbacks
+    return any(getattr(callback, "switches_to_dense", False) for callback in callbacks)
+
+
 def _frame_of(method: str) -> FrameType | None:
     """The innermost call of a Trainer's `method` that this one is in. DataParallel calls the model in other threads."""
     frames = [sys._getframe(1)]

@@ -161,9 +161,12 @@ class WrappedModel(Stateful):
             self._settle()
 
     def save_pretrained(self, *args, **kwargs) -> None:
-        """Saves the plain model. Logs once if no dense training has followed Lighthouse: others run it dense."""
+        """Saves the plain model. Logs once if no dense training has followed Lighthouse: others run it dense.
+
+        Not for the checkpoints of a Trainer with a `LighthouseCallback`, which says it at the end of training.
+        """
         state = self._lighthouse
-        if state.enabled or not state.ready:
+        if (state.enabled or not state.ready) and not trainers.keeps_a_checkpoint():
             still = " and Lighthouse is still on" if state.enabled else ""
             say_once(
                 state.name,
@@ -271,7 +274,8 @@ class WrappedModel(Stateful):
         if self.training:  # where the plain model runs too: another call may come before the backward
             checks.check_checkpointing(architecture_of(self).body(self))
         elif settings.eval == "dense":
-            say_once(state.name, 'in eval() attention is dense; eval="lighthouse" would keep Lighthouse')
+            if not trainers.evaluates():
+                say_once(state.name, 'in eval() attention is dense; eval="lighthouse" would keep Lighthouse')
             return False
         use_cache = call.get("use_cache")
         if use_cache is None:
