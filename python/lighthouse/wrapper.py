@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from torch import nn
+
 from lighthouse.core.method import POOL_RATIOS, SELECT_TOPK, Method
 from lighthouse.core.settings import MAX_SHARE, RECOMMENDED, LighthouseSettings
 
@@ -109,5 +111,8 @@ def unwrap(model):
     since the plain model keeps nothing of Lighthouse.
     """
     if not callable(getattr(model, "unwrap", None)) or not hasattr(model, "lighthouse_settings"):
-        raise ValueError(f"this {type(model).__name__} is not wrapped by LighthouseWrapper, or no longer")
+        modules = model.modules() if isinstance(model, nn.Module) else ()
+        inside = next((type(module).__name__ for module in modules if hasattr(module, "lighthouse_settings")), None)
+        hint = f"; the {inside} in it is: unwrap that one" if inside else ", or no longer"
+        raise ValueError(f"this {type(model).__name__} is not wrapped by LighthouseWrapper{hint}")
     return model.unwrap()

@@ -209,6 +209,11 @@ MISTAKES = {
     "compiled first": (lambda _: LighthouseWrapper(torch.compile(plain())), TypeError, "make the OptimizedModule"),
     "wrapped twice": (lambda _: LighthouseWrapper(wrapped()), ValueError, "already wrapped.*unwrap it first"),
     "unwrapped twice": (lambda _: unwrap(wrapped().unwrap()), ValueError, "LlamaForCausalLM is not wrapped by"),
+    "unwrapped from outside": (
+        lambda _: unwrap(nn.DataParallel(wrapped())),
+        ValueError,
+        "this DataParallel is not wrapped by LighthouseWrapper; the LlamaForCausalLM in it is: unwrap that one",
+    ),
     "no weights": (
         lambda _: LighthouseWrapper(without_weights(), **SETTINGS)({"input_ids": ids()}),
         ValueError,

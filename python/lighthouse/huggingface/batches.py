@@ -91,7 +91,7 @@ def check(model: Stateful, call: Mapping[str, Any], chunked: bool) -> None:
     embedding, ids = model.get_input_embeddings(), call.get("input_ids")
     _check_weights(model, embedding)
     if ids is not None and (ids.is_cpu or not state.saw_ids):
-        _check_ids(ids, embedding)
+        _check_ids(ids, model, embedding)
         state.saw_ids = True
     if chunked and (labels.is_cpu or not state.saw_labels):
         _check_labels(call, architecture.output_layer(model))
@@ -124,11 +124,12 @@ def _check_weights(model: nn.Module, embedding: nn.Module) -> None:
         )
 
 
-def _check_ids(ids: torch.Tensor, embedding: nn.Module) -> None:
+def _check_ids(ids: torch.Tensor, model: Stateful, embedding: nn.Module) -> None:
     """Raises `ValueError` for token ids that the model's `embedding` does not have."""
     tokens = getattr(embedding, "num_embeddings", None)
     if not isinstance(tokens, int) or not _can_be_read(ids):
         return
+    tokens = max(tokens, model.config.vocab_size)  # a part of it, where tensor parallelism has split it
     wrong = ids[(ids < 0) | (ids >= tokens)]
     if wrong.numel():
         raise ValueError(
