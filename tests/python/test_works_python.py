@@ -78,7 +78,7 @@ def test_metrics_and_predictions_of_a_trainer_have_logits(tmp_path):
     expected = expected_logits(model)
     for found in (seen[-1].predictions, predictions):
         torch.testing.assert_close(torch.from_numpy(found), expected)
-    assert loss == pytest.approx(model(ids(4), labels=ids(4)).loss.item(), rel=1e-5)
+    assert loss == pytest.approx(trainer(model, tmp_path, evaluated=rows()).evaluate()["eval_loss"], rel=1e-5)
 
 
 def test_an_evaluation_for_the_loss_alone_holds_no_logits(tmp_path):
