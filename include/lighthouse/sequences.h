@@ -103,6 +103,8 @@ struct Sequences {
   static Sequences of_rows(int64_t rows, int64_t tokens, const Method& method);
   // As of_rows, for a choice made elsewhere: k and strata are not known and zero, and `select` refuses it.
   static Sequences of_choice(int64_t rows, int64_t tokens, int64_t entries, const Pyramid& pyramid);
+  // Of a table that a Documents made, which is only looked at for its sums.
+  static Sequences of_table(std::span<const Document> table, const Method& method);
 
   constexpr bool alike() const { return documents == nullptr; }
   constexpr int64_t count() const { return alike() ? rows : document_count; }

@@ -64,7 +64,6 @@ Documents::Documents(std::span<const Length> lengths, const Method& method) {
     if (!padding) row_tokens[static_cast<size_t>(row)] += tokens;
   }
   Sequences& all = sequences_;
-  all = {.method = checked, .rows = 1};
   for (const auto& [tokens, row, padding] : lengths) {
     if (tokens == 0) continue;
     Document document{.sequence = {.row = 0,
@@ -86,11 +85,19 @@ Documents::Documents(std::span<const Length> lengths, const Method& method) {
     all.entries += document.sequence.entries;
     require(all.tokens <= kMaxCount, "the documents have ", all.tokens, " tokens and more: at most 2^40");
     require_entries(all.entries, all.tokens);
-    all.each.tokens = std::max(all.each.tokens, tokens);
   }
-  require(!table_.empty(), "no document has a token: at least one is needed");
-  all.documents = table_.data();
-  all.document_count = std::ssize(table_);
+  all = Sequences::of_table(table_, checked);
+}
+
+Sequences Sequences::of_table(std::span<const Document> table, const Method& method) {
+  require(!table.empty(), "no document has a token: at least one is needed");
+  Sequences all{.method = method, .rows = 1, .documents = table.data(), .document_count = std::ssize(table)};
+  for (const auto& [sequence, strata] : table) {
+    all.tokens = std::max(all.tokens, sequence.token_offset + sequence.tokens);
+    all.entries = std::max(all.entries, sequence.entry_offset + sequence.entries);
+    all.each.tokens = std::max(all.each.tokens, sequence.tokens);
+  }
+  return all;
 }
 
 double Sequences::kept_share() const {

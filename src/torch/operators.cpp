@@ -1,4 +1,5 @@
 // The operators torch.ops.lighthouse.*: thin calls into the core. Fake versions and autograd are joined in Python.
+// `documents` is a table that the operator of this name made; without one every row is a sequence.
 
 #include <optional>
 #include <tuple>
@@ -11,10 +12,12 @@ namespace {
 // The one place where a choice comes in, and is looked at where the device allows it.
 template <class Device>
 ConstSelection checked_selection(const Device& device, const Tensor& mask, const Tensor& prefix,
-                                 const std::vector<int64_t>& windows, int64_t length) {
+                                 const std::vector<int64_t>& windows, int64_t length,
+                                 const std::optional<Tensor>& documents) {
   device.check("mask", mask);
   device.check("prefix", prefix);
-  const ConstSelection selection = selection_of(mask, prefix, windows, length);
+  ConstSelection selection = selection_of(mask, prefix, windows, length);
+  if (documents) selection.sequences = sequences_of(*documents, selection.sequences);
   require(mask.size(0) >= 1 && mask.size(2) >= 1, "mask is empty: every size must be at least 1");
   device.check_selection(selection);
   return selection;
@@ -48,18 +51,24 @@ std::tuple<Tensor, Tensor> score(Tensor query, Tensor key) {
   return {query_score, key_score};
 }
 
+Sequences described(int64_t rows, int64_t tokens, const Method& method, const std::optional<Tensor>& documents) {
+  if (!documents) return Sequences::of_rows(rows, tokens, method);
+  return sequences_of(*documents, {.method = method.checked(), .rows = rows, .tokens = tokens});
+}
+
 template <class Device>
 std::tuple<Tensor, Tensor> select(Tensor query_score, Tensor key_score, std::vector<int64_t> windows,
-                                  int64_t topk_numerator, int64_t topk_denominator, bool cover_start) {
+                                  int64_t topk_numerator, int64_t topk_denominator, bool cover_start,
+                                  std::optional<Tensor> documents) {
   const Device device(query_score);
   device.check("key_score", key_score);
   require_same_sizes("query_score", query_score, "key_score", key_score);
   const auto* query_data = data_of<float>("query_score", query_score, ScalarType::Float, "float32");
   const auto* key_data = data_of<float>("key_score", key_score, ScalarType::Float, "float32");
-  const Sequences sequences = Sequences::of_rows(query_score.size(0), query_score.size(2),
-                                                 {.pyramid = Pyramid::from_windows(windows),
-                                                  .topk = topk_of(topk_numerator, topk_denominator),
-                                                  .cover_start = cover_start});
+  const Method method{.pyramid = Pyramid::from_windows(windows),
+                      .topk = topk_of(topk_numerator, topk_denominator),
+                      .cover_start = cover_start};
+  const Sequences sequences = described(query_score.size(0), query_score.size(2), method, documents);
   Tensor mask = torch::stable::new_empty(query_score, query_score.sizes(), ScalarType::Byte);
   Tensor prefix = torch::stable::new_empty(query_score, query_score.sizes(), ScalarType::Int);
   device.run(SelectArgs{.query_score = query_data,
@@ -79,11 +88,12 @@ ConstView added_view(const Device& device, const char* argument, const std::opti
 
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor> gather(Tensor query, Tensor key, Tensor value, Tensor mask, Tensor prefix,
-                                          std::vector<int64_t> windows, int64_t length) {
+                                          std::vector<int64_t> windows, int64_t length,
+                                          std::optional<Tensor> documents) {
   const Device device(query);
   const View query_view = view_of("query", query), key_view = view_on(device, "key", key),
              value_view = view_on(device, "value", value);
-  const ConstSelection selection = checked_selection(device, mask, prefix, windows, length);
+  const ConstSelection selection = checked_selection(device, mask, prefix, windows, length, documents);
   Tensor query_sub = empty_in_order(resized(query, length), kHeadsFirst, query);
   Tensor key_sub = empty_in_order(resized(key, length), kHeadsFirst, key);
   Tensor value_sub = empty_in_order(resized(value, length), kHeadsFirst, value);
@@ -102,12 +112,13 @@ std::tuple<Tensor, Tensor, Tensor> gather_backward(Tensor grad_query_sub, Tensor
                                                    Tensor mask, Tensor prefix, std::vector<int64_t> windows,
                                                    std::vector<int64_t> query_order, std::vector<int64_t> key_order,
                                                    std::vector<int64_t> value_order, std::optional<Tensor> added_query,
-                                                   std::optional<Tensor> added_key, std::optional<Tensor> added_value) {
+                                                   std::optional<Tensor> added_key, std::optional<Tensor> added_value,
+                                                   std::optional<Tensor> documents) {
   const Device device(grad_query_sub);
   const View query_view = view_of("grad_query_sub", grad_query_sub),
              key_view = view_on(device, "grad_key_sub", grad_key_sub),
              value_view = view_on(device, "grad_value_sub", grad_value_sub);
-  const ConstSelection selection = checked_selection(device, mask, prefix, windows, query_view.tokens());
+  const ConstSelection selection = checked_selection(device, mask, prefix, windows, query_view.tokens(), documents);
   const auto empty = [&](const Tensor& sub, const char* argument, const std::vector<int64_t>& order) {
     return empty_in_order(resized(sub, mask.size(2)), order_of(argument, order), sub);
   };
@@ -128,11 +139,11 @@ std::tuple<Tensor, Tensor, Tensor> gather_backward(Tensor grad_query_sub, Tensor
 }
 
 template <class Device>
-Tensor scatter(Tensor output_sub, Tensor mask, Tensor prefix, std::vector<int64_t> windows,
-               std::optional<Tensor> added) {
+Tensor scatter(Tensor output_sub, Tensor mask, Tensor prefix, std::vector<int64_t> windows, std::optional<Tensor> added,
+               std::optional<Tensor> documents) {
   const Device device(output_sub);
   const View sub_view = view_of("output_sub", output_sub);
-  const ConstSelection selection = checked_selection(device, mask, prefix, windows, sub_view.tokens());
+  const ConstSelection selection = checked_selection(device, mask, prefix, windows, sub_view.tokens(), documents);
   Tensor output = empty_in_order(resized(output_sub, mask.size(2)), kTokensFirst, output_sub);
   device.run(ScatterArgs{.output_sub = sub_view,
                          .selection = selection,
@@ -143,10 +154,10 @@ Tensor scatter(Tensor output_sub, Tensor mask, Tensor prefix, std::vector<int64_
 
 template <class Device>
 Tensor scatter_backward(Tensor grad_output, Tensor mask, Tensor prefix, std::vector<int64_t> windows, int64_t length,
-                        std::vector<int64_t> order) {
+                        std::vector<int64_t> order, std::optional<Tensor> documents) {
   const Device device(grad_output);
   const View grad_view = view_of("grad_output", grad_output);
-  const ConstSelection selection = checked_selection(device, mask, prefix, windows, length);
+  const ConstSelection selection = checked_selection(device, mask, prefix, windows, length, documents);
   Tensor grad_output_sub = empty_in_order(resized(grad_output, length), order_of("order", order), grad_output);
   device.run(ScatterBackwardArgs{.grad_output = grad_view,
                                  .selection = selection,
@@ -193,6 +204,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> choose_and_gather(Tensor quer
   return {query_sub, key_sub, value_sub, mask, prefix};
 }
 
+// The table of documents, from `lengths` [documents, 3]: tokens, the row that it came in, whether it is padding.
+Tensor documents(Tensor lengths, std::vector<int64_t> windows, int64_t topk_numerator, int64_t topk_denominator) {
+  require(lengths.dim() == 2 && lengths.size(1) == 3 && lengths.scalar_type() == ScalarType::Long &&
+              lengths.is_contiguous(),
+          "lengths must be a contiguous int64 tensor [documents, 3]");
+  const auto* const numbers = static_cast<const int64_t*>(lengths.data_ptr());
+  std::vector<Documents::Length> all;
+  for (int64_t i = 0; i < lengths.size(0); ++i) {
+    all.push_back({.tokens = numbers[3 * i], .row = numbers[3 * i + 1], .padding = numbers[3 * i + 2] != 0});
+  }
+  // What is chosen does not depend on the local window; without any, a topk of 0 would be refused.
+  const Documents made(all, {.pyramid = Pyramid::from_windows(windows),
+                             .topk = topk_of(topk_numerator, topk_denominator),
+                             .local_window = 1});
+  return table_of(made, lengths);
+}
+
 template <class Device, class Library>
 void register_on(Library& library) {
   library.impl("score", TORCH_BOX(&score<Device>));
@@ -211,29 +239,34 @@ void register_on(Library& library) {
 // On a GPU mask, prefix and length are trusted: they must be of one choice.
 // `*_order`: a gradient's dimensions from the slowest in memory to the fastest.
 STABLE_TORCH_LIBRARY(lighthouse, library) {
+  library.def("documents(Tensor lengths, int[] windows, int topk_numerator, int topk_denominator) -> Tensor");
   library.def("score(Tensor query, Tensor key) -> (Tensor query_score, Tensor key_score)");
   library.def(
       "select(Tensor query_score, Tensor key_score, int[] windows, int topk_numerator, int topk_denominator, "
-      "bool cover_start) -> (Tensor mask, Tensor prefix)");
+      "bool cover_start, Tensor? documents=None) -> (Tensor mask, Tensor prefix)");
   library.def(
       "choose_and_gather(Tensor query, Tensor key, Tensor value, int[] windows, int topk_numerator, "
       "int topk_denominator, bool cover_start, SymInt length)"
       " -> (Tensor query_sub, Tensor key_sub, Tensor value_sub, Tensor mask, Tensor prefix)");
   library.def(
-      "gather(Tensor query, Tensor key, Tensor value, Tensor mask, Tensor prefix, int[] windows, SymInt length)"
+      "gather(Tensor query, Tensor key, Tensor value, Tensor mask, Tensor prefix, int[] windows, SymInt length, "
+      "Tensor? documents=None)"
       " -> (Tensor query_sub, Tensor key_sub, Tensor value_sub)");
   library.def(
       "gather_backward(Tensor grad_query_sub, Tensor grad_key_sub, Tensor grad_value_sub, Tensor mask, Tensor prefix, "
       "int[] windows, int[] query_order, int[] key_order, int[] value_order, Tensor? added_query=None, "
-      "Tensor? added_key=None, Tensor? added_value=None)"
+      "Tensor? added_key=None, Tensor? added_value=None, Tensor? documents=None)"
       " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
-  library.def("scatter(Tensor output_sub, Tensor mask, Tensor prefix, int[] windows, Tensor? added=None) -> Tensor");
   library.def(
-      "scatter_backward(Tensor grad_output, Tensor mask, Tensor prefix, int[] windows, SymInt length, int[] order)"
-      " -> Tensor");
+      "scatter(Tensor output_sub, Tensor mask, Tensor prefix, int[] windows, Tensor? added=None, "
+      "Tensor? documents=None) -> Tensor");
+  library.def(
+      "scatter_backward(Tensor grad_output, Tensor mask, Tensor prefix, int[] windows, SymInt length, int[] order, "
+      "Tensor? documents=None) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lighthouse, CPU, library) {
+  library.impl("documents", TORCH_BOX(&lighthouse::bindings::documents));
   lighthouse::bindings::register_on<lighthouse::bindings::Cpu>(library);
 }
 

@@ -81,6 +81,44 @@ inline ConstSelection selection_of(const Tensor& mask, const Tensor& prefix, con
           data_of<int32_t>("prefix", prefix, ScalarType::Int, "int32")};
 }
 
+// A table of documents as a tensor on the host, a row each; row 0 says what it was made for.
+inline constexpr int64_t kTableColumns = sizeof(Document) / sizeof(int64_t);
+static_assert(sizeof(Document) % sizeof(int64_t) == 0 && std::is_trivially_copyable_v<Document> &&
+              kTableColumns >= kMaxLevels + 1);
+
+inline std::array<int64_t, kTableColumns> table_head(const Pyramid& pyramid) {
+  std::array<int64_t, kTableColumns> head{pyramid.levels};
+  std::copy(pyramid.windows.begin(), pyramid.windows.end(), head.begin() + 1);
+  return head;
+}
+
+inline Tensor table_of(const Documents& made, const Tensor& like) {
+  const Sequences& all = made.sequences();
+  Tensor table = torch::stable::new_empty(like, std::array{all.count() + 1, kTableColumns});
+  auto* const rows = static_cast<int64_t*>(table.data_ptr());
+  const auto head = table_head(all.method.pyramid);
+  std::copy(head.begin(), head.end(), rows);
+  std::memcpy(rows + kTableColumns, all.documents, static_cast<size_t>(all.count()) * sizeof(Document));
+  return table;
+}
+
+// What `like` says, of documents. Their numbers are trusted: they must be of the operator that makes a table.
+inline Sequences sequences_of(const Tensor& table, const Sequences& like) {
+  require(table.is_cpu() && table.scalar_type() == ScalarType::Long && table.dim() == 2 && table.is_contiguous() &&
+              table.size(0) >= 2 && table.size(1) == kTableColumns,
+          "documents must be a table that torch.ops.lighthouse.documents made, on the CPU");
+  const auto* const rows = static_cast<const int64_t*>(table.data_ptr());
+  const auto head = table_head(like.method.pyramid);
+  require(std::equal(head.begin(), head.end(), rows), "documents were described for other windows");
+  const auto* const first = reinterpret_cast<const Document*>(rows + kTableColumns);
+  Sequences all = Sequences::of_table({first, static_cast<size_t>(table.size(0) - 1)}, like.method);
+  require(all.rows == like.rows && all.tokens == like.tokens, "documents have ", all.tokens, " tokens in ", all.rows,
+          " row, the tensors ", like.tokens, " in ", like.rows);
+  require(like.entries == 0 || all.entries == like.entries, "documents have ", all.entries,
+          " entries, the sub-sequence ", like.entries);
+  return all;
+}
+
 // The operators' two numbers: parents per level, or over a denominator a share of the tokens.
 inline TopK topk_of(int64_t numerator, int64_t denominator) {
   return denominator == 0 ? TopK::count(numerator) : TopK::share(numerator, denominator);

@@ -8,6 +8,7 @@ from functools import partial
 from torch import Tensor
 
 from lighthouse.core import fused
+from lighthouse.core.documents import attend_by_document, lengths_of
 from lighthouse.core.inner import InnerAttention, causal_sdpa, stock_kernel
 from lighthouse.core.inputs import (
     check_inner_output,
@@ -33,12 +34,16 @@ def sub_sequence_attention(
     scores: tuple[Tensor, Tensor] | None = None,
     dropout_p: float = 0.0,
     inner: InnerAttention | None = None,
+    cu_seqlens: Tensor | Sequence[int] | None = None,
 ) -> Tensor:
     """`attention` by a method whose settings were checked."""
     query, key, value = check_qkv(query, key, value)
     scores = check_scores(scores, key)
     check_options(scale, dropout_p, inner, method.local_window)
     check_not_sharded()
+    if cu_seqlens is not None:
+        sequences = Sequences.of_documents(method, lengths_of(cu_seqlens, query))
+        return _of_documents(query, key, value, sequences, scale, scores, dropout_p, inner)
     say_if_local_window_covers_all(method.local_window, query.shape[2])
 
     sequences = Sequences(method, query.shape[0], query.shape[2])
@@ -63,6 +68,28 @@ def sub_sequence_attention(
     return scatter(check_inner_output(output_sub, subs[0]), selection, added)
 
 
+def _of_documents(query, key, value, sequences: Sequences, scale, scores, dropout_p, inner) -> Tensor:
+    """The same of documents in one row."""
+    if query.is_cuda:
+        raise NotImplementedError(
+            "cu_seqlens on a GPU is not there yet: call lighthouse.attention once for each document, or use the CPU"
+        )
+    attend = partial(inner or causal_sdpa, scale=scale, dropout_p=dropout_p)
+
+    def checked(*inputs, **options):
+        return check_inner_output(attend(*inputs, **options), inputs[0])
+
+    method, added = sequences.method, None
+    if method.local_window:
+        local = partial(checked, window=method.local_window)
+        added = tokens_first(attend_by_document(local, query, key, value, sequences.of_tokens))
+        if not method.chooses:
+            return added
+    selection = choose(query, key, sequences, scores)
+    subs = gather(query, key, value, selection)
+    return scatter(attend_by_document(checked, *subs, sequences.of_entries), selection, added)
+
+
 def attention(
     query: Tensor,
     key: Tensor,
@@ -76,6 +103,7 @@ def attention(
     inner: InnerAttention | None = None,
     cover_start: bool = True,
     local_window: int = 0,
+    cu_seqlens: Tensor | Sequence[int] | None = None,
 ) -> Tensor:
     """Lighthouse attention: causal attention of a chosen sub-sequence, written back to all tokens (METHOD).
 
@@ -100,6 +128,10 @@ def attention(
         cover_start: give the first tokens an output whatever their scores.
         local_window: exact causal attention to the last so many tokens, each token itself among them, is added to the
             output (METHOD 5a); 0 is the published method. PyTorch's kernels compute it.
+        cu_seqlens: boundaries of documents that lie one behind the other in one row (a batch of 1): 0, where each but
+            the first begins, and N; a list, a tuple, or an int32 or int64 tensor. Each document is attended to by
+            itself, with the bits that it has alone (METHOD 7a). Equal boundaries are documents of no tokens. On a CPU
+            so far.
 
     Returns:
         `[B, Hq, N, D]`; its `.transpose(1, 2)` is contiguous.
@@ -118,4 +150,5 @@ def attention(
         scores=scores,
         dropout_p=dropout_p,
         inner=inner,
+        cu_seqlens=cu_seqlens,
     )

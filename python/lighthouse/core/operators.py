@@ -52,7 +52,7 @@ def _(query, key):
 
 
 @torch.library.register_fake("lighthouse::select")
-def _(query_score, key_score, windows, topk_numerator, topk_denominator, cover_start):
+def _(query_score, key_score, windows, topk_numerator, topk_denominator, cover_start, documents=None):
     return query_score.new_empty(query_score.shape, dtype=torch.uint8), query_score.new_empty(
         query_score.shape, dtype=torch.int32
     )
@@ -65,7 +65,7 @@ def _(query, key, value, windows, topk_numerator, topk_denominator, cover_start,
 
 
 @torch.library.register_fake("lighthouse::gather")
-def _(query, key, value, mask, prefix, windows, length):
+def _(query, key, value, mask, prefix, windows, length, documents=None):
     return tuple(empty(tensor, length, HEADS_FIRST) for tensor in (query, key, value))
 
 
@@ -83,6 +83,7 @@ def _(
     added_query=None,
     added_key=None,
     added_value=None,
+    documents=None,
 ):
     tokens = mask.shape[2]
     return (
@@ -93,12 +94,12 @@ def _(
 
 
 @torch.library.register_fake("lighthouse::scatter")
-def _(output_sub, mask, prefix, windows, added=None):
+def _(output_sub, mask, prefix, windows, added=None, documents=None):
     return empty(output_sub, mask.shape[2], TOKENS_FIRST)
 
 
 @torch.library.register_fake("lighthouse::scatter_backward")
-def _(grad_output, mask, prefix, windows, length, order):
+def _(grad_output, mask, prefix, windows, length, order, documents=None):
     return empty(grad_output, length, order)
 
 
@@ -116,59 +117,64 @@ def _no_gradient(ctx, inputs, output):
 
 
 def _gather_setup(ctx, inputs, output):
-    query, key, value, mask, prefix, ctx.windows, _ = inputs
+    query, key, value, mask, prefix, ctx.windows, _, ctx.documents = inputs
     ctx.save_for_backward(mask, prefix)
     ctx.orders = [memory_order(tensor) for tensor in (query, key, value)]
 
 
 def _choose_setup(ctx, inputs, output):
+    ctx.documents = None
     ctx.windows, ctx.orders = inputs[3], [memory_order(tensor) for tensor in inputs[:3]]
     ctx.save_for_backward(*output[3:])
     ctx.mark_non_differentiable(*output[3:])
 
 
 def _choose_backward(ctx, *grads):
-    return *_gather_backward(ctx, *grads[:3]), None
+    return *_gather_backward(ctx, *grads[:3])[:7], None
 
 
 def _gather_backward(ctx, *grads):
     dense = [with_unit_stride(grad) for grad in grads]
-    grads = in_backward(_OPERATORS.gather_backward, *dense, *ctx.saved_tensors, ctx.windows, *ctx.orders)
-    return *grads, None, None, None, None
+    nothing = None, None, None  # added
+    grads = in_backward(
+        _OPERATORS.gather_backward, *dense, *ctx.saved_tensors, ctx.windows, *ctx.orders, *nothing, ctx.documents
+    )
+    return *grads, *[None] * 5
 
 
 def _gather_backward_setup(ctx, inputs, output):
     query_sub, _, _, mask, prefix, ctx.windows, *_ = inputs
     ctx.save_for_backward(mask, prefix)
-    ctx.length, ctx.adds = query_sub.shape[2], inputs[-1] is not None
+    ctx.length, ctx.adds, ctx.documents = query_sub.shape[2], inputs[-2] is not None, inputs[-1]
 
 
 def _gather_backward_backward(ctx, *grads):
     dense = [with_unit_stride(grad) for grad in grads]
     added = grads if ctx.adds else [None] * 3
-    return *_OPERATORS.gather(*dense, *ctx.saved_tensors, ctx.windows, ctx.length), *[None] * 6, *added
+    again = _OPERATORS.gather(*dense, *ctx.saved_tensors, ctx.windows, ctx.length, ctx.documents)
+    return *again, *[None] * 6, *added, None
 
 
 def _scatter_setup(ctx, inputs, output):
-    output_sub, mask, prefix, ctx.windows, added = inputs
+    output_sub, mask, prefix, ctx.windows, added, ctx.documents = inputs
     ctx.save_for_backward(mask, prefix)
     ctx.length, ctx.order, ctx.adds = output_sub.shape[2], memory_order(output_sub), added is not None
 
 
 def _scatter_backward(ctx, grad):
-    grad_sub = in_backward(
-        _OPERATORS.scatter_backward, with_unit_stride(grad), *ctx.saved_tensors, ctx.windows, ctx.length, ctx.order
-    )
-    return grad_sub, None, None, None, grad if ctx.adds else None
+    choice = *ctx.saved_tensors, ctx.windows, ctx.length, ctx.order, ctx.documents
+    grad_sub = in_backward(_OPERATORS.scatter_backward, with_unit_stride(grad), *choice)
+    return grad_sub, None, None, None, grad if ctx.adds else None, None
 
 
 def _scatter_backward_setup(ctx, inputs, output):
-    _, mask, prefix, ctx.windows, *_ = inputs
+    _, mask, prefix, ctx.windows, _, _, ctx.documents = inputs
     ctx.save_for_backward(mask, prefix)
 
 
 def _scatter_backward_backward(ctx, grad):
-    return _OPERATORS.scatter(with_unit_stride(grad), *ctx.saved_tensors, ctx.windows), *[None] * 5
+    again = _OPERATORS.scatter(with_unit_stride(grad), *ctx.saved_tensors, ctx.windows, None, ctx.documents)
+    return again, *[None] * 6
 
 
 def _local_setup(ctx, inputs, output):
@@ -213,7 +219,7 @@ class _ReverseMode(torch.library.Library):
 
 REVERSE_MODE = _ReverseMode("lighthouse", "FRAGMENT")
 
-for _name, _inputs in (("score", 2), ("select", 6)):
+for _name, _inputs in (("score", 2), ("select", 7)):
     torch.library.register_autograd(
         f"lighthouse::{_name}", lambda ctx, *_, count=_inputs: (None,) * count, setup_context=_no_gradient
     )
@@ -353,13 +359,15 @@ def choose(query: Tensor, key: Tensor, sequences: Sequences, scores: tuple[Tenso
     if scores is None:
         scores = without_gradient(_OPERATORS.score, query.detach(), key.detach())
     method = sequences.method
-    mask, prefix = without_gradient(_OPERATORS.select, *scores, method.windows, *method.topk, method.cover_start)
+    settings = method.windows, *method.topk, method.cover_start, sequences.table
+    mask, prefix = without_gradient(_OPERATORS.select, *scores, *settings)
     return Selection(mask, prefix, sequences)
 
 
 def gather(query: Tensor, key: Tensor, value: Tensor, selection: Selection) -> tuple[Tensor, Tensor, Tensor]:
     """`torch.ops.lighthouse.gather` with its gradient."""
-    inputs = query, key, value, selection.mask, selection.prefix, selection.windows, selection.length
+    choice = selection.mask, selection.prefix, selection.windows, selection.length, selection.sequences.table
+    inputs = query, key, value, *choice
     refuse_forward_mode(inputs)
     return _OPERATORS.gather(*inputs) if traced() else _Gather.apply(*inputs)
 
@@ -377,7 +385,7 @@ def scatter(output_sub: Tensor, selection: Selection, added: Tensor | None = Non
     Compiled code recomputes the output in the backward. The next matmul would otherwise save it, one full-length tensor
     per layer, although it follows from the sub-sequence's output, which attention saves anyway.
     """
-    inputs = output_sub, selection.mask, selection.prefix, selection.windows, added
+    inputs = output_sub, selection.mask, selection.prefix, selection.windows, added, selection.sequences.table
     refuse_forward_mode(inputs)
     if not traced():
         return _Scatter.apply(*inputs)
