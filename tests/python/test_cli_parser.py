@@ -68,6 +68,7 @@ PLACES = [
     ("a_file", "file", "x='.*file' is a file: a folder is needed"),
     ("below_a_file", "file/run", "x='.*run': '.*file' is not a folder; name another place"),
     ("where_nobody_may", "/proc/run/it", "x='/proc/run/it': '/proc' cannot be written to .*; name another place"),
+    ("a_name_of_an_old_archive", os.fsdecode(b"r\xfcn"), "x=.*: safetensors reads only names in UTF-8; name another"),
     ("too_long_a_name", "a" * 300, "x='.*aaa': .* cannot be written to .File name too long.; name another place"),
 ]
 

@@ -76,7 +76,7 @@ class Corpus:
         """Training tokens of files; an estimate, unless bytes are the tokens and no file is compressed."""
         train = [file for n, file in enumerate(self.source.files) if n not in self.held_out.documents]
         if self._exact:
-            return sum(file.size + 1 for file in train)
+            return sum(file.bytes + 1 for file in train)
         return int(sum(file.bytes for file in train) * self.held_out.tokens_per_byte) + len(train)
 
     @property
@@ -158,8 +158,12 @@ class Corpus:
         documents, rows = len(held.documents), len(held.rows)
         about = "" if self.encoder.is_bytes else "about "
         asked = f" ({self.most_held_out} were asked for, but at most a tenth of the text is held out)"
+        which = f"{documents:,} {what}{'s' if documents > 1 else ''}"
+        if self.source.kind == "files" and any(self.source.files[number].part for number in held.documents):
+            [number] = held.documents
+            which = f"{self.source.name(number)} (no whole file can be held out)"
         return (
-            f"{documents:,} {what}{'s' if documents > 1 else ''} of {about}{self.held_out_tokens:,} tokens held out, "
+            f"{which} of {about}{self.held_out_tokens:,} tokens held out, "
             f"{rows} x {self.context:,} tokens of them evaluated{asked if rows < self.most_held_out else ''}"
         )
 
@@ -176,8 +180,8 @@ class Corpus:
         about = "" if self._exact else "about "
         files = len(source) - len(self.held_out.documents)
         return (
-            f"{shown(source.title)}: {files:,} files of {about}{self.train_tokens:,} tokens to train on"
-            f"{', in the order of their paths' if source.by_path else ''}{', streamed' if self.streamed else ''}, "
+            f"{shown(source.title)}: {files:,} file{'' if files == 1 else 's'} of {about}{self.train_tokens:,} tokens to "
+            f"train on{', in the order of their paths' if source.by_path else ''}{', streamed' if self.streamed else ''}, "
             f"{self._held_out_said}{self.but_for}"
         ) + self._notes
 

@@ -15,7 +15,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -46,7 +46,7 @@ BROKEN = "that cannot be decompressed"
 
 @dataclass(frozen=True)
 class TextFile:
-    """A file whose first 64 KiB are UTF-8 text."""
+    """A file whose first 64 KiB are UTF-8 text, or a part of one: two parts have no byte in common."""
 
     path: str
     real: str  # path without links
@@ -55,6 +55,7 @@ class TextFile:
     changed: int  # the same, of its state too: nobody can set it back
     sample: str  # hash of the first 64 KiB of text and of blocks from all over the file
     named: bool = False  # by the user, and not found in a folder or by a pattern
+    part: tuple[int, int] | None = None  # of its text, decompressed: the first byte, and the first behind it
 
     @property
     def compressed(self) -> bool:
@@ -62,7 +63,9 @@ class TextFile:
 
     @property
     def bytes(self) -> int:
-        """Of text; of a compressed file about."""
+        """Of text; of a whole compressed file about."""
+        if self.part is not None:
+            return self.part[1] - self.part[0]
         return self.size * (COMPRESSED_TO if self.compressed else 1)
 
 
@@ -86,12 +89,12 @@ class Files:
     @property
     def key(self) -> str:
         """Identifies the files' content, as far as their state shows."""
-        return repr([(file.real, file.size, file.modified, file.changed, file.sample) for file in self.files])
+        return repr([(file.real, file.size, file.modified, file.changed, *_sample(file)) for file in self.files])
 
     @property
     def fingerprint(self) -> str:
         """The same for files of any name and place: it depends on their order, sizes and samples."""
-        return repr([(file.size, file.sample) for file in self.files]) + (" by path" if self.by_path else "")
+        return repr([(file.size, *_sample(file)) for file in self.files]) + (" by path" if self.by_path else "")
 
     def __len__(self) -> int:
         return len(self.files)
@@ -102,7 +105,30 @@ class Files:
         return sum(file.bytes for file in self.files)
 
     def name(self, number: int) -> str:
-        return shown(self.files[number].path)
+        file = self.files[number]
+        return f"the end of {shown(file.path)}" if file.part and file.part[0] else shown(file.path)
+
+    def length(self, number: int) -> int:
+        """Bytes of a file's text. A compressed one is read for it."""
+        file = self.files[number]
+        return sum(map(len, _blocks(file))) if file.compressed else file.bytes
+
+    def seam(self, number: int, at: int, before: int) -> tuple[int, int]:
+        """Where a file's text can be parted, at byte `at` or less before: at a line's start, and between characters.
+
+        A line is looked for in the `before` bytes before; where none starts, the two are the same.
+        """
+        low = max(0, at - max(before, 4))
+        text = b"".join(_blocks(replace(self.files[number], part=(low, at + 1))))[: at + 1 - low]
+        line, character = low + text.rfind(b"\n", 0, at - low) + 1, at
+        while character > low and text[character - low] & 0xC0 == 0x80:
+            character -= 1
+        return (line if line > low else character), character
+
+    def parted(self, number: int, at: int, length: int) -> Files:
+        """The same, with one file as two: its first `at` bytes of text keep the number, the rest has the next."""
+        first, rest = (replace(self.files[number], part=part) for part in ((0, at), (at, length)))
+        return replace(self, files=(*self.files[:number], first, rest, *self.files[number + 1 :]))
 
     def sizes(self, run: int) -> Iterator[tuple[int, int]]:
         """Candidates to hold out, in random order: number and size in bytes. By path, runs of `run` bytes."""
@@ -182,6 +208,10 @@ def open_files(data: list[str] | None, seed: int, order: str = ORDERS[0]) -> Fil
         return Files(title, tuple(sorted(files, key=_place)), seed, left_out, by_path=True)
     shuffled = np.random.default_rng([seed]).permutation(len(files))
     return Files(title, tuple(files[number] for number in shuffled), seed, left_out)
+
+
+def _sample(file: TextFile) -> tuple:
+    return (file.sample,) if file.part is None else (file.sample, file.part)
 
 
 def _place(file: TextFile) -> tuple[list[str], str]:
@@ -276,6 +306,12 @@ class _open:
     def __exit__(self, *_):
         self.stream.close()
 
+    def skip(self, size: int) -> None:
+        if _compression(self.path) is None:
+            self.stream.seek(size)
+        while _compression(self.path) and size > 0 and (block := self.read(min(documents.PIECE, size))):
+            size -= len(block)
+
     def read(self, size: int) -> bytes:
         try:
             return self.stream.read(size)
@@ -289,7 +325,11 @@ class _open:
 def _blocks(file: TextFile) -> Iterator[bytes]:
     try:
         with _open(file.path) as stream:
-            while block := stream.read(documents.PIECE):
+            start, stop = file.part or (0, None)
+            stream.skip(start)
+            left = math.inf if stop is None else stop - start
+            while left > 0 and (block := stream.read(int(min(documents.PIECE, left)))):
+                left -= len(block)
                 yield block
     except (NotText, OSError):
         _check_unchanged(file)
@@ -305,7 +345,7 @@ def _check_unchanged(file: TextFile) -> None:
 
 
 def _checked(file: TextFile) -> Iterator[bytes]:
-    offset = 0
+    offset = file.part[0] if file.part else 0
     for piece in pieces_of(_blocks(file)):
         try:
             _check(file.path, piece, offset, end=True)

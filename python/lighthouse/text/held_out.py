@@ -1,7 +1,8 @@
 """Which documents are held out, and their rows.
 
 Whole documents are, so that no part of one is trained on: random ones of files and loaded datasets, random runs of
-neighbours of files in the order of their paths, the first of a stream. They are recognized by their content, not by
+neighbours of files in the order of their paths, the first of a stream. Where no whole file can be, as of a single one,
+it is the end of the largest, which is then a document of its own. They are recognized by their content, not by
 their names: no copy of one is trained on either.
 
 The trap: one document may be most of the text. Shares are of bytes and never of documents, and what a compressed file
@@ -89,8 +90,10 @@ def hold_out(corpus) -> HeldOut:
                 "is left to train on: leave out stream, or lower held_out"
             )
     if tokens < context:
-        if source.kind == "files" and read > 0:
-            corpus.check_enough(int(total * tokens / read), "about ")
+        if source.kind == "files":
+            if read > 0:
+                corpus.check_enough(int(total * tokens / read), "about ")
+            return _hold_out_an_end(corpus)
         raise ValueError(_nothing_to_hold_out(corpus, tokens))
     ids = np.concatenate(found)
     rows = ids[: tokens // context * context].reshape(-1, context)[: corpus.most_held_out]
@@ -98,13 +101,43 @@ def hold_out(corpus) -> HeldOut:
     return HeldOut(chosen, rows, spent, tokens / read, unknown)
 
 
+def _hold_out_an_end(corpus) -> HeldOut:
+    """The end of the largest file, where no whole one can be held out; the corpus has it as a document of its own.
+
+    As long as whole documents would be. Raises `ValueError` if it holds no context, or too little is left.
+    """
+    source, context, encoder = corpus.source, corpus.context, corpus.encoder
+    number = max(range(len(source)), key=lambda number: source.files[number].bytes)
+    length = source.length(number)
+    total = source.total_bytes - source.files[number].bytes + length
+    wanted, of_a_token = corpus.most_held_out * context, 1 if encoder.is_bytes else BYTES_PER_TOKEN
+    tenth, half = int(MOST * total), min(int(MOST_AT_ALL * total), length - 1)
+    size = min(wanted * of_a_token, max(tenth, context * of_a_token), half)
+    while True:
+        line, character = source.seam(number, length - size, size // 8)
+        parted = source.parted(number, line if length - line <= half else character, length)
+        digest = TextDigest()
+        found = [ids for _, _, ids in tokens_of(iter([(number + 1, digest.reading(parted.one(number + 1)))]), encoder)]
+        tokens = sum(map(len, found))
+        if tokens >= wanted or size >= half or (tokens >= context and size >= tenth):
+            break
+        size = min(2 * size, half if tokens < context else tenth)
+    corpus.check_enough(int(total * tokens / digest.bytes) + 1, "" if encoder.is_bytes else "about ")
+    if tokens < context:
+        raise ValueError(_nothing_to_hold_out(corpus, tokens))
+    ids = np.concatenate(found)
+    rows = ids[: tokens // context * context].reshape(-1, context)[: corpus.most_held_out]
+    unknown = 0.0 if encoder.unknown is None else float((ids == encoder.unknown).mean())
+    corpus.source = parted
+    return HeldOut({number + 1: digest.digest()}, rows, digest.bytes, tokens / digest.bytes, unknown)
+
+
 def _nothing_to_hold_out(corpus, tokens: int) -> str:
     if corpus.source.kind == "files":
-        largest = max(file.bytes for file in corpus.source.files)
         return (
-            f"{corpus.name}: whole files are held out, but no choice of its {len(corpus.source)} files holds out a "
-            f"context of {corpus.context:,} tokens and leaves half of the text to train on: split the largest, "
-            f"of {largest:,} bytes{corpus.but_for}"
+            f"{corpus.name}: neither a choice of its {len(corpus.source)} files nor the end of the largest holds out a "
+            f"context of {corpus.context:,} tokens and leaves half of the text to train on: use a shorter context, or "
+            f"more text{corpus.but_for}"
         )
     return (
         f"{corpus.name}: whole documents are held out, but no choice of them holds out a context of {corpus.context:,} "

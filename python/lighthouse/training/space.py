@@ -23,6 +23,12 @@ def check_writable(name: str, folder: str | Path) -> None:
 
     By trying it, and leaving nothing behind: what the mode says is not all, as of a file system mounted read-only.
     """
+    try:
+        os.fspath(folder).encode()
+    except UnicodeEncodeError:
+        raise OSError(
+            f"{name}={os.fspath(folder)!r}: safetensors reads only names in UTF-8; name another place"
+        ) from None
     if os.path.isfile(folder):  # not pathlib's, which raises for a name that is too long
         raise FileExistsError(f"{name}={str(folder)!r} is a file: a folder is needed")
     above = Path(folder).absolute()
