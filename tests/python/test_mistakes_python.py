@@ -271,6 +271,11 @@ MISTAKES = {
         ValueError,
         "the Trainer's Container has 2 wrapped models in it, and the switch is for one",
     ),
+    "a callback that was not made": (
+        trained(wrapped, callbacks=[LighthouseCallback]),
+        ValueError,
+        "nothing given: exactly one of switch_share, switch_step, switch_tokens is needed",
+    ),
     "two switches": (
         lambda _: LighthouseCallback(switch_share=0.5, switch_step=3),
         ValueError,

@@ -81,6 +81,18 @@ def test_metrics_and_predictions_of_a_trainer_have_logits(tmp_path):
     assert loss == pytest.approx(trainer(model, tmp_path, evaluated=rows()).evaluate()["eval_loss"], rel=1e-5)
 
 
+@pytest.mark.slow  # compiles for training and for evaluating
+def test_metrics_of_compiled_code_have_logits(tmp_path):
+    model = wrapped(config={"num_hidden_layers": 1})
+    compiled = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+    run = trainer(
+        model, tmp_path, evaluated=rows(), metrics=lambda found: {"shape": found.predictions.shape}, **compiled
+    )
+    run.train()
+    assert run.evaluate()["eval_shape"] == (4, TOKENS, VOCABULARY)
+    assert run.predict(rows()).predictions.shape == (4, TOKENS, VOCABULARY)
+
+
 def test_an_evaluation_for_the_loss_alone_holds_no_logits(tmp_path):
     class Spied(Trainer):
         def compute_loss(self, *args, **kwargs):
@@ -148,6 +160,14 @@ def test_a_normal_run_says_nothing(tmp_path, said):
 def test_a_checkpoint_is_spoken_of_where_nothing_switches(tmp_path, said):
     trainer(wrapped(), tmp_path, save_strategy="steps", save_steps=1).train()
     assert len(said) == 1 and "the plain model is saved and Lighthouse is still on" in said[0]
+
+
+def test_a_model_can_be_wrapped_after_the_trainer_was_made(tmp_path):
+    model, spy = plain(), Spy()
+    run = trainer(model, tmp_path, callbacks=[LighthouseCallback(switch_step=1)])
+    LighthouseWrapper(model, **SETTINGS, inner=spy)
+    run.train()
+    assert spy.calls == LIGHTHOUSE_LAYERS and not model.lighthouse_enabled
 
 
 def test_the_callback_finds_the_model_inside_of_another(tmp_path):
