@@ -80,9 +80,14 @@ def _of_documents(query, key, value, sequences: Sequences, scale, scores, dropou
         return check_inner_output(attend(*inputs, **options), inputs[0])
 
     method, added = sequences.method, None
+    if inner is None and method.chooses:
+        local = Local.of(query, method.local_window, scale, dropout_p)
+        output = fused.attend(query, key, value, sequences, scores, stock_kernel(query, key, dropout_p), local)
+        if output is not None:
+            return output
     if method.local_window:
-        local = partial(checked, window=method.local_window)
-        added = tokens_first(attend_by_document(local, query, key, value, sequences.of_tokens))
+        within = partial(checked, window=method.local_window)
+        added = tokens_first(attend_by_document(within, query, key, value, sequences.of_tokens))
         if not method.chooses:
             return added
     selection = choose(query, key, sequences, scores)

@@ -55,24 +55,74 @@ def attend_by_document(
 
     Query `[1, Hq, T, D]`, key and value `[1, Hkv, T, D]`; the output is like the query.
     """
-    by_length: dict[int, list[int]] = {}
-    for index, (first, end) in enumerate(stretches):
-        if end > first:
-            by_length.setdefault(end - first, []).append(index)
-    outputs: list[Tensor | None] = [None] * len(stretches)
-    for length, which in by_length.items():
-        firsts = [stretches[index][0] for index in which]
-        rows = ([tensor[0, :, first : first + length] for first in firsts] for tensor in (query, key, value))
-        output = attend(*(torch.stack(parts) for parts in rows), layout=SubSequences(len(which), length))
-        for index, own in zip(which, output.unbind(0), strict=True):
-            outputs[index] = own
+    outputs: dict[int, Tensor] = {}
+    for length, firsts in _by_length(stretches).items():
+        rows = (_stacked(tensor, firsts, length) for tensor in (query, key, value))
+        output = attend(*rows, layout=SubSequences(len(firsts), length))
+        outputs |= zip(firsts, output.unbind(0), strict=True)
     parts, at = [], 0
-    for (first, end), part in zip(stretches, outputs, strict=True):
+    for first in sorted(outputs):
         if first > at:
             parts.append(query.new_zeros(query.shape[1], first - at, query.shape[3]))
-        if part is not None:
-            parts.append(part)
-        at = end
+        parts.append(outputs[first])
+        at = first + outputs[first].shape[1]
     if at < query.shape[2]:
         parts.append(query.new_zeros(query.shape[1], query.shape[2] - at, query.shape[3]))
     return torch.cat(parts, dim=1)[None]
+
+
+# Without autograd, for PyTorch's kernels.
+
+
+def _by_length(stretches: Stretches) -> dict[int, list[int]]:
+    """The first row of each stretch, by their lengths; empty ones left out."""
+    firsts: dict[int, list[int]] = {}
+    for first, end in stretches:
+        if end > first:
+            firsts.setdefault(end - first, []).append(first)
+    return firsts
+
+
+def count_of_lengths(stretches: Stretches) -> int:
+    """How many calls `forward_by_length` makes."""
+    return len(_by_length(stretches))
+
+
+def _stacked(tensor: Tensor, firsts: list[int], length: int) -> Tensor:
+    return torch.stack([tensor[0, :, first : first + length] for first in firsts])
+
+
+def _zeros(like: Tensor) -> Tensor:
+    """Contiguous as `[1, T, H, D]`."""
+    return torch.zeros_like(like.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+
+
+def _put(target: Tensor, rows: Tensor, firsts: list[int], length: int) -> None:
+    for first, row in zip(firsts, rows, strict=True):
+        target[0, :, first : first + length] = row
+
+
+def forward_by_length(forward: Callable, query: Tensor, key: Tensor, value: Tensor, stretches: Stretches):
+    """`forward(query, key, value)` of the stretches of each length, as the rows of a batch.
+
+    Returns the output, zeros outside of all stretches, and behind it what `forward` returned behind its own, length by
+    length.
+    """
+    output, kept = _zeros(query), []
+    for length, firsts in _by_length(stretches).items():
+        rows, *rest = forward(*(_stacked(tensor, firsts, length) for tensor in (query, key, value)))
+        _put(output, rows, firsts, length)
+        kept += rest
+    return output, *kept
+
+
+def backward_by_length(backward: Callable, grad, query, key, value, output, kept, stretches: Stretches):
+    """Its gradients: `backward(grad, query, key, value, output, *kept)` of each length."""
+    sums = [_zeros(tensor) for tensor in (query, key, value)]
+    by_length = _by_length(stretches)
+    each = len(kept) // max(1, len(by_length))
+    for index, (length, firsts) in enumerate(by_length.items()):
+        inputs = (_stacked(tensor, firsts, length) for tensor in (grad, query, key, value, output))
+        for target, rows in zip(sums, backward(*inputs, *kept[index * each : (index + 1) * each]), strict=True):
+            _put(target, rows, firsts, length)
+    return tuple(sums)

@@ -15,11 +15,13 @@ from torch import Tensor
 
 from lighthouse.core import local
 from lighthouse.core import operators as its
+from lighthouse.core.documents import backward_by_length, count_of_lengths, forward_by_length
 from lighthouse.core.kernels import KERNELS, Saved
 from lighthouse.core.sequences import Sequences
 
 _OPERATORS = torch.ops.lighthouse
-_CHOOSE_AND_GATHER, _SELECT = _OPERATORS.choose_and_gather.default, _OPERATORS.select.default
+_CHOOSE_AND_GATHER = _OPERATORS.choose_and_gather.default
+_SCORE, _SELECT = _OPERATORS.score.default, _OPERATORS.select.default
 _GATHER, _GATHER_BACKWARD = _OPERATORS.gather.default, _OPERATORS.gather_backward.default
 _SCATTER, _SCATTER_BACKWARD = _OPERATORS.scatter.default, _OPERATORS.scatter_backward.default
 
@@ -33,31 +35,84 @@ class Stock(NamedTuple):
     dropout_p: float
     local_window: int
     local_kernel: str
+    documents: Sequences | None = None
 
     @property
     def local(self) -> local.Local:
         return local.Local(self.local_window, self.scale, self.dropout_p, self.local_kernel)
 
+    @property
+    def table(self) -> Tensor | None:
+        return None if self.documents is None else self.documents.table
+
+
+def _inner(subs, stock: Stock) -> tuple[Tensor, ...]:
+    """The sub-sequence's output, and what its gradient needs: three tensors, of documents three for each length."""
+
+    def forward(*rows):
+        output, saved = KERNELS[stock.kernel].forward(*rows, stock.scale, stock.dropout_p)
+        return output, *saved
+
+    if stock.documents is None:
+        return forward(*subs)
+    query, key, value = subs
+    return forward_by_length(forward, query, key, value, stock.documents.of_entries)
+
+
+def _inner_backward(grad, subs, output_sub, saved, stock: Stock) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(grad, *rows):
+        *inputs, logsumexp, seed, offset = rows
+        saved = Saved(logsumexp, seed, offset)
+        return KERNELS[stock.kernel].backward(grad, *inputs, saved, stock.scale, stock.dropout_p)
+
+    if stock.documents is None:
+        return backward(grad, *subs, output_sub, *saved)
+    query, key, value = subs
+    return backward_by_length(backward, grad, query, key, value, output_sub, saved, stock.documents.of_entries)
+
+
+def _local(query, key, value, stock: Stock, local_forward: Callable) -> tuple[Tensor, ...]:
+    """The same of a local window."""
+    if stock.documents is None:
+        return local_forward(query, key, value, *stock.local)
+
+    def forward(*rows):
+        return local_forward(*rows, *local.Local.of(rows[0], *stock.local[:3]))
+
+    return forward_by_length(forward, query, key, value, stock.documents.of_tokens)
+
+
+def _local_backward(grad, query, key, value, output, saved, stock: Stock) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(grad, query, key, value, output, *saved, of: local.Local | None = None):
+        of = of or local.Local.of(query, *stock.local[:3])
+        return local.backward(*(grad, query, key, value, output, *saved, *of))
+
+    if stock.documents is None:
+        return backward(grad, query, key, value, output, *saved, of=stock.local)
+    return backward_by_length(backward, grad, query, key, value, output, saved, stock.documents.of_tokens)
+
 
 def _attend(query, key, value, subs, mask, prefix, stock: Stock, local_forward: Callable) -> tuple[Tensor, ...]:
     """The output, the sub-sequence's, what its gradient needs, and what that of a window needs."""
-    output_sub, saved = KERNELS[stock.kernel].forward(*subs, stock.scale, stock.dropout_p)
-    added, local_saved = None, ()
+    output_sub, *saved = _inner(subs, stock)
+    added, local_saved = None, []
     if stock.local_window:
-        added, *local_saved = local_forward(query, key, value, *stock.local)
-    return _SCATTER(output_sub, mask, prefix, stock.windows, added), output_sub, *saved, *local_saved
+        added, *local_saved = _local(query, key, value, stock, local_forward)
+    output = _SCATTER(output_sub, mask, prefix, stock.windows, added, stock.table)
+    return output, output_sub, *saved, *local_saved
 
 
 def _choose_and_attend(query, key, value, scores, sequences: Sequences, stock: Stock) -> tuple[Tensor, list[Tensor]]:
     """The output, and what the gradient keeps."""
     method = sequences.method
-    if scores is None:
+    if scores is None and stock.documents is None:
         *subs, mask, prefix = _CHOOSE_AND_GATHER(
             *(query, key, value, method.windows, *method.topk, method.cover_start, sequences.length)
         )
     else:
-        mask, prefix = _SELECT(*scores, method.windows, *method.topk, method.cover_start)
-        subs = _GATHER(query, key, value, mask, prefix, method.windows, sequences.length)
+        scores = scores or _SCORE(query, key)
+        mask, prefix = _SELECT(*scores, method.windows, *method.topk, method.cover_start, stock.table)
+        subs = _GATHER(query, key, value, mask, prefix, method.windows, sequences.length, stock.table)
     output, *saved = _attend(query, key, value, subs, mask, prefix, stock, local.forward)
     return output, [mask, prefix, *saved, *((query, key, value, output) if stock.local_window else subs)]
 
@@ -67,27 +122,28 @@ def _backward(grad, kept: list[Tensor], orders, stock: Stock):
 
     Each tensor is let go of as soon as it is not needed: what is held at once adds to the step's peak.
     """
-    mask, prefix, output_sub, logsumexp, seed, offset, *rest = kept
+    mask, prefix, output_sub, *rest = kept
     kept.clear()
-    choice, length, added = (mask, prefix, stock.windows), output_sub.shape[2], ()
+    of_inner = 3 if stock.documents is None else 3 * count_of_lengths(stock.documents.of_entries)
+    saved, rest = rest[:of_inner], rest[of_inner:]
+    choice, length, table = (mask, prefix, stock.windows), output_sub.shape[2], stock.table
+    added: tuple[Tensor | None, ...] = (None, None, None)
     if stock.local_window:
-        *inputs, output = rest[3:]
+        *local_saved, query, key, value, output = rest
         # The window's own output.
-        rest[-1] = _SCATTER(output_sub.neg(), *choice, output)
+        rest[-1] = _SCATTER(output_sub.neg(), *choice, output, table)
         del output
-        added = local.backward(*(grad, *inputs, rest[-1], *rest[:3], *stock.local))
-        del rest
-        subs = _GATHER(*inputs, *choice, length)
-        del inputs
+        added = _local_backward(grad, query, key, value, rest[-1], local_saved, stock)
+        del rest, local_saved
+        subs = _GATHER(query, key, value, *choice, length, table)
+        del query, key, value
     else:
         subs, rest = rest, []
-    grad_sub = _SCATTER_BACKWARD(grad, *choice, length, its.memory_order(output_sub))
+    grad_sub = _SCATTER_BACKWARD(grad, *choice, length, its.memory_order(output_sub), table)
     del grad
-    grads = KERNELS[stock.kernel].backward(
-        *(grad_sub, *subs, output_sub, Saved(logsumexp, seed, offset), stock.scale, stock.dropout_p)
-    )
-    del grad_sub, subs, output_sub
-    return _GATHER_BACKWARD(*map(its.with_unit_stride, grads), *choice, *orders, *added)
+    grads = _inner_backward(grad_sub, subs, output_sub, saved, stock)
+    del grad_sub, subs, output_sub, saved
+    return _GATHER_BACKWARD(*map(its.with_unit_stride, grads), *choice, *orders, *added, table)
 
 
 class _Attention(torch.autograd.Function):
@@ -208,13 +264,16 @@ def attend(
     """
     if kernel is None or its.exporting() or sequences.length == 1:  # cuDNN takes no single row
         return None
-    stock = Stock(sequences.method.windows, kernel, window.scale, window.dropout_p, window.window, window.kernel)
+    documents = None if sequences.table is None else sequences
+    stock = Stock(
+        sequences.method.windows, kernel, window.scale, window.dropout_p, window.window, window.kernel, documents
+    )
     if not its.traced() and not torch._C._len_torch_dispatch_stack():
         its.refuse_forward_mode((query, key, value))
         return _Attention.apply(query, key, value, scores, sequences, stock)
-    if not window.window:
+    if not window.window or documents is not None:
         return None
     choice = its.choose(query, key, sequences, scores)
-    inputs = query, key, value, choice.mask, choice.prefix, stock.windows, choice.length, *stock[1:]
+    inputs = query, key, value, choice.mask, choice.prefix, stock.windows, choice.length, *stock[1:6]
     its.refuse_forward_mode(inputs)
     return _OPERATORS.attend.default(*inputs)[0]
