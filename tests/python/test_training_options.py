@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 from lighthouse.core.acting import acts, why_it_cannot_act
 from lighthouse.core.method import Method, plan
 from lighthouse.huggingface.processes import COUNTED_BY, strangers
+from lighthouse.training import TrainingOptions, prepare
 from lighthouse.training.checks import BY_ENVIRONMENT, check_followed
 from lighthouse.training.depends import FREE_BETWEEN_RUNS, FREE_ON_RESUME, OPTIONS, ROWS
 from lighthouse.training.model import new_config
@@ -267,3 +268,51 @@ def test_without_a_gpu_launched_processes_are_joined_on_the_cpu(tmp_path, monkey
     monkeypatch.setattr(TrainingArguments, "world_size", 2)
     monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
     assert training(tmp_path, use_cpu=False).use_cpu is False and asked == [True]
+
+
+OUT_OF_RANGE = [
+    ("learning_rate", -1.0, "learning_rate=-1.0: it must be at least 0 and finite"),
+    ("learning_rate", float("nan"), "learning_rate=nan: it must be at least 0 and finite"),
+    ("learning_rate", float("inf"), "learning_rate=inf: it must be at least 0 and finite"),
+    ("max_grad_norm", float("nan"), "max_grad_norm=nan: it must be at least 0"),
+    ("adam_beta2", 1.0, "adam_beta2=1.0: it must be at least 0 and below 1"),
+    ("label_smoothing_factor", 2.0, "label_smoothing_factor=2.0: it must be at least 0 and below 1"),
+    ("per_device_train_batch_size", 0, "per_device_train_batch_size=0: it must be at least 1 and finite"),
+    ("gradient_accumulation_steps", -2, "gradient_accumulation_steps=-2: it must be at least 1"),
+    ("save_steps", 0, "save_steps=0: it must be above 0"),
+    ("eval_steps", -1, "eval_steps=-1: it must be above 0"),
+    ("logging_steps", 0, "logging_steps=0: it must be above 0"),
+    ("warmup_steps", -1, "warmup_steps=-1: it must be at least 0"),
+    ("dataloader_num_workers", -1, "dataloader_num_workers=-1: it must be at least 0"),
+    ("neftune_noise_alpha", -1.0, "neftune_noise_alpha=-1.0: it must be at least 0"),
+    ("seed", -1, "seed=-1: it must be at least 0 and below 4294967296"),
+    ("output_dir", "", "output_dir='': the name of a folder is needed"),
+    ("torch_compile_backend", "nonsense", "torch_compile_backend='nonsense': one of .*inductor"),
+    ("deepspeed", "no.json", "deepspeed='no.json' does not exist; a JSON file, or the JSON itself"),
+    ("accelerator_config", "no.json", "accelerator_config='no.json' does not exist"),
+]
+
+
+@pytest.mark.parametrize("name, value, said", OUT_OF_RANGE, ids=[f"{o[0]}={o[1]}" for o in OUT_OF_RANGE])
+def test_what_the_trainer_would_fail_on_later_is_refused_at_once(name, value, said):
+    with pytest.raises((ValueError, FileNotFoundError), match=said):
+        TrainingOptions(**{"report_to": "none", name: value})
+
+
+@pytest.mark.parametrize("name, value", [("max_grad_norm", float("inf")), ("weight_decay", 0.0)])
+def test_what_is_unusual_and_right_is_taken(name, value):
+    assert getattr(TrainingOptions(**{"report_to": "none", name: value}), name) == value
+
+
+ARGUMENTS = [
+    ({"lr_scheduler_kwargs": {"num_cycles": "x"}}, "lr_scheduler_kwargs=.*could not convert string to float: 'x'"),
+    ({"optim_args": "fast"}, "optim_args='fast': pairs such as 'a=1,b=2' are needed"),
+    ({"torch_compile": True, "torch_compile_mode": "fast"}, "torch_compile_mode='fast': one of default, .* is needed"),
+]
+
+
+@pytest.mark.parametrize("changes, said", ARGUMENTS, ids=[next(iter(a[0])) for a in ARGUMENTS])
+def test_arguments_of_the_trainers_parts_are_tried_before_any_work(tmp_path, text, changes, said):
+    with pytest.raises(ValueError, match=said):
+        prepare(options(text), training(tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()

@@ -161,7 +161,7 @@ def of_class(name: str):
 
 REFUSED = [
     ("a_missing_folder", lambda folder: "./nowhere", OSError, "tokenizer='./nowhere' cannot be loaded"),
-    ("an_empty_folder", str, ValueError, "tokenizer=.* cannot be loaded: "),
+    ("an_empty_folder", str, ValueError, "tokenizer=.* is a folder without a tokenizer"),
     ("no_end_mark", without_end_mark, ValueError, "has no end token"),
     ("an_end_mark_that_is_a_word", save_whole_words, ValueError, "encodes '</s>' in a text as its special token 1"),
     ("no_vocabulary", of_class("LlamaTokenizer"), ValueError, "cannot encode text, with 3 tokens in all"),

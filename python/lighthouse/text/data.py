@@ -180,9 +180,9 @@ class Corpus:
         about = "" if self._exact else "about "
         files = len(source) - len(self.held_out.documents)
         return (
-            f"{shown(source.title)}: {files:,} file{'' if files == 1 else 's'} of {about}{self.train_tokens:,} tokens to "
-            f"train on{', in the order of their paths' if source.by_path else ''}{', streamed' if self.streamed else ''}, "
-            f"{self._held_out_said}{self.but_for}"
+            f"{shown(source.title)}: {files:,} file{'' if files == 1 else 's'} of {about}{self.train_tokens:,} tokens "
+            f"to train on{', in the order of their paths' if source.by_path else ''}"
+            f"{', streamed' if self.streamed else ''}, {self._held_out_said}{self.but_for}"
         ) + self._notes
 
     @property

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +23,9 @@ from lighthouse.text.documents import Documents
 SAMPLE = "The light of a house on the rock; 1234 ships see it.\n"
 # Its ids are part of a tokenizer's identity: another version of the tokenizers library may give different ones.
 SAMPLES = [SAMPLE, "  def f(x):\n\treturn x != 1.5e-3  # naïve\r\n", "Ελλάδα, Москва, 灯台の光 🌊 ﬁn\u00a0½\n"]
+FILES = re.compile(
+    r"^(tokenizer|vocab|merges|spiece|sentencepiece).*|\.model$"
+)  # by one of these it may be a tokenizer's
 BATCH = 2**22  # bytes tokenized at a time
 
 
@@ -44,6 +49,8 @@ def load_tokenizer(name: str | None) -> PreTrainedTokenizerBase:
     except OSError as error:
         raise OSError(f"tokenizer={name!r} cannot be loaded: {error}") from error
     except Exception as error:  # a missing package, which the message names; a file that is no tokenizer
+        if os.path.isdir(name) and not any(FILES.search(file) for file in os.listdir(name)):
+            raise ValueError(f"tokenizer={name!r} is a folder without a tokenizer (tokenizer.json)") from error
         raise ValueError(f"tokenizer={name!r} cannot be loaded: {str(error).strip()}") from error
     if tokenizer.eos_token_id is None:
         raise ValueError(

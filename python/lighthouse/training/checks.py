@@ -179,6 +179,8 @@ def _check_optimizer(training: TrainingOptions, config) -> None:
             for option, value in before.items():
                 setattr(training, option, value)
 
+    if training.optim_args and any("=" not in part for part in training.optim_args.split(",")):
+        raise ValueError(f"optim_args={training.optim_args!r}: pairs such as 'a=1,b=2' are needed")
     try:
         given = keywords()
     except (ImportError, RuntimeError, TypeError, ValueError) as error:
@@ -205,16 +207,24 @@ def _check_parts(training: TrainingOptions) -> None:
     with _named("report_to", training.report_to):
         for callback in get_reporting_integration_callbacks(training.report_to):
             callback()
+    if training.torch_compile and training.torch_compile_mode is not None:
+        from torch._inductor import list_mode_options  # takes a second
+
+        modes = list_mode_options()
+        if training.torch_compile_backend in (None, "inductor") and training.torch_compile_mode not in modes:
+            raise ValueError(f"torch_compile_mode={training.torch_compile_mode!r}: one of {', '.join(modes)} is needed")
     with _named("lr_scheduler_kwargs", training.lr_scheduler_kwargs):
         optimizer = torch.optim.SGD([torch.zeros(1)], lr=training.learning_rate)
         steps = {"num_warmup_steps": training.get_warmup_steps(training.max_steps)}
-        get_scheduler(
+        schedule = get_scheduler(
             training.lr_scheduler_type,
             optimizer,
             **steps,
             num_training_steps=training.max_steps,
             scheduler_specific_kwargs=cast(dict | None, training.lr_scheduler_kwargs),  # which the Trainer has read
         )
+        for rate in getattr(schedule, "lr_lambdas", ()):
+            rate(training.max_steps - 1)  # what it does with its arguments after the warm-up
 
 
 @contextmanager

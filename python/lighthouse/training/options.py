@@ -6,12 +6,16 @@ under its own name. Each checks its own values; what needs the model or the text
 
 from __future__ import annotations
 
+import math
+import os
 from argparse import SUPPRESS
 from dataclasses import Field, dataclass, field, fields, make_dataclass
 from functools import partial
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
+from accelerate.utils import DynamoBackend
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import SchedulerType
@@ -28,6 +32,19 @@ from lighthouse.training.model import SIZES, check_model
 # Options of the Trainer that are text or a switch. The command line and a file give them as text, which is true to the
 # Trainer whatever it says.
 TEXT_OR_SWITCH = ("fsdp", "trackio_static_space_id")
+# Numbers of the Trainer that it uses without looking, or refuses only when the text is cut: the least, and what they
+# must stay below.
+NUMBERS: dict[str, tuple[float, float | None]] = {
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), (1, math.inf)),
+    **dict.fromkeys(("gradient_accumulation_steps", "ddp_timeout"), (1, math.inf)),
+    **dict.fromkeys(("learning_rate", "weight_decay", "adam_epsilon"), (0, math.inf)),
+    **dict.fromkeys(("warmup_steps", "eval_delay", "dataloader_num_workers", "neftune_noise_alpha"), (0, math.inf)),
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "label_smoothing_factor"), (0, 1)),
+    **dict.fromkeys(("logging_steps", "eval_steps", "save_steps"), (math.nextafter(0, 1), math.inf)),
+    "max_grad_norm": (0, None),  # infinity clips nothing
+    "seed": (0, 2**32),
+}
+FILES = ("accelerator_config", "deepspeed", "fsdp_config")  # or the JSON itself
 WITHOUT_WARM_UP = (SchedulerType.CONSTANT, SchedulerType.REDUCE_ON_PLATEAU, getattr(SchedulerType, "GREEDY", None))
 
 
@@ -272,6 +289,10 @@ class TrainingOptions(TrainingArguments):
             self.report_to = "none"
         if self.max_steps < 1:
             raise ValueError(f"max_steps={self.max_steps}: at least one step is needed")
+        if self.output_dir is not None and not str(self.output_dir).strip():
+            raise ValueError(f"output_dir={self.output_dir!r}: the name of a folder is needed")
+        _check_numbers(self)
+        _check_files(self)
         moves_are_ours, use_cpu = self.accelerator_config is None, self.use_cpu
         # accelerate joins processes on a CPU only if it is set to use one. The option stays as given:
         # the same configuration may be used on a machine with a GPU.
@@ -299,6 +320,29 @@ def _check_given(options) -> None:
         if option.init and option.default is not None and getattr(options, option.name) is None:
             if type(None) not in kinds[option.name]:
                 raise ValueError(f"{option.name}=None: a value is needed; leave it out for the default")
+
+
+def _check_numbers(options) -> None:
+    for name, (least, below) in NUMBERS.items():
+        value = getattr(options, name, None)
+        if isinstance(value, (int, float)) and not (value >= least and (below is None or value < below)):
+            rule = f"at least {least}" if least in (0, 1) else "above 0"
+            rule += "" if below is None else " and finite" if below == math.inf else f" and below {below}"
+            raise ValueError(f"{name}={value}: it must be {rule}")
+
+
+def _check_files(options) -> None:
+    for name in FILES:
+        value = getattr(options, name, None)
+        if isinstance(value, str) and value and not value.lstrip().startswith("{") and not os.path.isfile(value):
+            raise FileNotFoundError(f"{name}={value!r} does not exist; a JSON file, or the JSON itself, is needed")
+    if options.deepspeed and find_spec("deepspeed") is None:
+        raise ValueError(f"deepspeed={options.deepspeed!r}: the package is not installed: pip install deepspeed")
+    backends = [backend.value.lower() for backend in DynamoBackend]
+    if options.torch_compile_backend is not None and options.torch_compile_backend.lower() not in backends:
+        raise ValueError(
+            f"torch_compile_backend={options.torch_compile_backend!r}: one of {', '.join(backends)} is needed"
+        )
 
 
 def field_names(*classes) -> set[str]:

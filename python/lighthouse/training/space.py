@@ -23,6 +23,8 @@ def check_writable(name: str, folder: str | Path) -> None:
 
     By trying it, and leaving nothing behind: what the mode says is not all, as of a file system mounted read-only.
     """
+    if not os.fspath(folder):
+        raise ValueError(f"{name}='': the name of a folder is needed")
     try:
         os.fspath(folder).encode()
     except UnicodeEncodeError:
