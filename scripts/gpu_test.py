@@ -162,7 +162,7 @@ class Checks:
 
         large = "test_cuda_large.py"
         there = sorted(path.name for path in (ROOT / "tests" / "python").glob("test_cuda*.py") if path.name != large)
-        there.append("test_local_window.py")
+        there += ["test_documents.py", "test_local_window.py"]
         if versions.get("transformers"):
             there += ["test_training_configuration.py"]
         return [

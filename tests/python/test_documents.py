@@ -6,10 +6,11 @@ import itertools
 import pytest
 import torch
 
+import chains
 import lighthouse
 from cases import rand_qkv
 from chains import forward_backward, like
-from lighthouse.core.attention import _of_documents
+from lighthouse.core.attention import _by_rows, _of_documents
 from lighthouse.core.inner import causal_sdpa
 from lighthouse.core.method import Method
 from lighthouse.core.sequences import Sequences
@@ -73,6 +74,25 @@ def test_a_local_window_stays_within_its_document(name, topk, dtype):
         forward_backward(packed, inputs, grad), each_alone(inputs, grad, lengths, options), strict=True
     ):
         assert torch.equal(mine, alone)
+
+
+@pytest.mark.parametrize("window", [0, 20])
+@pytest.mark.parametrize("topk", [1 / 8, 9], ids=["a_share", "a_number"])
+@pytest.mark.parametrize("name", LENGTHS)
+def test_rows_of_a_batch_are_the_same(name, topk, window):
+    """What a GPU does so far."""
+    lengths = LENGTHS[name]
+    inputs, method = leaves(sum(lengths)), Method(select_topk=topk, local_window=window)
+    scores = torch.rand(2, 1, 2, sum(lengths)).unbind()
+    sequences = Sequences.of_documents(method, lengths)
+    for own in (None, scores):
+        options = {"scale": 0.3, "scores": own, "dropout_p": 0.0, "inner": None}
+        found = forward_backward(lambda *qkv, o=options: _by_rows(*qkv, sequences, **o), inputs)
+        together = functools.partial(
+            lighthouse.attention, cu_seqlens=bounds_of(lengths), select_topk=topk, local_window=window, scores=own
+        )
+        for mine, theirs in zip(found, forward_backward(functools.partial(together, scale=0.3), inputs), strict=True):
+            assert torch.equal(mine, theirs)
 
 
 FORMS = {
@@ -180,6 +200,17 @@ def test_the_operators_pass_their_checks_with_documents(operator):
         "scatter_backward": (query, *choice, length, [0, 1, 2, 3], table),
     }[operator]
     torch.library.opcheck(getattr(ops, operator).default, arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("window", [0, 100])
+def test_on_a_gpu(cuda, window, dtype):
+    lengths = [300, 1, 0, 700, 300, 64]
+    inputs = chains.leaves(cuda, sum(lengths), dtype=dtype, head_dim=64)
+    grad, options = like(inputs[0]), {"select_topk": 1 / 8, "local_window": window}
+    bounds = torch.tensor(bounds_of(lengths), dtype=torch.int32, device=cuda)
+    found = forward_backward(functools.partial(lighthouse.attention, cu_seqlens=bounds, **options), inputs, grad)
+    torch.testing.assert_close(found, tuple(each_alone(inputs, grad, lengths, options)), rtol=0.02, atol=0.02)
 
 
 REFUSED = {

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from lighthouse.core import fused
@@ -22,6 +25,8 @@ from lighthouse.core.local import Local, tokens_first
 from lighthouse.core.method import POOL_RATIOS, SELECT_TOPK, Method, method_of
 from lighthouse.core.operators import choose, gather, local_attention, scatter
 from lighthouse.core.sequences import Sequences
+
+logger = logging.getLogger("lighthouse")
 
 
 def sub_sequence_attention(
@@ -71,9 +76,8 @@ def sub_sequence_attention(
 def _of_documents(query, key, value, sequences: Sequences, scale, scores, dropout_p, inner) -> Tensor:
     """The same of documents in one row."""
     if query.is_cuda:
-        raise NotImplementedError(
-            "cu_seqlens on a GPU is not there yet: call lighthouse.attention once for each document, or use the CPU"
-        )
+        _say_that_lengths_are_calls()
+        return _by_rows(query, key, value, sequences, scale=scale, scores=scores, dropout_p=dropout_p, inner=inner)
     attend = partial(inner or causal_sdpa, scale=scale, dropout_p=dropout_p)
 
     def checked(*inputs, **options):
@@ -87,12 +91,40 @@ def _of_documents(query, key, value, sequences: Sequences, scale, scores, dropou
             return output
     if method.local_window:
         within = partial(checked, window=method.local_window)
-        added = tokens_first(attend_by_document(within, query, key, value, sequences.of_tokens))
+        added = tokens_first(attend_by_document(within, query, key, value, stretches=sequences.of_tokens))
         if not method.chooses:
             return added
     selection = choose(query, key, sequences, scores)
     subs = gather(query, key, value, selection)
-    return scatter(attend_by_document(checked, *subs, sequences.of_entries), selection, added)
+    return scatter(attend_by_document(checked, *subs, stretches=sequences.of_entries), selection, added)
+
+
+def _by_rows(query, key, value, sequences: Sequences, *, scores, **options) -> Tensor:
+    """The same where the kernels take no documents: those of one length are the rows of a batch, each length a call."""
+    method, whole_number = sequences.method, isinstance(sequences.method.select_topk, int)
+    tokens = sum(end - first for first, end in sequences.of_tokens)
+
+    def attend(query, key, value, *own_scores, layout):
+        own = method
+        if whole_number and method.chooses:
+            own = replace(method, select_topk=max(1, method.select_topk * layout.length // tokens))
+        return sub_sequence_attention(query, key, value, own, scores=own_scores or None, **options)
+
+    return attend_by_document(attend, query, key, value, *(scores or ()), stretches=sequences.of_tokens)
+
+
+@torch.compiler.assume_constant_result
+def _say_that_lengths_are_calls() -> None:
+    """Once, while tracing too."""
+    if not _said:
+        _said.append(True)
+        logger.warning(
+            "Lighthouse: on a GPU documents of one length are attended to together, and each length is a call of its "
+            "own, which is slower for many lengths than one call for all (logged once)"
+        )
+
+
+_said: list[bool] = []
 
 
 def attention(
@@ -135,8 +167,8 @@ def attention(
             output (METHOD 5a); 0 is the published method. PyTorch's kernels compute it.
         cu_seqlens: boundaries of documents that lie one behind the other in one row (a batch of 1): 0, where each but
             the first begins, and N; a list, a tuple, or an int32 or int64 tensor. Each document is attended to by
-            itself, with the bits that it has alone (METHOD 7a). Equal boundaries are documents of no tokens. On a CPU
-            so far.
+            itself, with the bits that it has alone (METHOD 7a). Equal boundaries are documents of no tokens. On a GPU
+            each length is a call of its own so far.
 
     Returns:
         `[B, Hq, N, D]`; its `.transpose(1, 2)` is contiguous.

@@ -48,16 +48,14 @@ def lengths_of(cu_seqlens: Tensor | Sequence[int], query: Tensor) -> list[int]:
     return lengths
 
 
-def attend_by_document(
-    attend: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, stretches: Stretches
-) -> Tensor:
-    """`attend(query, key, value, layout=)` of each stretch alone, those of one length together; zeros between them.
+def attend_by_document(attend: Callable[..., Tensor], query: Tensor, *others: Tensor, stretches: Stretches) -> Tensor:
+    """`attend(query, *others, layout=)` of each stretch alone, those of one length together; zeros between them.
 
-    Query `[1, Hq, T, D]`, key and value `[1, Hkv, T, D]`; the output is like the query.
+    Query `[1, Hq, T, D]`, all others `[1, Hkv, T, ...]`; the output is like the query.
     """
     outputs: dict[int, Tensor] = {}
     for length, firsts in _by_length(stretches).items():
-        rows = (_stacked(tensor, firsts, length) for tensor in (query, key, value))
+        rows = (_stacked(tensor, firsts, length) for tensor in (query, *others))
         output = attend(*rows, layout=SubSequences(len(firsts), length))
         outputs |= zip(firsts, output.unbind(0), strict=True)
     parts, at = [], 0
