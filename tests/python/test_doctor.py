@@ -403,7 +403,7 @@ def test_a_flash_attn_that_does_not_fit(tmp_path, code, cuda, message):
 def test_an_old_transformers(tmp_path):
     path = [package_of(tmp_path, "transformers", "4.40.1", "")]
     line = next(line for line in examine("train extra", path=path) if line[0] == "transformers")
-    assert line[1:] == ["failed", "4.40.1: 5 or later is needed", 'pip install --upgrade "transformers>=5"', False]
+    assert line[1:] == ["failed", "4.40.1: 5.2 or later is needed", 'pip install --upgrade "transformers>=5.2"', False]
 
 
 def test_a_transformers_that_does_not_import(tmp_path):

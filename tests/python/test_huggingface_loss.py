@@ -239,5 +239,6 @@ def test_an_output_layer_of_another_kind_is_refused():
         def forward(self, hidden):
             return super().forward(hidden) / 2
 
-    with pytest.raises(TypeError, match='the output layer is a Scaled of test_huggingface_loss: .* use loss="model" for any other layer'):
+    message = 'the output layer is a Scaled of test_huggingface_loss: .* use loss="model" for any other layer'
+    with pytest.raises(TypeError, match=message):
         next_token_loss(Scaled(8, 5), torch.randn(1, 40, 8), torch.randint(0, 5, (1, 40)))
