@@ -407,7 +407,7 @@ def test_an_old_transformers(tmp_path):
 
 
 def test_a_transformers_that_does_not_import(tmp_path):
-    path = [package_of(tmp_path, "transformers", "5.1.0", "import no_such_module")]
+    path = [package_of(tmp_path, "transformers", "5.9.0", "import no_such_module")]
     line = next(line for line in examine("train extra", path=path) if line[0] == "transformers")
     assert line[1] == "failed" and "does not import: ModuleNotFoundError: No module named 'no_such_module'" in line[2]
 
