@@ -169,6 +169,19 @@ def test_an_inner_attention_of_the_users_sees_each_document_alone(window):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-13)
 
 
+def test_the_choice_of_each_document():
+    query, key, _ = leaves(300)
+    lengths = LENGTHS["several"]
+    packed = lighthouse.select(query, key, select_topk=1 / 8, cu_seqlens=bounds_of(lengths))
+    text = [(a, b) for a, b in itertools.pairwise(bounds_of(lengths)) if b > a]
+    for document, (start, end) in enumerate(text):
+        alone = lighthouse.select(query[:, :, start:end], key[:, :, start:end], select_topk=1 / 8)
+        for head in range(2):
+            assert packed.entries(0, head, document) == alone.entries(0, head)
+    with pytest.raises(ValueError, match="one of 4 documents"):
+        packed.entries(0, 0)
+
+
 def test_scores_of_the_users():
     inputs, bounds = leaves(300), bounds_of(LENGTHS["two"])
     scores = torch.rand(2, 1, 2, 300).unbind()

@@ -342,9 +342,19 @@ class Selection:
         """Tokens per entry of each level, finest first."""
         return self.sequences.method.windows
 
-    def entries(self, batch: int, head: int) -> list[tuple[int, int]]:
-        """The chosen (level, index) pairs of one row and key-value head, in causal order, S of them."""
-        mask = self.mask[batch, head].tolist()
+    def entries(self, batch: int, head: int, document: int | None = None) -> list[tuple[int, int]]:
+        """The chosen (level, index) pairs of one row and key-value head, in causal order, S of them.
+
+        Of packed documents those of one, by its number, those without tokens not counted; indices count from its start.
+        """
+        mask = self.mask[batch, head]
+        if self.sequences.of_tokens:
+            if document is None:
+                raise ValueError(
+                    f"document=None: one of {len(self.sequences.of_tokens)} documents, from 0 on, is needed"
+                )
+            mask = mask[slice(*self.sequences.of_tokens[document])]
+        mask = mask.tolist()
         return [
             (level, token // window)
             for token, bits in enumerate(mask)
