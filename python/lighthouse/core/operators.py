@@ -354,10 +354,10 @@ class Selection:
                     f"document=None: one of {len(self.sequences.of_tokens)} documents, from 0 on, is needed"
                 )
             mask = mask[slice(*self.sequences.of_tokens[document])]
-        mask = mask.tolist()
+        bits_of = mask.tolist()
         return [
             (level, token // window)
-            for token, bits in enumerate(mask)
+            for token, bits in enumerate(bits_of)
             if bits
             for level, window in enumerate(self.windows)
             if bits >> level & 1
