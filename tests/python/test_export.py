@@ -349,7 +349,7 @@ WRONG = [
     ("onto_its_run", ["inside/model", "--output", "inside", "--force"], "holds what is to be exported"),
     ("a_file_there", ["inside/model", "--output", "file"], "is a file: use another name"),
     ("dtype", ["inside/model", "--dtype", "int8"], "'int8'"),
-    ("tokenizer", ["inside/model", "--tokenizer", "empty"], "tokenizer='empty' cannot be loaded"),
+    ("tokenizer", ["inside/model", "--tokenizer", "empty"], "tokenizer='empty' is a folder without a tokenizer"),
     ("no_folder_for_json", ["inside/model", "--json", "no/a.json"], "json='no/a.json': its folder does not exist"),
     ("no_output", ["inside/model", "--output"], "expected one argument"),
 ]

@@ -202,7 +202,7 @@ def damaged(folder):
 
 
 WRONG = [
-    ("no_model", lambda folder: ["/no/such/folder"], "model='/no/such/folder': a folder with a model"),
+    ("no_model", lambda folder: ["/no/such/folder"], "model='/no/such/folder': the folder of a run, or of a model"),
     ("no_text", lambda folder: [str(folder), "--text", "/no/text"], "/no/text"),
     ("nothing_to_choose", lambda folder: [str(folder), "--select_topk", "0"], "select_topk=0 chooses nothing"),
     ("a_ratio", lambda folder: [str(folder), "--pool_ratios", "0.3"], r"pool_ratios[0]=0.3"),
@@ -223,7 +223,7 @@ WRONG = [
         "select_topk=80: for the text's 90 tokens this gives a sub-sequence of",
     ),
     ("damaged_weights", damaged, "its weights cannot be read, the file is damaged"),
-    ("no_tokenizer_in_a_folder", lambda folder: [str(folder), "--tokenizer", "."], "tokenizer='.' cannot be loaded"),
+    ("no_tokenizer_in_a_folder", lambda folder: [str(folder), "--tokenizer", "."], "tokenizer='.' is a folder without a tokenizer"),
 ]
 
 

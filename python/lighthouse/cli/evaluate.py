@@ -135,12 +135,15 @@ def _model(options: argparse.Namespace) -> Found:
 def _text(options: argparse.Namespace, model: Found, settings: EvaluationSettings) -> Text:
     """The text asked for, or that which the model's run held out. Raises `ValueError` where it does not fit."""
     of_run = options.data is None and options.dataset is None
+    for name in TEXT:
+        if of_run and getattr(options, name) != DataOptions.__dataclass_fields__[name].default:
+            raise ValueError(f"{name}={getattr(options, name)!r}: it is for text that data or dataset names")
     if of_run and model.run is None:
         raise ValueError(
             f"data: model={options.model!r} is not in the folder of a run, whose held-out text could be taken: name "
             "text that it was not trained on, with data or dataset"
         )
-    context = options.context or (model.run or {}).get("context") or model.most_tokens
+    context = (model.run or {}).get("context") or model.most_tokens if options.context is None else options.context
     if context is None:
         raise ValueError(f"context: the configuration of model={options.model!r} names no length: give one")
     if model.most_tokens is not None and context > model.most_tokens:

@@ -48,7 +48,7 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     except (ExportFailed, OSError) as error:
         print(f"lighthouse export: error: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, OSError) and error.errno is None else 1  # without a number: not the system's
     finally:
         signal.signal(signal.SIGTERM, before)
     assert exported is not None  # None is for the other processes

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -24,9 +23,11 @@ from lighthouse.cli.parser import Parser  # noqa: E402
 from lighthouse.cli.plan import chosen_device  # noqa: E402
 from lighthouse.cli.shared import add_method, check_folders, say, write_json  # noqa: E402
 from lighthouse.core.method import Method  # noqa: E402
+from lighthouse.export.source import checkpoint_in  # noqa: E402
 from lighthouse.huggingface.inspection import Choices, choices_of  # noqa: E402
 from lighthouse.report import choice  # noqa: E402
 from lighthouse.text.tokenizer import Encoder, load_tokenizer  # noqa: E402
+from lighthouse.training.result import read_json  # noqa: E402
 from lighthouse.training.resume import SETTINGS  # noqa: E402
 from lighthouse.training.space import check_writable  # noqa: E402
 
@@ -82,15 +83,19 @@ def _choices(options: argparse.Namespace) -> tuple[Choices, list[str], list[str]
     """
     device = chosen_device(options)
     folder = Path(options.model)
+    if (folder / SETTINGS).is_file():  # of a run
+        folder = checkpoint_in(folder)
     if not (folder / "config.json").is_file():
-        raise ValueError(f"model={options.model!r}: a folder with a model of Transformers (config.json) is needed")
+        raise ValueError(
+            f"model={options.model!r}: the folder of a run, or of a model of Transformers (config.json), is needed"
+        )
     check_folders(options, "json")
     check_writable("output", options.output)
     if options.context is not None and options.context < 2:
         raise ValueError(f"context={options.context}: at least 2 tokens are needed")
     _text(options.text, 1)  # a missing text is reported before the model is read
     say("reading the model")
-    tokenizer_folder = options.tokenizer or (options.model if (folder / "tokenizer_config.json").is_file() else None)
+    tokenizer_folder = options.tokenizer or (str(folder) if (folder / "tokenizer_config.json").is_file() else None)
     tokenizer = load_tokenizer(tokenizer_folder)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, output_loading_info=True)
@@ -161,7 +166,7 @@ def _trained_otherwise(folder: Path, settings) -> list[str]:
     file = folder.parent / SETTINGS
     if not file.is_file():
         return []
-    run = json.loads(file.read_text(encoding="utf-8"))
+    run = read_json(file)
     if run.get("dense_only"):
         return ["the model was trained with dense attention only"]
     shown = settings.method.values() | {"dense_layers": settings.dense_layers}
@@ -171,6 +176,8 @@ def _trained_otherwise(folder: Path, settings) -> list[str]:
 
 def _text(name: str, characters: int) -> str:
     """The first of them."""
+    if not Path(name).is_file():
+        raise ValueError(f"text={name!r} " + ("is no file" if Path(name).exists() else "does not exist"))
     try:
         with open(name, encoding="utf-8") as file:
             return file.read(characters)
@@ -185,7 +192,7 @@ def _parser() -> Parser:
         "a page with the text, and numbers.",
         epilog=EXAMPLE,
     )
-    parser.add_argument("model", metavar="MODEL", help="folder with a model of Transformers, for example a checkpoint")
+    parser.add_argument("model", metavar="MODEL", help="folder of a run, a checkpoint or another model of Transformers")
     parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text")
     parser.add_argument(
         "--context", type=int, help="tokens of the text, from its start (default: as many as the model allows)"

@@ -42,7 +42,7 @@ class Parser(OneLine):
 
 def nearest(name: str, names: list[str]) -> str:
     """The end of a sentence about a name that does not exist."""
-    alike = {known.replace("-", "_"): known for known in names}
+    alike = {known.replace("-", "_"): known for known in reversed(names)}
     name = name.replace("-", "_")
     near = [known for known in alike if known.startswith(name)] or difflib.get_close_matches(name, alike, n=1)
     return f"; nearest: {alike[near[0]]}" if near else ""

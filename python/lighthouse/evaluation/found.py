@@ -7,7 +7,6 @@ only where the vocabulary is one of bytes.
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lighthouse.text.tokenizer import Encoder, load_tokenizer
+from lighthouse.training.result import read_json
 from lighthouse.training.resume import SETTINGS
 
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
@@ -123,4 +123,4 @@ def weights_digest(model: PreTrainedModel) -> str:
 
 def _run_around(folder: Path) -> dict | None:
     file = folder.absolute().parent / SETTINGS
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return read_json(file) if file.is_file() else None

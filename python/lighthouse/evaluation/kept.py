@@ -10,6 +10,7 @@ from typing import Any
 from lighthouse.core.files import write_whole
 from lighthouse.evaluation.measure import EvaluationSettings
 from lighthouse.evaluation.results import PARTS, Evaluation, Part, part_from_json
+from lighthouse.training.result import read_json
 
 FILE = "evaluation.json"
 
@@ -32,7 +33,7 @@ class Kept:
             raise FileExistsError(f"output_dir={str(self.folder)!r} is a file: a folder is needed")
         if not self.file.is_file():
             return
-        found = json.loads(self.file.read_text(encoding="utf-8"))
+        found = read_json(self.file)
         before = found["settings"]
         differ = [
             f"{name} was {before.get(name)!r}, is {now!r}" for name, now in self.same.items() if before.get(name) != now

@@ -5,7 +5,6 @@ Each is a `Source`. What lies beside the weights may not be theirs: a tokenizer,
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from lighthouse.huggingface.architectures import ARCHITECTURES, architecture_of
 from lighthouse.huggingface.trainer_state import step_of
 from lighthouse.text.tokenizer import Encoder, load_tokenizer
 from lighthouse.training import checkpoints
-from lighthouse.training.result import RESULTS
+from lighthouse.training.result import RESULTS, read_json
 from lighthouse.training.resume import MODEL, SETTINGS
 
 logger = logging.getLogger("lighthouse")
@@ -55,7 +54,7 @@ def checkpoint_in(path: Path) -> Path:
     if (path / SETTINGS).is_file():  # a run of lighthouse pretrain
         last = checkpoints.last_whole(path, logger.warning)
         if (path / RESULTS).is_file() and (path / MODEL).is_dir():
-            steps = json.loads((path / RESULTS).read_text(encoding="utf-8"))["steps"]
+            steps = read_json(path / RESULTS)["steps"]
             if last is not None and step_of(last) > steps:
                 logger.warning(
                     "Lighthouse: the run continued after its model was saved, after step %s; its last checkpoint: %s",
@@ -98,7 +97,10 @@ def _why_no_weights(path: Path) -> str:
 
 def from_checkpoint(folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> Source:
     """Raises `ValueError` if its class is not known; its weights are read later."""
-    config, _ = PretrainedConfig.get_config_dict(folder)
+    try:
+        config, _ = PretrainedConfig.get_config_dict(folder)
+    except OSError as error:
+        raise ValueError(f"checkpoint={str(folder)!r} cannot be read: {error}") from error
     classes = {cls.__name__: cls for entry in ARCHITECTURES for cls in (entry.bare, entry.causal)}
     named = (config.get("architectures") or [None])[0]
     if named is None:
@@ -190,7 +192,7 @@ def tokenizer_of(folder: Path, history: History) -> PreTrainedTokenizerBase | No
             return AutoTokenizer.from_pretrained(place, local_files_only=True)
     settings = folder.parent / SETTINGS
     if its_run and settings.is_file():
-        name = json.loads(settings.read_text(encoding="utf-8"))["tokenizer"]
+        name = read_json(settings)["tokenizer"]
         tokenizer, trained_with = load_tokenizer(name), history.tokenizer_identity
         if trained_with is None and name is not None:
             history.doubts.append(

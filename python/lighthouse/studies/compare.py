@@ -15,7 +15,6 @@ import copy
 import ctypes
 import gc
 import itertools
-import json
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -42,7 +41,7 @@ from lighthouse.training.callbacks import StopOnSignal
 from lighthouse.training.depends import FREE_BETWEEN_RUNS
 from lighthouse.training.form import form_of, found_by
 from lighthouse.training.options import PretrainOptions, TrainingOptions
-from lighthouse.training.result import RESULTS, DiskFull, PretrainResult
+from lighthouse.training.result import RESULTS, DiskFull, PretrainResult, read_json
 from lighthouse.training.resume import MODEL, SETTINGS, check_same
 from lighthouse.training.run import Run, prepare
 from lighthouse.training.space import check_writable
@@ -196,7 +195,7 @@ def _prepare_one(
             "steps after them"
         )
     if begun:
-        earlier.append(json.loads((folder / SETTINGS).read_text(encoding="utf-8")))
+        earlier.append(read_json(folder / SETTINGS))
     for its in earlier:
         try:
             check_same(its, settings, FREE_BETWEEN_RUNS)
@@ -253,7 +252,7 @@ class Plan:
         arm = arm_to_ship(seeds)
         best = min(seeds, key=lambda seed: known(seed.runs[arm].loss))
         run_folder = self.folder / f"seed-{best.seed}" / arm
-        config = json.loads((run_folder / MODEL / "config.json").read_text(encoding="utf-8"))
+        config = read_json(run_folder / MODEL / "config.json")
         found = Comparison(
             layers=config["num_hidden_layers"],
             seeds=seeds,

@@ -45,7 +45,7 @@ from lighthouse.training.form import tokens_per_step
 from lighthouse.training.memory import DoesNotFit
 from lighthouse.training.model import head_dim_of, new_config
 from lighthouse.training.options import PretrainOptions, TrainingOptions
-from lighthouse.training.result import NotFinite, RunFailed
+from lighthouse.training.result import NotFinite, RunFailed, read_json
 from lighthouse.training.resume import check_same
 from lighthouse.training.run import Run, prepare
 from lighthouse.training.space import check_writable
@@ -122,7 +122,7 @@ def _as_it_began(training: TrainingOptions, tuning: TuneOptions) -> TuneOptions:
     file = StudyFolder(Path(known(training.output_dir))).fixed
     if not training.resume or not file.is_file():
         return tuning
-    earlier = json.loads(file.read_text(encoding="utf-8"))
+    earlier = read_json(file)
     unknown = [name for name, options in RANGES.items() if not earlier.keys() & set(options)]
     return replace(tuning, fixed=[*tuning.fixed, *unknown])
 
@@ -188,7 +188,7 @@ class Study:
             return
         if not file.is_file():
             raise FileNotFoundError(f"{folder} holds no study to resume: start it without --resume")
-        earlier = json.loads(file.read_text(encoding="utf-8"))
+        earlier = read_json(file)
         try:
             check_same(earlier, self.fixed, frozenset())
         except ValueError as error:

@@ -47,11 +47,11 @@ def load_tokenizer(name: str | None) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except OSError as error:
-        raise OSError(f"tokenizer={name!r} cannot be loaded: {error}") from error
+        raise OSError(f"tokenizer={name!r} cannot be loaded: {' '.join(str(error).split())}") from error
     except Exception as error:  # a missing package, which the message names; a file that is no tokenizer
         if os.path.isdir(name) and not any(FILES.search(file) for file in os.listdir(name)):
             raise ValueError(f"tokenizer={name!r} is a folder without a tokenizer (tokenizer.json)") from error
-        raise ValueError(f"tokenizer={name!r} cannot be loaded: {str(error).strip()}") from error
+        raise ValueError(f"tokenizer={name!r} cannot be loaded: {' '.join(str(error).split())}") from error
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"tokenizer={name!r} has no end token (eos_token), which is needed after each document: "

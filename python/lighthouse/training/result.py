@@ -167,7 +167,7 @@ class PretrainResult:
 
     @classmethod
     def load(cls, path: str | Path) -> PretrainResult:
-        numbers = json.loads(Path(path).read_text(encoding="utf-8"))
+        numbers = read_json(Path(path))
         stages = {
             name: Stage(stage["steps"], stage["seconds"], stage["tokens"], stage.get("peak_memory"))
             for name, stage in numbers["stages"].items()
@@ -180,6 +180,17 @@ class PretrainResult:
             versions=numbers.get("versions", {}),
             weights=numbers.get("weights", ""),
         )
+
+
+def read_json(path: Path) -> dict:
+    """What a run or a command has written into a file. Raises `ValueError` if it is not that any more."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is damaged, it is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{str(path)!r} is damaged: names with values are needed")
+    return found
 
 
 def versions() -> dict[str, str]:

@@ -6,7 +6,6 @@ on may change.
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from lighthouse.training import checkpoints
 from lighthouse.training.callbacks import Record
 from lighthouse.training.depends import FREE_ON_RESUME, PLACES
 from lighthouse.training.options import TrainingOptions
-from lighthouse.training.result import RESULTS
+from lighthouse.training.result import RESULTS, read_json
 from lighthouse.training.space import check_writable
 
 SETTINGS = "run.json"
@@ -62,7 +61,7 @@ def what_is_there(training: TrainingOptions) -> tuple[dict | None, str | None]:
         checkpoint = checkpoints.last_whole(folder, say)
         if checkpoint is None and SETTINGS in names:
             say(f"{folder} holds a run that was interrupted before its first whole checkpoint: it starts again.")
-            return json.loads((folder / SETTINGS).read_text(encoding="utf-8")), None
+            return read_json(folder / SETTINGS), None
         if checkpoint is None:
             raise FileNotFoundError(
                 f"output_dir={str(folder)!r} holds no checkpoint to resume from: start the run without --resume"
@@ -75,7 +74,7 @@ def what_is_there(training: TrainingOptions) -> tuple[dict | None, str | None]:
         raise FileNotFoundError(
             f"{str(settings)!r} is missing: {str(checkpoint)!r} is not from a run of lighthouse pretrain"
         )
-    return json.loads(settings.read_text(encoding="utf-8")), str(checkpoint)
+    return read_json(settings), str(checkpoint)
 
 
 def _check_checkpoint(checkpoint: Path, folder: Path, there: list[Path], holds_a_run: bool) -> None:
