@@ -229,13 +229,36 @@ def at_step(stop: StopOnSignal, step: int, last: int = 5):
 
 @pytest.mark.parametrize("number", StopOnSignal.SIGNALS, ids=lambda number: number.name)
 def test_a_signal_saves_behind_the_step(number, capfd):
+    if number == signal.SIGINT:
+        signal.signal(number, signal.default_int_handler)  # ignored where the tests run in the background
     before = signal.getsignal(number)
     with StopOnSignal() as stop:
         assert at_step(stop, 1) == (False, False)
         os.kill(os.getpid(), number)
         assert at_step(stop, 2) == (True, True)
     assert signal.getsignal(number) is before
-    assert f"{number.name}: the run will save a checkpoint after this step and exit" in capfd.readouterr().err
+    name = "Ctrl-C" if number == signal.SIGINT else number.name
+    assert f"{name}: the run will save a checkpoint after this step and exit" in capfd.readouterr().err
+
+
+def test_ctrl_c_that_a_background_job_ignores_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with StopOnSignal() as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert at_step(stop, 2) == (False, False)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_study_ends_at_ctrl_c_at_once():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with StopOnSignal(StopOnSignal.SYSTEMS), pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_signal_in_the_last_step_lets_the_run_end():

@@ -85,7 +85,7 @@ def _measured(options: argparse.Namespace, command: str) -> Kept:
     """All that was asked for, measured or found in the folder. Raises if options, model or text do not fit."""
     device = chosen_device(options)
     check_folders(options, "json")
-    check_writable("output_dir", options.output_dir)
+    check_writable("output_dir", options.output_dir, weights=False)
     settings = EvaluationSettings(
         **{field.name: getattr(options, field.name) for field in fields(EvaluationSettings) if field.name != "parts"},
         parts=tuple(options.parts),

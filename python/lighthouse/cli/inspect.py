@@ -90,7 +90,7 @@ def _choices(options: argparse.Namespace) -> tuple[Choices, list[str], list[str]
             f"model={options.model!r}: the folder of a run, or of a model of Transformers (config.json), is needed"
         )
     check_folders(options, "json")
-    check_writable("output", options.output)
+    check_writable("output", options.output, weights=False)
     if options.context is not None and options.context < 2:
         raise ValueError(f"context={options.context}: at least 2 tokens are needed")
     _text(options.text, 1)  # a missing text is reported before the model is read

@@ -148,9 +148,10 @@ class StopOnSignal(TrainerCallback):
     """
 
     SYSTEMS = (signal.SIGTERM, signal.SIGUSR1)
+    SIGNALS = (signal.SIGINT, *SYSTEMS)
     SAME = 2.0
 
-    def __init__(self, signals: Sequence[int] = (signal.SIGINT, *SYSTEMS)):
+    def __init__(self, signals: Sequence[int] = SIGNALS):
         self.signals = signals
         self.received: int | None = None  # by this process
         self.agreed = False  # by all of them

@@ -18,15 +18,15 @@ from lighthouse.training.result import DiskFull
 logger = logging.getLogger(__name__)
 
 
-def check_writable(name: str, folder: str | Path) -> None:
+def check_writable(name: str, folder: str | Path, *, weights: bool = True) -> None:
     """Raises `OSError` if `folder`, which may not exist yet, cannot be written to; `name` is its option.
 
-    By trying it, and leaving nothing behind: what the mode says is not all, as of a file system mounted read-only.
+    With `weights` also if safetensors could not read them there again. By trying it, and leaving nothing behind: what the mode says is not all, as of a file system mounted read-only.
     """
     if not os.fspath(folder):
         raise ValueError(f"{name}='': the name of a folder is needed")
     try:
-        os.fspath(folder).encode()
+        os.fspath(folder).encode("utf-8", "strict" if weights else "surrogateescape")
     except UnicodeEncodeError:
         raise OSError(
             f"{name}={os.fspath(folder)!r}: safetensors reads only names in UTF-8; name another place"
