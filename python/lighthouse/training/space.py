@@ -21,7 +21,8 @@ logger = logging.getLogger(__name__)
 def check_writable(name: str, folder: str | Path, *, weights: bool = True) -> None:
     """Raises `OSError` if `folder`, which may not exist yet, cannot be written to; `name` is its option.
 
-    With `weights` also if safetensors could not read them there again. By trying it, and leaving nothing behind: what the mode says is not all, as of a file system mounted read-only.
+    With `weights` also if safetensors could not read them there again. By trying it, and leaving nothing behind: what
+    the mode says is not all, as of a file system mounted read-only.
     """
     if not os.fspath(folder):
         raise ValueError(f"{name}='': the name of a folder is needed")
