@@ -5,7 +5,9 @@ import logging
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import lighthouse
 from cases import Calls, dense, rand_qkv
@@ -227,7 +229,7 @@ def test_one_function_is_the_verbs(window, scores, dtype):
 
 @pytest.mark.parametrize("window", [0, 40])
 def test_what_is_kept(window):
-    """Of a window's: query, key, value and the output, but neither the window's own output nor the sub-sequence."""
+    """With a window query, key and value, but neither an output as long as the text nor the sub-sequence."""
     inputs = leaves(torch.device("cpu"), 640, dtype=torch.float32)
     kept = {}
 
@@ -239,7 +241,7 @@ def test_what_is_kept(window):
         output = lighthouse.attention(*inputs, local_window=window)
     long = {tensor.data_ptr() for tensor in kept.values() if tensor.ndim == 4 and tensor.shape[2] == 640}
     short = [tensor for tensor in kept.values() if tensor.ndim == 4 and tensor.shape[2] < 640]
-    assert long == ({tensor.data_ptr() for tensor in (*inputs, output)} if window else set())
+    assert long == ({tensor.data_ptr() for tensor in inputs} if window else set())
     assert len(short) == (1 if window else 4)
     first, second = (torch.autograd.grad(output.sum(), inputs, retain_graph=again) for again in (True, False))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -249,13 +251,75 @@ def test_what_is_kept(window):
 
 @pytest.mark.parametrize(("window", "topk"), [(20, 0), (20, 1 / 8), (0, 1 / 8)])
 def test_a_second_derivative_is_refused(window, topk):
-    """Also where the gradient would not depend on the first one's."""
+    """Also where the gradient does not depend on the first one's, and where it is asked for by inputs."""
     query, key, value = (t.requires_grad_() for t in rand_qkv(100))
-    output = lighthouse.attention(query, key, value, local_window=window, select_topk=topk)
-    for loss in (output.square().sum(), output.sum()):
-        (grad,) = torch.autograd.grad(loss, value, create_graph=True)
-        with pytest.raises(NotImplementedError, match="a second derivative through PyTorch's fused attention, or thro"):
-            grad.sum().backward()
+    refused = pytest.raises(
+        NotImplementedError, match="a second derivative .* through PyTorch's fused attention, or thro"
+    )
+    for of in (query, key, value):
+        for power in (1, 2):
+            with refused:
+                output = lighthouse.attention(query, key, value, local_window=window, select_topk=topk)
+                (grad,) = torch.autograd.grad(output.pow(power).sum(), value, create_graph=True)
+                torch.autograd.grad(grad.square().sum(), of)
+
+    def loss(query):
+        return lighthouse.attention(query, key, value, local_window=window, select_topk=topk).sum()
+
+    with refused:
+        torch.autograd.functional.hessian(loss, query.detach())
+
+
+def test_dropout_drops_the_same_weights_when_compiled_code_runs_again():
+    query, key, value = leaves(torch.device("cpu"), 200, dtype=torch.float32)
+    attention = functools.partial(lighthouse.attention, local_window=40, select_topk=0, dropout_p=0.5)
+    compiled = torch.compile(
+        lambda *qkv: checkpoint(attention, *qkv, use_reentrant=False), backend="aot_eager_decomp_partition"
+    )
+
+    def dropped(value):
+        torch.manual_seed(3)
+        return compiled(query, key, value)
+
+    step = torch.randn_like(value)  # linear in the values
+    moved = (dropped((value + step).detach().requires_grad_()) - dropped(value)).sum()
+    (grad,) = torch.autograd.grad(dropped(value).sum(), value)
+    torch.testing.assert_close(moved, (grad * step).sum(), rtol=1e-4, atol=1e-3)
+
+
+def test_values_of_another_mean_than_zero():
+    """Their products with a gradient cancel in the softmax's, whatever was rounded before."""
+    inputs = [t.detach() for t in leaves(torch.device("cpu"), 600, dtype=torch.bfloat16)]
+    inputs[2] = inputs[2] + 5
+    assert_right([t.requires_grad_() for t in inputs], 100)
+
+
+@pytest.mark.parametrize("layout", ["heads", "tokens"])
+@pytest.mark.parametrize("window", [0, 40])
+def test_gradients_lie_in_memory_as_their_inputs(window, layout):
+    inputs = leaves(torch.device("cpu"), 200, dtype=torch.float32, layout=layout)
+    output, *grads = forward_backward(functools.partial(lighthouse.attention, local_window=window), inputs)
+    assert [grad.stride() for grad in grads] == [tensor.stride() for tensor in inputs]
+    assert output.transpose(1, 2).is_contiguous()
+
+
+def test_fake_tensors_outside_of_their_mode():
+    with FakeTensorMode():
+        inputs = [torch.empty(1, 2, 200, 16, requires_grad=True) for _ in range(3)]
+    output = lighthouse.attention(*inputs, local_window=40)
+    assert [grad.shape for grad in torch.autograd.grad(output.sum(), inputs)] == [t.shape for t in inputs]
+
+
+@pytest.mark.parametrize("topk", [1 / 8, 0])
+def test_operations_are_counted(topk):
+    query, key, value = leaves(torch.device("cpu"), 640, dtype=torch.float32, head_dim=32)
+    with FlopCounterMode(display=False) as counter:
+        output = lighthouse.attention(query, key, value, local_window=40, select_topk=topk)
+        forward = counter.get_total_flops()
+        output.sum().backward()
+    length = lighthouse.plan(640, select_topk=topk, local_window=40).length
+    assert forward == 4 * 4 * 32 * (length**2 + 640 * 40)
+    assert counter.get_total_flops() == 3.5 * forward
 
 
 def test_a_window_of_all_tokens_is_plain_attention():

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lighthouse.core import fused
+from lighthouse.core import flops, fused  # noqa: F401  # flops: what torch's counter counts
 from lighthouse.core.documents import attend_by_document, lengths_of
 from lighthouse.core.inner import InnerAttention, causal_sdpa, stock_kernel
 from lighthouse.core.inputs import (
@@ -146,8 +146,8 @@ def attention(
 
     For training on whole sequences; it never falls back to dense attention by itself. Differentiable to query, key
     and value; which entries are chosen has no gradient. Between forward and backward only tensors of the
-    sub-sequence's length and five bytes per token and key-value head are kept; with a local window query, key, value
-    and the output (which must not be changed in place), as PyTorch's attention keeps them.
+    sub-sequence's length and five bytes per token and key-value head are kept; with a local window also query, key and
+    value.
 
     Args:
         query: `[B, Hq, N, D]`, any N, any strides with a unit last one; already rotated.

@@ -114,13 +114,13 @@ def forward_by_length(forward: Callable, query: Tensor, key: Tensor, value: Tens
     return output, *kept
 
 
-def backward_by_length(backward: Callable, grad, query, key, value, output, kept, stretches: Stretches):
-    """Its gradients: `backward(grad, query, key, value, output, *kept)` of each length."""
-    sums = [_zeros(tensor) for tensor in (query, key, value)]
+def backward_by_length(backward: Callable, inputs: Sequence[Tensor], kept, stretches: Stretches):
+    """Its gradients: `backward(*inputs, *kept)` of each length; inputs are the output's gradient, query, key, value."""
+    sums = [_zeros(tensor) for tensor in inputs[1:4]]
     by_length = _by_length(stretches)
     each = len(kept) // max(1, len(by_length))
     for index, (length, firsts) in enumerate(by_length.items()):
-        inputs = (_stacked(tensor, firsts, length) for tensor in (grad, query, key, value, output))
-        for target, rows in zip(sums, backward(*inputs, *kept[index * each : (index + 1) * each]), strict=True):
+        own = (_stacked(tensor, firsts, length) for tensor in inputs)
+        for target, rows in zip(sums, backward(*own, *kept[index * each : (index + 1) * each]), strict=True):
             _put(target, rows, firsts, length)
     return tuple(sums)

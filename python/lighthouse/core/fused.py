@@ -2,7 +2,7 @@
 
 Kept between forward and backward are the choice, the sub-sequence's output and, without a local window, its query, key
 and value. A window's gradient needs query, key and value of the tokens; so then the sub-sequence is gathered from them
-again, and the window's output is the whole output, which what follows keeps anyway, less what was written back.
+again.
 """
 
 from __future__ import annotations
@@ -67,39 +67,39 @@ def _inner_backward(grad, subs, output_sub, saved, stock: Stock) -> tuple[Tensor
 
     if stock.documents is None:
         return backward(grad, *subs, output_sub, *saved)
-    query, key, value = subs
-    return backward_by_length(backward, grad, query, key, value, output_sub, saved, stock.documents.of_entries)
+    return backward_by_length(backward, (grad, *subs, output_sub), saved, stock.documents.of_entries)
 
 
 def _local(query, key, value, stock: Stock, local_forward: Callable) -> tuple[Tensor, ...]:
-    """The same of a local window."""
+    """The same of a local window, with four tensors."""
+
+    def forward(*rows, of: local.Local | None = None):
+        of = of or local.Local.of(rows[0], *stock.local[:3])
+        made = local_forward(*rows, *of)
+        return made[0], *local.kept_of(made, of.kernel, of.dropout_p)
+
     if stock.documents is None:
-        return local_forward(query, key, value, *stock.local)
-
-    def forward(*rows):
-        return local_forward(*rows, *local.Local.of(rows[0], *stock.local[:3]))
-
+        return forward(query, key, value, of=stock.local)
     return forward_by_length(forward, query, key, value, stock.documents.of_tokens)
 
 
-def _local_backward(grad, query, key, value, output, saved, stock: Stock) -> tuple[Tensor, Tensor, Tensor]:
-    def backward(grad, query, key, value, output, *saved, of: local.Local | None = None):
-        of = of or local.Local.of(query, *stock.local[:3])
-        return local.backward(*(grad, query, key, value, output, *saved, *of))
+def _local_backward(grad, query, key, value, kept, stock: Stock) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(grad, query, key, value, *kept):
+        return local.backward_of_kept(grad, query, key, value, kept, local.Local.of(query, *stock.local[:3]))
 
     if stock.documents is None:
-        return backward(grad, query, key, value, output, *saved, of=stock.local)
-    return backward_by_length(backward, grad, query, key, value, output, saved, stock.documents.of_tokens)
+        return local.backward_of_kept(grad, query, key, value, kept, stock.local)
+    return backward_by_length(backward, (grad, query, key, value), kept, stock.documents.of_tokens)
 
 
 def _attend(query, key, value, subs, mask, prefix, stock: Stock, local_forward: Callable) -> tuple[Tensor, ...]:
     """The output, the sub-sequence's, what its gradient needs, and what that of a window needs."""
     output_sub, *saved = _inner(subs, stock)
-    added, local_saved = None, []
+    added, local_kept = None, []
     if stock.local_window:
-        added, *local_saved = _local(query, key, value, stock, local_forward)
+        added, *local_kept = _local(query, key, value, stock, local_forward)
     output = _SCATTER(output_sub, mask, prefix, stock.windows, added, stock.table)
-    return output, output_sub, *saved, *local_saved
+    return output, output_sub, *saved, *local_kept
 
 
 def _choose_and_attend(query, key, value, scores, sequences: Sequences, stock: Stock) -> tuple[Tensor, list[Tensor]]:
@@ -114,7 +114,7 @@ def _choose_and_attend(query, key, value, scores, sequences: Sequences, stock: S
         mask, prefix = _SELECT(*scores, method.windows, *method.topk, method.cover_start, stock.table)
         subs = _GATHER(query, key, value, mask, prefix, method.windows, sequences.length, stock.table)
     output, *saved = _attend(query, key, value, subs, mask, prefix, stock, local.forward)
-    return output, [mask, prefix, *saved, *((query, key, value, output) if stock.local_window else subs)]
+    return output, [mask, prefix, *saved, *((query, key, value) if stock.local_window else subs)]
 
 
 def _backward(grad, kept: list[Tensor], orders, stock: Stock):
@@ -129,12 +129,9 @@ def _backward(grad, kept: list[Tensor], orders, stock: Stock):
     choice, length, table = (mask, prefix, stock.windows), output_sub.shape[2], stock.table
     added: tuple[Tensor | None, ...] = (None, None, None)
     if stock.local_window:
-        *local_saved, query, key, value, output = rest
-        # The window's own output.
-        rest[-1] = _SCATTER(output_sub.neg(), *choice, output, table)
-        del output
-        added = _local_backward(grad, query, key, value, rest[-1], local_saved, stock)
-        del rest, local_saved
+        *local_kept, query, key, value = rest
+        added = _local_backward(grad, query, key, value, local_kept, stock)
+        del rest, local_kept
         subs = _GATHER(query, key, value, *choice, length, table)
         del query, key, value
     else:
@@ -159,28 +156,13 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         its.refuse_forward_mode((grad,))
+        if torch.is_grad_enabled():  # create_graph: what is kept of the sub-sequence has no graph
+            its.no_second_gradient(ctx)
         orders = [its.order_of(strides) for strides in ctx.strides]
-        inputs = its.with_unit_stride(grad), list(ctx.saved_tensors), orders, ctx.stock
+        kept = list(ctx.saved_tensors)
         ctx.maybe_clear_saved_tensors()  # unless the caller retains the graph
-        del grad
-        if torch.is_grad_enabled():
-            grads = _OfThat.apply(torch.zeros((), requires_grad=True), *inputs)
-        else:
-            grads = its.without_gradient(_backward, *inputs)
+        grads = its.without_gradient(_backward, its.with_unit_stride(grad), kept, orders, ctx.stock)
         return *grads, None, None, None
-
-
-class _OfThat(torch.autograd.Function):
-    """The gradient where the caller wants its graph (`create_graph`). It has no gradient itself, and says so if asked.
-
-    `probe` requires a gradient, so that the answer does too, whatever else does.
-    """
-
-    @staticmethod
-    def forward(ctx, probe, *inputs):
-        return its.without_gradient(_backward, *inputs)
-
-    backward = staticmethod(its.no_second_gradient)
 
 
 # After a choice, with a window: an operator, for `torch.compile` and for checkpointing that keeps the choice.
@@ -188,13 +170,14 @@ class _OfThat(torch.autograd.Function):
 its.LIBRARY.define(
     "attend(Tensor query, Tensor key, Tensor value, Tensor mask, Tensor prefix, int[] windows, SymInt length, "
     "str kernel, float? scale, float dropout_p, int local_window, str local_kernel)"
-    " -> (Tensor output, Tensor output_sub, Tensor logsumexp, Tensor seed, Tensor offset, Tensor local_logsumexp, "
-    "Tensor local_seed, Tensor local_offset)"
+    " -> (Tensor output, Tensor output_sub, Tensor logsumexp, Tensor seed, Tensor offset, Tensor local_output, "
+    "Tensor local_logsumexp, Tensor local_seed, Tensor local_offset)",
+    tags=(torch.Tag.nondeterministic_seeded,),
 )
 its.LIBRARY.define(
     "attend_backward(Tensor grad, Tensor mask, Tensor prefix, Tensor output_sub, Tensor logsumexp, Tensor seed, "
-    "Tensor offset, Tensor local_logsumexp, Tensor local_seed, Tensor local_offset, Tensor query, Tensor key, "
-    "Tensor value, Tensor output, int[] windows, str kernel, float? scale, float dropout_p, int local_window, "
+    "Tensor offset, Tensor local_output, Tensor local_logsumexp, Tensor local_seed, Tensor local_offset, Tensor query, "
+    "Tensor key, Tensor value, int[] windows, str kernel, float? scale, float dropout_p, int local_window, "
     "str local_kernel)"
     " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)"
 )
@@ -210,17 +193,17 @@ def _attend_fake(*inputs):
 
 
 def _attend_backward_operator(grad, *rest):
-    orders = [its.memory_order(tensor) for tensor in rest[9:12]]
+    orders = [its.memory_order(tensor) for tensor in rest[10:13]]
     return _backward(grad, list(rest[:13]), orders, Stock(*rest[13:]))
 
 
 def _attend_backward_fake(*inputs):
-    return tuple(its.empty(tensor, tensor.shape[2], its.memory_order(tensor)) for tensor in inputs[10:13])
+    return tuple(its.empty(tensor, tensor.shape[2], its.memory_order(tensor)) for tensor in inputs[11:14])
 
 
 def _attend_setup(ctx, inputs, output):
     query, key, value, mask, prefix, windows, _, *stock = inputs
-    ctx.save_for_backward(mask, prefix, *output[1:], query, key, value, output[0])
+    ctx.save_for_backward(mask, prefix, *output[1:], query, key, value)
     ctx.mark_non_differentiable(*output[1:])
     ctx.stock = windows, *stock
 
@@ -268,7 +251,8 @@ def attend(
     stock = Stock(
         sequences.method.windows, kernel, window.scale, window.dropout_p, window.window, window.kernel, documents
     )
-    if not its.traced() and not torch._C._len_torch_dispatch_stack():
+    plain = all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in (query, key, value))
+    if plain and not its.traced() and not torch._C._len_torch_dispatch_stack():
         its.refuse_forward_mode((query, key, value))
         return _Attention.apply(query, key, value, scores, sequences, stock)
     if not window.window or documents is not None:

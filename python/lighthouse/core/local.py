@@ -47,6 +47,32 @@ def kernel_for(query: Tensor, window: int, dropout_p: float) -> str:
     return BLOCKS
 
 
+# Between forward and backward of a layer these tensors are kept besides query, key and value: output, sums, dropout's
+# seed and offset. Where they can be made again, or are not needed, they are empty.
+
+
+def kept_of(made: tuple[Tensor, ...], kernel: str, dropout_p: float) -> tuple[Tensor, ...]:
+    """Of what `forward` made, what `backward_of_kept` needs, as many tensors."""
+    output, logsumexp, *random = made
+    if kernel == BLOCKS:
+        return output.new_empty(0), logsumexp, *random
+    if kernel == FLASH and not dropout_p:
+        return *(tensor.new_empty(0) for tensor in (output, logsumexp)), *random
+    return output, logsumexp, *random
+
+
+def backward_of_kept(grad, query, key, value, kept, local: Local):
+    """The gradients of query, key and value.
+
+    FlashAttention's needs its output, which is made again: a tensor as long as the text would be kept for each layer,
+    and to take it from the layer's output loses digits.
+    """
+    output, *saved = kept
+    if local.kernel == FLASH and not local.dropout_p:
+        output, *saved = forward(query, key, value, *local)
+    return backward(*(grad, query, key, value, output, *saved, *local))
+
+
 class Local(NamedTuple):
     """A local window: the arguments of the operators after their tensors."""
 
@@ -246,13 +272,15 @@ class _Blocks:
                 value_sums.zero_()
             rows, keys = chunk.queries(query[batch, heads], wide=True), chunk.keys(key[batch, head], wide=True)
             values, grads = chunk.keys(value[batch, head], wide=True), chunk.queries(grad[batch, heads], wide=True)
-            common = (grads * chunk.queries(output[batch, heads])).sum(-1, keepdim=True)
             sums = chunk.queries(saved.logsumexp[batch, heads, :, None])
             kept = _kept(rows, keys, dropout_p, random)
             weights = _weights(rows, keys, chunk.mask(rows), scale).sub_(sums).exp_()
+            if dtype != query.dtype:
+                weights.div_(weights.sum(-1, keepdim=True))  # PyTorch's sums may be of logits that it has rounded
             grad_weights = grads @ values.transpose(1, 2)
             if kept is not None:
                 grad_weights.mul_(kept)
+            common = (weights * grad_weights).sum(-1, keepdim=True)  # needs no output, which is rounded
             chunk.add_keys(value_sums, (weights if kept is None else weights * kept).transpose(1, 2) @ grads)
             grad_logits = grad_weights.sub_(common).mul_(weights).mul_(scale)
             chunk.add_keys(key_sums, grad_logits.transpose(1, 2) @ rows)
@@ -351,9 +379,11 @@ def _fake_backward(grad_output, query, key, value, output, logsumexp, seed, offs
 
 def define(library: torch.library.Library) -> None:
     """Makes `local_attention` and `local_attention_backward` operators of a library; gradients are joined elsewhere."""
+    seeded = (torch.Tag.nondeterministic_seeded,)
     library.define(
         "local_attention(Tensor query, Tensor key, Tensor value, int window, float? scale, float dropout_p, str kernel)"
-        " -> (Tensor output, Tensor logsumexp, Tensor seed, Tensor offset)"
+        " -> (Tensor output, Tensor logsumexp, Tensor seed, Tensor offset)",
+        tags=seeded,
     )
     library.define(
         "local_attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor output, "

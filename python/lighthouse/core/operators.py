@@ -190,8 +190,8 @@ def _local_backward(ctx, grad, *_):
 
 def no_second_gradient(ctx, *_):
     raise NotImplementedError(
-        "a second derivative through PyTorch's fused attention, or through a local window, is not supported, since "
-        "those kernels have none: use local_window=0 and an inner attention that has one"
+        "a second derivative (create_graph=True) through PyTorch's fused attention, or through a local window, is not "
+        "supported, since those kernels have none: use local_window=0 and an inner attention that has one"
     )
 
 

@@ -19,7 +19,7 @@ from lighthouse.speed.rates import Checked, Rates
 
 # From this many tokens on, the estimated speed-up was this close to the measured one in all cases that docs/plan.md
 # shows. On a GPU shorter calls wait for their launches, and how long those take follows from what else the CPU does.
-ERROR, ERROR_FROM = 0.2, {"cpu": 8192, "cuda": 32_768}
+ERROR, ERROR_FROM = 0.2, {"cpu": 8192, "cuda": 65_536}
 
 
 # The rate at which PyTorch's kernels compute a window of 256 tokens, as a part of their rate of long causal attention:

@@ -45,14 +45,15 @@ class Layer:
         return 7 * self.heads * self.head_dim * length * length
 
     def local_work(self, tokens: int, window: int) -> int:
-        """Operations of a local window, forward and backward."""
-        return 14 * self.heads * self.head_dim * local_pairs(tokens, window)
+        """Operations of a local window, forward and backward, and of FlashAttention forward once more (core/local.py)."""
+        products = 14 if self.dtype == "float32" else 18
+        return products * self.heads * self.head_dim * local_pairs(tokens, window)
 
     def moved(self, tokens: int, length: int, *, local: bool = False) -> int:
         """Bytes that our operators must read and write, forward and backward (METHOD 2, 3, 6, 7).
 
-        With a local window they also read its output and its three gradients, gather once more, and take what was
-        written back from the output; nothing where nothing is chosen.
+        With a local window they also read its output and its three gradients, and gather once more; nothing where
+        nothing is chosen.
         """
         if not length:
             return 0
@@ -63,7 +64,7 @@ class Layer:
         select = scores + choice
         gather = (query + pair) * (tokens + length) + choice
         scatter = query * (tokens + length) + choice
-        added = (2 * query + pair) * tokens + gather + scatter + query * (tokens + 2 * length) if local else 0
+        added = (2 * query + pair) * tokens + gather if local else 0
         return score + select + 2 * gather + 2 * scatter + added
 
     def kept(self, tokens: int, length: int | None = None, *, local: bool = False) -> int:
