@@ -223,7 +223,11 @@ WRONG = [
         "select_topk=80: for the text's 90 tokens this gives a sub-sequence of",
     ),
     ("damaged_weights", damaged, "its weights cannot be read, the file is damaged"),
-    ("no_tokenizer_in_a_folder", lambda folder: [str(folder), "--tokenizer", "."], "tokenizer='.' is a folder without a tokenizer"),
+    (
+        "no_tokenizer_in_a_folder",
+        lambda folder: [str(folder), "--tokenizer", "."],
+        "tokenizer='.' is a folder without a tokenizer",
+    ),
 ]
 
 

@@ -45,7 +45,7 @@ class Layer:
         return 7 * self.heads * self.head_dim * length * length
 
     def local_work(self, tokens: int, window: int) -> int:
-        """Operations of a local window, forward and backward, and of FlashAttention forward once more (core/local.py)."""
+        """Operations of a local window, forward and backward, and of FlashAttention's forward once more."""
         products = 14 if self.dtype == "float32" else 18
         return products * self.heads * self.head_dim * local_pairs(tokens, window)
 
