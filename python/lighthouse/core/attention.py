@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -101,13 +100,10 @@ def _of_documents(query, key, value, sequences: Sequences, scale, scores, dropou
 
 def _by_rows(query, key, value, sequences: Sequences, *, scores, **options) -> Tensor:
     """The same where the kernels take no documents: those of one length are the rows of a batch, each length a call."""
-    method, whole_number = sequences.method, isinstance(sequences.method.select_topk, int)
     tokens = sum(end - first for first, end in sequences.of_tokens)
 
     def attend(query, key, value, *own_scores, layout):
-        own = method
-        if whole_number and method.chooses:
-            own = replace(method, select_topk=max(1, method.select_topk * layout.length // tokens))
+        own = sequences.method.for_document(layout.length, tokens)
         return sub_sequence_attention(query, key, value, own, scores=own_scores or None, **options)
 
     return attend_by_document(attend, query, key, value, *(scores or ()), stretches=sequences.of_tokens)

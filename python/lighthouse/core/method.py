@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields, replace
 from fractions import Fraction
 from numbers import Integral, Real
 from typing import Any
@@ -198,6 +198,13 @@ class Method:
     def length(self, tokens):
         """S, the number of entries of a sequence that attend to one another."""
         return sub_length(tokens, self.windows, self.topk)
+
+    def for_document(self, tokens: int, row_tokens: int) -> Method:
+        """That of a document among others in a row: its part by length of a whole number of parents (METHOD 7a)."""
+        numerator, denominator = self.topk
+        if denominator or not numerator:
+            return self
+        return replace(self, select_topk=max(1, numerator * tokens // row_tokens))
 
     def plan(self, tokens: int) -> Plan:
         """The plan of a sequence, from its length alone. Raises ValueError or TypeError."""

@@ -52,7 +52,7 @@ class Sequences:
     ) -> Sequences:
         """Documents of `lengths` tokens one behind the other in one row, or padding where `padding` says so.
 
-        `rows`: of the rows that each came in, the number; a whole `select_topk` is shared out within each of these.
+        `rows`: of the rows that each came in, the number; a whole number of parents is shared out within each.
         Documents of no tokens are left out. Raises ValueError if no document is left.
         """
         count = len(lengths)

@@ -91,7 +91,7 @@ def choices_of(model: PreTrainedModel, input_ids: torch.Tensor) -> Choices:
     finally:
         model.train(training)
     if not caught.found and not model.lighthouse_settings.method.chooses:
-        raise ValueError("select_topk=0 chooses nothing, so there is no choice to show: use a select_topk above 0")
+        raise ValueError(f"{model.lighthouse_settings.method} chooses nothing, so there is no choice to show")
     if not caught.found:
         raise ValueError(
             f"Lighthouse did not act on {input_ids.shape[1]} tokens: it is switched off, or the model was wrapped with "
