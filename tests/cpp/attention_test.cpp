@@ -312,9 +312,7 @@ TEST_P(ForwardRefuses, BadInput) {
   };
   GetParam().spoil(c);
   expect_refused(
-      [&] {
-        attention_forward({c.sequences, c.query, c.key, c.value, c.output, c.inner, c.scores}, c.executor);
-      },
+      [&] { attention_forward({c.sequences, c.query, c.key, c.value, c.output, c.inner, c.scores}, c.executor); },
       GetParam().words);
   EXPECT_EQ(c.inner_calls, 0);
 }
@@ -329,9 +327,7 @@ const RefusedCall kForwardRefusesCases[] = {
     {"value_of_another_head_dim", [](Call& c) { c.value.sizes[3] = 4; }, {"value", "head_dim 4"}},
     {"tokens_that_are_not_the_plans", [](Call& c) { c.query.sizes[2] = 202; }, {"query", "202", "203"}},
     {"rows_that_are_not_the_plans",
-     [](Call& c) {
-       c.sequences = sequences_of(3, 203, pyramid({1, 4}), {});
-     },
+     [](Call& c) { c.sequences = sequences_of(3, 203, pyramid({1, 4}), {}); },
      {"query", "2", "3"}},
     {"output_of_another_shape", [](Call& c) { c.output.sizes[1] = 2; }, {"output"}},
     {"last_stride_of_two", [](Call& c) { c.value.strides[3] = 2; }, {"value", "stride 2"}},
@@ -353,11 +349,8 @@ TEST_P(BackwardRefuses, BadInput) {
   };
   const auto state = attention_forward({c.sequences, c.query, c.key, c.value, c.output, c.inner}, c.executor);
   GetParam().spoil(c);
-  expect_refused(
-      [&] {
-        attention_backward(*state, {c.grad_output, c.grad_query, c.grad_key, c.grad_value});
-      },
-      GetParam().words);
+  expect_refused([&] { attention_backward(*state, {c.grad_output, c.grad_query, c.grad_key, c.grad_value}); },
+                 GetParam().words);
   EXPECT_EQ(c.inner_calls, 0);
 }
 

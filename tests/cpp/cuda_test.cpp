@@ -210,11 +210,8 @@ TEST(CudaRefuses, AWorkspaceThatIsTooSmall) {
   const auto expect_short = [](const auto& args) {
     const int64_t needed = cuda::workspace_bytes(args);
     ASSERT_GT(needed, 0);
-    expect_refused(
-        [&] {
-          CudaCalls(nullptr, {nullptr, needed - 1}).run(args);
-        },
-        {"workspace of " + std::to_string(needed - 1) + " bytes", std::to_string(needed) + " are needed"});
+    expect_refused([&] { CudaCalls(nullptr, {nullptr, needed - 1}).run(args); },
+                   {"workspace of " + std::to_string(needed - 1) + " bytes", std::to_string(needed) + " are needed"});
   };
   const Sequences many_candidates = sequences_of(1, problem.tokens, pyramid({1, 4}), TopK::count(1));
   expect_short(SelectArgs{score.data(), score.data(), selection(many_candidates)});

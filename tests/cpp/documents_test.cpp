@@ -94,11 +94,8 @@ const Refused kRefused[] = {
 class DocumentsRefuse : public testing::TestWithParam<Refused> {};
 
 TEST_P(DocumentsRefuse, WhatIsNoRow) {
-  expect_refused(
-      [&] {
-        Documents(GetParam().lengths, method_of({1, int64_t{1} << 30}, TopK::count(1)));
-      },
-      GetParam().words);
+  expect_refused([&] { Documents(GetParam().lengths, method_of({1, int64_t{1} << 30}, TopK::count(1))); },
+                 GetParam().words);
 }
 
 INSTANTIATE_TEST_SUITE_P(Cases, DocumentsRefuse, testing::ValuesIn(kRefused), case_name);

@@ -20,42 +20,14 @@ constexpr int64_t kMax = std::numeric_limits<int64_t>::max();
 
 const Refused kSettingsRefusedCases[] = {
     {"no_levels", [] { pyramid({}); }, {"windows", "empty"}},
-    {"nine_levels",
-     [] {
-       pyramid({1, 2, 4, 8, 16, 32, 64, 128, 256});
-     },
-     {"windows", "9", "at most 8"}},
-    {"first_window_of_two",
-     [] {
-       pyramid({2, 4});
-     },
-     {"windows[0]=2", "1"}},
+    {"nine_levels", [] { pyramid({1, 2, 4, 8, 16, 32, 64, 128, 256}); }, {"windows", "9", "at most 8"}},
+    {"first_window_of_two", [] { pyramid({2, 4}); }, {"windows[0]=2", "1"}},
     {"first_window_of_zero", [] { pyramid({0}); }, {"windows[0]=0"}},
-    {"equal_windows",
-     [] {
-       pyramid({1, 4, 4});
-     },
-     {"windows[2]=4", "multiple", "larger"}},
-    {"falling_windows",
-     [] {
-       pyramid({1, 4, 2});
-     },
-     {"windows[2]=2", "multiple", "larger"}},
-    {"windows_that_do_not_divide",
-     [] {
-       pyramid({1, 4, 6});
-     },
-     {"windows[2]=6", "multiple", "4"}},
-    {"negative_window",
-     [] {
-       pyramid({1, -4});
-     },
-     {"windows[1]=-4"}},
-    {"window_beyond_any_sequence",
-     [] {
-       pyramid({1, int64_t{1} << 41});
-     },
-     {"windows[1]=2199023255552", "2^40"}},
+    {"equal_windows", [] { pyramid({1, 4, 4}); }, {"windows[2]=4", "multiple", "larger"}},
+    {"falling_windows", [] { pyramid({1, 4, 2}); }, {"windows[2]=2", "multiple", "larger"}},
+    {"windows_that_do_not_divide", [] { pyramid({1, 4, 6}); }, {"windows[2]=6", "multiple", "4"}},
+    {"negative_window", [] { pyramid({1, -4}); }, {"windows[1]=-4"}},
+    {"window_beyond_any_sequence", [] { pyramid({1, int64_t{1} << 41}); }, {"windows[1]=2199023255552", "2^40"}},
     {"negative_parents", [] { TopK::count(-3); }, {"select_topk=-3", "zero or more"}},
     {"endless_parents", [] { TopK::count(kMax); }, {"select_topk=9223372036854775807", "at most"}},
     {"share_of_nothing", [] { TopK::share(0, 4); }, {"select_topk=0/4", "above 0"}},
@@ -63,30 +35,16 @@ const Refused kSettingsRefusedCases[] = {
     {"share_above_one", [] { TopK::share(5, 4); }, {"select_topk=5/4", "at most 1"}},
     {"share_over_zero", [] { TopK::share(1, 0); }, {"select_topk=1/0", "denominator"}},
     {"share_over_too_many", [] { TopK::share(1, 65537); }, {"select_topk=1/65537", "65536"}},
-    {"no_rows",
-     [] {
-       sequences_of(0, 8, pyramid({1, 2}), TopK::count(1));
-     },
-     {"rows=0", "at least one"}},
-    {"no_tokens",
-     [] {
-       sequences_of(1, 0, pyramid({1, 2}), TopK::count(1));
-     },
-     {"tokens=0", "at least one"}},
+    {"no_rows", [] { sequences_of(0, 8, pyramid({1, 2}), TopK::count(1)); }, {"rows=0", "at least one"}},
+    {"no_tokens", [] { sequences_of(1, 0, pyramid({1, 2}), TopK::count(1)); }, {"tokens=0", "at least one"}},
     {"negative_tokens", [] { sequences_of(1, -8, pyramid({1}), TopK::count(1)); }, {"tokens=-8", "at least one"}},
     {"more_entries_than_a_prefix_holds",
      [] { sequences_of(1, int64_t{1} << 31, pyramid({1}), TopK::count(1)); },
      {"2147483648", "entries", "2^31 - 1"}},
     {"more_tokens_than_64_bits_count",
-     [] {
-       sequences_of(1, kMax, pyramid({1, 2}), TopK::share(1, 1));
-     },
+     [] { sequences_of(1, kMax, pyramid({1, 2}), TopK::share(1, 1)); },
      {"9223372036854775807", "tokens"}},
-    {"pyramid_made_by_hand",
-     [] {
-       sequences_of(1, 8, raw_pyramid({1, 3, 4}, 3), TopK::count(1));
-     },
-     {"windows[2]=4"}},
+    {"pyramid_made_by_hand", [] { sequences_of(1, 8, raw_pyramid({1, 3, 4}, 3), TopK::count(1)); }, {"windows[2]=4"}},
     {"pyramid_of_no_levels", [] { sequences_of(1, 8, raw_pyramid({1}, 0), TopK::count(1)); }, {"windows"}},
     {"pyramid_of_nine_levels", [] { sequences_of(1, 8, raw_pyramid({1}, 9), TopK::count(1)); }, {"windows", "9"}},
     {"pyramid_of_minus_one_levels", [] { sequences_of(1, 8, raw_pyramid({1}, -1), TopK::count(1)); }, {"windows"}},
@@ -97,16 +55,8 @@ const Refused kSettingsRefusedCases[] = {
     {"local_window_too_long",
      [] { sequences_of(1, 8, pyramid({1}), TopK::count(1), true, kMaxLocalWindow + 1); },
      {"local_window=2147483649"}},
-    {"share_made_by_hand",
-     [] {
-       sequences_of(1, 8, pyramid({1}), TopK{3, 2});
-     },
-     {"select_topk=3/2"}},
-    {"share_over_less_than_zero",
-     [] {
-       sequences_of(1, 8, pyramid({1}), TopK{1, -2});
-     },
-     {"select_topk=1/-2"}},
+    {"share_made_by_hand", [] { sequences_of(1, 8, pyramid({1}), TopK{3, 2}); }, {"select_topk=3/2"}},
+    {"share_over_less_than_zero", [] { sequences_of(1, 8, pyramid({1}), TopK{1, -2}); }, {"select_topk=1/-2"}},
 };
 
 INSTANTIATE_TEST_SUITE_P(Cases, SettingsRefused, testing::ValuesIn(kSettingsRefusedCases), case_name);

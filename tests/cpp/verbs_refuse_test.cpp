@@ -191,9 +191,7 @@ const RefusedCall kSelectRefusesCases[] = {
     {"no_mask", [](Call& c) { c.selection.mask = nullptr; }, {"selection", "no data"}},
     {"no_prefix", [](Call& c) { c.selection.prefix = nullptr; }, {"selection", "no data"}},
     {"a_window_alone",
-     [](Call& c) {
-       c.selection.sequences = sequences_of(2, 40, pyramid({1, 4, 16}), TopK::count(0), true, 8);
-     },
+     [](Call& c) { c.selection.sequences = sequences_of(2, 40, pyramid({1, 4, 16}), TopK::count(0), true, 8); },
      {"select_topk=0", "nothing to select"}},
 };
 

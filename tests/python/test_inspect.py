@@ -63,6 +63,12 @@ REFUSED = [
     ("a_plain_model", plain, TypeError, "model is a plain LlamaForCausalLM"),
     ("dense_in_evaluation", wrapped, ValueError, "Lighthouse did not act on 64 tokens"),
     ("too_short", lambda: wrapped(eval="lighthouse", min_tokens=65), ValueError, "did not act on 64 tokens"),
+    (
+        "a_window_alone",
+        lambda: wrapped(eval="lighthouse", select_topk=0, local_window=8),
+        ValueError,
+        "select_topk 0, local_window 8 chooses nothing, so there is no choice to show",
+    ),
 ]
 
 
