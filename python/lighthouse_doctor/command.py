@@ -32,9 +32,13 @@ def lighthouse() -> int:
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130
-    from lighthouse.cli import main as command
+    try:
+        from lighthouse.cli import main as command
 
-    return command()
+        return command()
+    except KeyboardInterrupt:  # also while importing, which takes seconds
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
 def main(arguments: Sequence[str]) -> int:

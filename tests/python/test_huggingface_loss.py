@@ -242,3 +242,13 @@ def test_an_output_layer_of_another_kind_is_refused():
     message = 'the output layer is a Scaled of test_huggingface_loss: .* use loss="model" for any other layer'
     with pytest.raises(TypeError, match=message):
         next_token_loss(Scaled(8, 5), torch.randn(1, 40, 8), torch.randint(0, 5, (1, 40)))
+
+
+@pytest.mark.parametrize("count", [None, 0, torch.tensor(0)], ids=["counted", "a_number", "a_tensor"])
+def test_where_nothing_is_predicted_no_weight_changes(count):
+    """The mean of nothing is no number, as PyTorch's, but its gradient is zero."""
+    layer, hidden = torch.nn.Linear(8, 5), torch.randn(1, 40, 8, requires_grad=True)
+    loss = next_token_loss(layer, hidden, torch.full((1, 40), -100), num_items_in_batch=count)
+    assert loss.isnan()
+    loss.backward()
+    assert not any(tensor.grad.count_nonzero() for tensor in (hidden, *layer.parameters()))

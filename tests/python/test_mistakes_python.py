@@ -165,6 +165,11 @@ MISTAKES = {
         ValueError,
         "next tokens already, and the loss shifts them itself.*give labels=input_ids, or shift_labels=labels",
     ),
+    "labels that are shifted already, some of them hidden": (
+        called(ids()[:, :-1], labels=ids()[:, 1:].index_fill(1, torch.tensor([0]), -100)),
+        ValueError,
+        "next tokens already, and the loss shifts them itself",
+    ),
     "padding": (called({"input_ids": ids(), "attention_mask": padded()}), ValueError, "supports no padding yet"),
     "packed documents": (
         called({"input_ids": ids(), "attention_mask": numbered()}),

@@ -135,6 +135,12 @@ REFUSED = [
         {"name": "a.gz"},
         "holds 131 tokens, but 256 are needed",
     ),
+    (
+        "a_blank_end",
+        book(20_000) + b"\n" * 20_000,
+        {},
+        "a.txt: its end is held out, but has blanks and line ends alone",
+    ),
     ("an_end_that_is_no_text", book(20_000) + b"\xe9 x", {}, "is not UTF-8 text: byte 20,0.. is 0xe9"),
 ]
 
@@ -145,3 +151,15 @@ def test_refused(tmp_path, content, how, said):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=said):
         find(path)
+
+
+def test_a_copy_of_the_file_whose_end_is_held_out_is_refused(tmp_path):
+    """The same text but for a line end, as whole documents are compared."""
+    for name, content in (
+        ("one.txt", book(20_000)),
+        ("other.txt", book(20_000) + b"\n"),
+        ("small.txt", b"a few words"),
+    ):
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match="have the same text, and the end of one is held out.* leave one of them out"):
+        find(tmp_path)

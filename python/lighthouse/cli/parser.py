@@ -23,8 +23,16 @@ class OneLine(argparse.ArgumentParser):
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[override]  # declared for any namespace
         """Ends the command at an option that does not exist, before it misses others that do."""
         options = [name for action in self._actions for name in action.option_strings]
+        several = {
+            name: action for action in self._actions if action.nargs in ("+", "*") for name in action.option_strings
+        }
+        given = set()
         for word in sys.argv[1:] if args is None else args:
             name = word.partition("=")[0]
+            if name in several:
+                if several[name].dest in given:
+                    print(f"{self.prog}: {name} is given twice, and the last counts", file=sys.stderr)
+                given.add(several[name].dest)
             if word.startswith("--") and name != "--" and name not in options:
                 self.error(f"there is no option {name}{nearest(name, options)}")
         found, rest = super().parse_known_args(args, namespace)

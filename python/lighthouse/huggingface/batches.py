@@ -158,9 +158,10 @@ def _check_labels(call: Mapping[str, Any], layer: nn.Module) -> None:
             "the loss ignores"
         )
     if name == "labels" and ids is not None and _can_be_read(ids) and ids.shape == labels.shape:
-        before = ids[:, :-1].to(labels.device)
-        if before.shape[1] >= _SURELY_SHIFTED and not torch.equal(labels[:, :-1], before):
-            if torch.equal(labels[:, :-1], ids[:, 1:].to(labels.device)):
+        ids, given = ids.to(labels.device), labels[:, :-1] != IGNORE_INDEX
+        here, now, following = labels[:, :-1][given], ids[:, :-1][given], ids[:, 1:][given]
+        if here.numel() >= _SURELY_SHIFTED and not torch.equal(here, now):
+            if torch.equal(here, following):
                 raise ValueError(
                     "labels are the next tokens already, and the loss shifts them itself: the model would learn the "
                     "token after the next; give labels=input_ids, or shift_labels=labels"

@@ -186,7 +186,7 @@ def next_token_loss(
     run = output_layer.forward if past_hooks else output_layer
     total = run(hidden.reshape(-1, hidden.shape[-1]), targets)
     if num_items_in_batch is None:
-        return total / (targets != IGNORE_INDEX).sum()
-    if isinstance(num_items_in_batch, torch.Tensor):
-        num_items_in_batch = num_items_in_batch.to(total.device)
-    return total / num_items_in_batch
+        num_items_in_batch = (targets != IGNORE_INDEX).sum()
+    count = torch.as_tensor(num_items_in_batch, device=total.device)
+    # Where nothing is predicted the mean is no number, as PyTorch's, and its gradient is zero.
+    return torch.where(count > 0, total / count.clamp(min=1), torch.nan)

@@ -108,6 +108,7 @@ def _hold_out_an_end(corpus) -> HeldOut:
     """
     source, context, encoder = corpus.source, corpus.context, corpus.encoder
     number = max(range(len(source)), key=lambda number: source.files[number].bytes)
+    _check_that_none_is_a_copy(corpus, number)
     length = source.length(number)
     total = source.total_bytes - source.files[number].bytes + length
     wanted, of_a_token = corpus.most_held_out * context, 1 if encoder.is_bytes else BYTES_PER_TOKEN
@@ -125,11 +126,37 @@ def _hold_out_an_end(corpus) -> HeldOut:
     corpus.check_enough(int(total * tokens / digest.bytes) + 1, "" if encoder.is_bytes else "about ")
     if tokens < context:
         raise ValueError(_nothing_to_hold_out(corpus, tokens))
+    if digest.digest() == BLANK:
+        raise ValueError(
+            f"{source.files[number].path}: its end is held out, but has blanks and line ends alone: cut them off"
+        )
     ids = np.concatenate(found)
     rows = ids[: tokens // context * context].reshape(-1, context)[: corpus.most_held_out]
     unknown = 0.0 if encoder.unknown is None else float((ids == encoder.unknown).mean())
     corpus.source = parted
     return HeldOut({number + 1: digest.digest()}, rows, digest.bytes, tokens / digest.bytes, unknown)
+
+
+def _check_that_none_is_a_copy(corpus, number: int) -> None:
+    """Raises `ValueError` where another file has the text of the one whose end is held out: it would be trained on."""
+
+    def digest_of(other: int) -> bytes | None:
+        digest = TextDigest()
+        try:
+            for _ in digest.reading(corpus.source.one(other)):
+                pass
+        except NotText:
+            return None
+        return digest.digest()
+
+    own = digest_of(number)
+    copy = next((other for other in range(len(corpus.source)) if other != number and digest_of(other) == own), None)
+    if copy is not None:
+        paths = [corpus.source.files[each].path for each in (number, copy)]
+        raise ValueError(
+            f"{paths[0]} and {paths[1]} have the same text, and the end of one is held out while the other would be "
+            "trained on: leave one of them out"
+        )
 
 
 def _nothing_to_hold_out(corpus, tokens: int) -> str:

@@ -49,6 +49,12 @@ def check_together(options: PretrainOptions, training: TrainingOptions) -> None:
             "accelerators (torchrun --nproc_per_node 8 -m lighthouse.cli pretrain ...); without --fsdp each process "
             "holds a copy"
         )
+    step = None if options.dense_only else options.switch_step
+    if step is not None and step > training.max_steps > 0:
+        logger.warning(
+            f"switch_step={step} of {training.max_steps} steps: no step will be dense, so the model will "
+            "not be ready for dense attention, unless the run is resumed with more steps."
+        )
     if options.stream and training.data_seed is not None:
         raise ValueError(
             f"data_seed={training.data_seed} with stream: the order of a stream follows from seed; leave it out"

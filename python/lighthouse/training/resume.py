@@ -145,7 +145,10 @@ def check_same(earlier: dict, now: dict, free: frozenset[str] = FREE_ON_RESUME) 
     """Raises `ValueError` that lists the `differences`."""
     differ = differences(earlier, now, free)
     if differ:
-        raise ValueError("a resumed run must have the settings it began with: " + "; ".join(differ))
+        raise ValueError(
+            f"a resumed run must have the settings it began with: {'; '.join(differ)}. Its own are in its folder's "
+            "config.yaml: --config RUN/config.yaml --resume"
+        )
 
 
 def differences(earlier: dict, now: dict, free: frozenset[str] = FREE_ON_RESUME) -> list[str]:
