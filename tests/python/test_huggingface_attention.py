@@ -352,7 +352,7 @@ def test_it_can_be_called_like_the_plain_model(model_class):
     assert spy.calls == 2 * LIGHTHOUSE_LAYERS
     with pytest.raises(TypeError, match="positional"):
         model(*[None] * 20)
-    with pytest.raises(ValueError, match="input_ids or inputs_embeds"):
+    with pytest.raises(ValueError, match="neither input_ids nor inputs_embeds"):
         model()
 
 

@@ -165,6 +165,32 @@ MISTAKES = {
         ValueError,
         "next tokens already, and the loss shifts them itself.*give labels=input_ids, or shift_labels=labels",
     ),
+    "another name for the ids": (
+        called(ids=ids()),
+        ValueError,
+        "neither input_ids nor inputs_embeds was given, only ids: exactly one",
+    ),
+    "ids misspelt in a batch": (
+        called({"inputs_ids": ids(), "labels": ids()}),
+        ValueError,
+        "neither input_ids nor inputs_embeds was given, only inputs_ids, labels",
+    ),
+    "nothing at all": (called(), ValueError, "neither input_ids nor inputs_embeds was given: exactly one"),
+    "ids and embeddings": (
+        called(input_ids=ids(), inputs_embeds=torch.randn(2, 64, 32)),
+        ValueError,
+        "both were given: exactly one of input_ids and inputs_embeds",
+    ),
+    "embeddings of another width": (
+        called(inputs_embeds=torch.randn(2, 64, 7)),
+        ValueError,
+        r"inputs_embeds is \[2, 64, 7\]: the model's hidden_size is",
+    ),
+    "embeddings that are ids": (
+        called(inputs_embeds=torch.zeros(2, 64, 32, dtype=torch.int64)),
+        TypeError,
+        "inputs_embeds is of torch.int64: embeddings are needed",
+    ),
     "labels that are shifted already, some of them hidden": (
         called(ids()[:, :-1], labels=ids()[:, 1:].index_fill(1, torch.tensor([0]), -100)),
         ValueError,

@@ -72,6 +72,7 @@ def check(model: Stateful, call: Mapping[str, Any], chunked: bool) -> None:
     `chunked` says that the loss is the one without logits. Raises `TypeError` or `ValueError`.
     """
     state, architecture = model._lighthouse, architecture_of(model)
+    _check_one_input(call, model.config.hidden_size)
     name, labels = _given_labels(call)
     if chunked:
         _check_whole_numbers(name, labels)
@@ -112,6 +113,20 @@ def _check_inputs(call: Mapping[str, Any]) -> None:
     if embeddings is not None and not (isinstance(embeddings, torch.Tensor) and embeddings.dim() == 3):
         found = list(embeddings.shape) if isinstance(embeddings, torch.Tensor) else f"a {type(embeddings).__name__}"
         raise ValueError(f"inputs_embeds is {found}: a tensor [batch, tokens, hidden_size] is needed")
+
+
+def _check_one_input(call: Mapping[str, Any], width: int) -> None:
+    """Raises `ValueError` or `TypeError` unless there are ids or embeddings, and these are what the model has."""
+    ids, embeddings = call.get("input_ids"), call.get("inputs_embeds")
+    if (ids is None) == (embeddings is None):
+        names = [name for name, value in call.items() if value is not None]
+        only = f", only {', '.join(names)}" if names else ""
+        found = f"neither input_ids nor inputs_embeds was given{only}" if ids is None else "both were given"
+        raise ValueError(f"{found}: exactly one of input_ids and inputs_embeds is needed; {A_BATCH}")
+    if embeddings is not None and not embeddings.is_floating_point():
+        raise TypeError(f"inputs_embeds is of {embeddings.dtype}: embeddings are needed; token ids are input_ids")
+    if embeddings is not None and embeddings.shape[2] != width:
+        raise ValueError(f"inputs_embeds is {list(embeddings.shape)}: the model's hidden_size is {width}")
 
 
 def _check_weights(model: nn.Module, embedding: nn.Module) -> None:
