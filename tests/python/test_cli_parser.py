@@ -11,7 +11,9 @@ import pytest
 
 from lighthouse.cli import main
 from lighthouse.cli.parser import Parser
-from lighthouse.training import space
+from lighthouse.training import PretrainOptions, TrainingOptions, space
+from lighthouse.training.checks import check_together
+from lighthouse_doctor import command
 
 UNKNOWN = [
     ("letters_swapped", ["--modle", "x"], "there is no option --modle; nearest: --model"),
@@ -43,6 +45,31 @@ def test_one_line_with_the_nearest_name(capsys, arguments, said):
     found = capsys.readouterr().err
     assert stop.value.code == 2 and said in found and found.count("\n") == 1
     assert found.startswith("lighthouse it: error: ") and found.endswith("; see lighthouse it --help\n")
+
+
+def test_an_option_of_several_values_that_is_given_twice_is_said(capsys):
+    parser = Parser(prog="lighthouse it")
+    parser.add_argument("--data", nargs="+")
+    assert parser.parse_args(["--data", "a", "b"]).data == ["a", "b"] and capsys.readouterr().err == ""
+    assert parser.parse_args(["--data", "a", "--data", "b"]).data == ["b"]
+    assert capsys.readouterr().err == "lighthouse it: --data is given twice, and the last counts\n"
+
+
+def test_an_interrupt_while_the_package_is_imported(monkeypatch, capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lighthouse.cli.main", interrupted)
+    monkeypatch.setattr(sys, "argv", ["lighthouse", "plan"])
+    assert command.lighthouse() == 130 and capsys.readouterr().err == "interrupted\n"
+
+
+def test_a_switch_after_the_last_step_is_said_before_the_first(tmp_path, caplog):
+    for step, said in ((3, 0), (5, 0), (6, 1)):
+        caplog.clear()
+        training = TrainingOptions(output_dir=str(tmp_path), max_steps=5, use_cpu=True, report_to="none")
+        check_together(PretrainOptions(data="x", switch_step=step), training)
+        assert caplog.text.count(f"switch_step={step} of 5 steps: no step will be dense") == said
 
 
 def test_numbers_below_zero_are_values():
