@@ -26,13 +26,9 @@ exit status: 0 Lighthouse can train here (without a GPU: on the CPU, slowly), 1 
 
 def lighthouse() -> int:
     """The `lighthouse` command: `doctor` without importing the package, every other by `lighthouse.cli`."""
-    if sys.argv[1:2] == ["doctor"]:
-        try:
-            return main(sys.argv[2:])
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            return 130
     try:
+        if sys.argv[1:2] == ["doctor"]:
+            return main(sys.argv[2:])
         from lighthouse.cli import main as command
 
         return command()
