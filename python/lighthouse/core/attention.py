@@ -100,10 +100,11 @@ def _of_documents(query, key, value, sequences: Sequences, scale, scores, dropou
 
 def _by_rows(query, key, value, sequences: Sequences, *, scores, **options) -> Tensor:
     """The same where the kernels take no documents: those of one length are the rows of a batch, each length a call."""
-    tokens = sum(end - first for first, end in sequences.of_tokens)
+    lengths = (end - first for first, end in sequences.of_tokens)
+    parents = dict(zip(lengths, sequences.parents, strict=True))  # of one row: by length
 
     def attend(query, key, value, *own_scores, layout):
-        own = sequences.method.for_document(layout.length, tokens)
+        own = sequences.method.with_parents(parents[layout.length])
         return sub_sequence_attention(query, key, value, own, scores=own_scores or None, **options)
 
     return attend_by_document(attend, query, key, value, *(scores or ()), stretches=sequences.of_tokens)

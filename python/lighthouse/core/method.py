@@ -199,12 +199,10 @@ class Method:
         """S, the number of entries of a sequence that attend to one another."""
         return sub_length(tokens, self.windows, self.topk)
 
-    def for_document(self, tokens: int, row_tokens: int) -> Method:
-        """That of a document among others in a row: its part by length of a whole number of parents (METHOD 7a)."""
+    def with_parents(self, parents: int) -> Method:
+        """The same with another whole number of parents; itself where they are a share of the tokens, or none."""
         numerator, denominator = self.topk
-        if denominator or not numerator:
-            return self
-        return replace(self, select_topk=max(1, numerator * tokens // row_tokens))
+        return self if denominator or not numerator else replace(self, select_topk=parents)
 
     def plan(self, tokens: int) -> Plan:
         """The plan of a sequence, from its length alone. Raises ValueError or TypeError."""

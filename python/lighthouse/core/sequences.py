@@ -36,6 +36,7 @@ class Sequences:
     table: Tensor | None = None  # of documents, as the operators take it; on the CPU
     of_tokens: Stretches = ()  # a document each; padding is in none
     of_entries: Stretches = ()
+    parents: tuple[int, ...] = ()  # k of each document
 
     def __post_init__(self) -> None:
         length = self.method.length(self.tokens) if self.table is None else self.of_entries[-1][1]
@@ -61,16 +62,17 @@ class Sequences:
         if not (made[:, 2] == 0).any():
             raise ValueError("no document has a token: at least one is needed")
         table = torch.ops.lighthouse.documents(made, method.windows, *method.topk)
-        # As `Sequence` in C++ begins: row, first token, tokens, first entry, entries.
-        numbers = table[1:, 1:5].tolist()
+        # As `Sequence` in C++ begins: row, first token, tokens, first entry, entries, parents.
+        numbers = table[1:, 1:6].tolist()
         text = [of for of, is_padding in zip(numbers, made[:, 2].tolist(), strict=True) if not is_padding]
         return cls(
             method,
             1,
             int(made[:, 0].sum()),
             table,
-            tuple((token, token + tokens) for token, tokens, _, _ in text),
-            tuple((entry, entry + entries) for _, _, entry, entries in text),
+            tuple((token, token + tokens) for token, tokens, *_ in text),
+            tuple((entry, entry + entries) for _, _, entry, entries, _ in text),
+            tuple(parents for *_, parents in text),
         )
 
     @property
